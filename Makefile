@@ -1,0 +1,34 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SAMPLE := runtime/samples/shapes.png
+
+.PHONY: demo test check bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/fastvlm export --quant int8 --force --out demo/model
+	$(BIN)/fastvlm generate demo/model --image $(SAMPLE) --prompt "Describe the image." --max-tokens 24
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .venv/src && ln -sfn ../.. .venv/src/fastvlm  # mypy finds packages by their folder's name
+	MYPYPATH=.venv/src $(BIN)/mypy -p fastvlm
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_path.py --out bench
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fastvlm needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv demo bench build *.egg-info
