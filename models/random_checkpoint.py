@@ -1,0 +1,155 @@
+"""`random:0.5b` and its like: checkpoints of true size with seeded random weights.
+
+They serve measurements of speed and size before a download. Statistics are like those of trained weights (non-trivial
+batch norms, layer scales and biases), so that ranges and quantization errors are plausible; the text means nothing.
+Tensors are made one at a time, when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .apple_layout import language_shapes
+from .checkpoint import APPLE_ENCODER_PREFIX, Framework, Shape, TensorInfo
+from .config import FastVLMConfig
+from .errors import ModelReferenceError
+from .fastvit_config import FastViTConfig
+from .synthetic_tokenizer import CHAT_TEMPLATE, synthetic_tokenizer
+
+GENERATOR_VERSION = 1
+"""Part of the digest: bumped whenever the same name and seed would give other weights."""
+
+FOLDED_SKIP = re.compile(r"(token_mixer|network\.\d+)\.reparam_conv\.weight$")
+
+NOTE = "random weights: the text means nothing"
+
+TINY_ENCODER = FastViTConfig(
+    depths=(1, 2, 2, 1, 1),
+    embed_dims=(16, 32, 64, 128, 256),
+    out_channels=512,
+    se_channels=32,
+    reparameterized=False,
+)
+
+DECODERS = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": True},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+}  # fmt: skip
+"""The decoders' dimensions, from the published `config.json` files; `tiny` is ours."""
+
+
+class RandomCheckpoint:
+    """A checkpoint whose tensors are drawn, not read. See `models.checkpoint.Checkpoint`."""
+
+    def __init__(self, size: str, seed: int = 0) -> None:
+        if size not in DECODERS:
+            raise ModelReferenceError(
+                f"random:{size} is unknown; there are {', '.join(f'random:{s}' for s in DECODERS)}"
+            )
+        self.name = f"random:{size}"
+        self.seed = seed
+        self.encoder = TINY_ENCODER if size == "tiny" else FastViTConfig()
+        self._tokenizer = synthetic_tokenizer(DECODERS[size]["vocab_size"])
+        self.config_dict: Mapping[str, Any] = apple_config(
+            DECODERS[size], self.encoder.out_channels, 256 if size == "tiny" else 1024, self._tokenizer.eos_token_id
+        )
+        self.config = FastVLMConfig.from_dict(self.config_dict)
+        self.notes: tuple[str, ...] = (NOTE,)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        encoder = {APPLE_ENCODER_PREFIX + name: shape for name, shape in encoder_shapes(self.encoder).items()}
+        return {name: TensorInfo(shape, "F32") for name, shape in {**encoder, **language_shapes(self.config)}.items()}
+
+    def read(self, name: str, framework: Framework) -> np.ndarray:
+        """The tensor as float32, the same for the same name and seed on every machine."""
+        key = hashlib.sha256(f"{self.name}/{self.seed}/{name}".encode()).digest()
+        draw = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+        return random_tensor(name, self.tensors[name].shape, draw)
+
+    def digest(self) -> str:
+        recipe = f"{self.name}/{self.seed}/{GENERATOR_VERSION}/{json.dumps(self.config_dict, sort_keys=True)}"
+        return hashlib.sha256(recipe.encode()).hexdigest()
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        config = {
+            "chat_template": CHAT_TEMPLATE,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": self.config.tokenizer_model_max_length,
+            "tokenizer_class": "Qwen2Tokenizer",
+        }
+        return {
+            "tokenizer.json": self._tokenizer.json.encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        }
+
+
+def apple_config(decoder: Mapping[str, Any], mm_hidden_size: int, image_size: int, eos_token_id: int) -> dict[str, Any]:
+    """`config.json` in Apple's fields."""
+    return {
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": "llava_qwen2",
+        **decoder,
+        "eos_token_id": eos_token_id,
+        "hidden_act": "silu",
+        "image_aspect_ratio": "pad",
+        "max_position_embeddings": 32768,
+        "mm_hidden_size": mm_hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": f"mobileclip_l_{image_size}",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tokenizer_model_max_length": 8192,
+        "tokenizer_padding_side": "right",
+        "torch_dtype": "float32",
+        "use_sliding_window": False,
+    }
+
+
+def encoder_shapes(config: FastViTConfig) -> dict[str, Shape]:
+    """Every tensor of the encoder, by Apple's name without the prefix."""
+    import torch
+
+    from .fastvit import FastViT
+
+    with torch.device("meta"):
+        state = FastViT(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def random_tensor(name: str, shape: Shape, draw: np.random.Generator) -> np.ndarray:
+    """Values of a trained-like scale for the role that `name` tells, float32."""
+    noise = draw.standard_normal(shape, dtype=np.float32)
+    if name.endswith("running_var"):
+        return np.exp(0.3 * noise)
+    if name.endswith("running_mean") or name.endswith("bias"):
+        noise *= 0.1
+        return noise
+    if "layer_scale" in name:
+        return 0.25 + 0.05 * noise
+    if len(shape) == 1:  # gains of norms
+        return 1 + 0.1 * noise
+    if name.endswith("embed_tokens.weight"):
+        noise *= 0.05
+        return noise
+    fan_in = math.prod(shape[1:])
+    noise *= np.float32(1 / math.sqrt(fan_in))
+    if FOLDED_SKIP.search(name):  # these hold the skip connection: a strong centre tap, weak others
+        noise *= np.float32(0.2)
+        noise[:, :, shape[2] // 2, shape[3] // 2] += 1
+    return noise

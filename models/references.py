@@ -1,0 +1,38 @@
+"""MODEL: a checkpoint folder, or `random:SIZE`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .checkpoint import Checkpoint, FolderCheckpoint
+from .errors import ModelReferenceError
+from .random_checkpoint import DECODERS, RandomCheckpoint
+
+DEFAULT_MODEL = "random:tiny"
+
+
+def open_checkpoint(reference: str | Path) -> Checkpoint:
+    """The checkpoint that MODEL names.
+
+    Raises:
+        ModelReferenceError: nothing of that name can be opened.
+        CheckpointError: the folder is there, but is no checkpoint that can be read.
+    """
+    text = str(reference)
+    if text.startswith("random:"):
+        return RandomCheckpoint(text.removeprefix("random:").lower())
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return FolderCheckpoint(folder)
+    if folder.exists():
+        raise ModelReferenceError(
+            f"{folder} is a file; MODEL should be the folder that holds config.json and *.safetensors"
+        )
+    known = ", ".join(f"random:{size}" for size in DECODERS)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise ModelReferenceError(
+            f"{text} is not a folder here. If it is a hub id, fetch it first: `hf download {text} --local-dir DIR`; "
+            f"without a checkpoint, try {known}"
+        )
+    raise ModelReferenceError(f"{text} is neither a folder nor one of {known}")

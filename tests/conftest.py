@@ -1,0 +1,66 @@
+"""Fixtures that every test folder shares."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> Callable[[str], float]:
+    """`tolerance("decoder_logits_float32")`: the number that `tests/tolerances.py` keeps, with its reason, there."""
+    table = runpy.run_path(str(Path(__file__).with_name("tolerances.py")))["TOLERANCES"]
+    return lambda key: table[key].value
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of numbers from the reference implementations; tests that need it skip where it is absent."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no reference numbers at {folder}")
+    return folder
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Writes `random:tiny` as a checkpoint folder in Apple's layout and returns it.
+
+    Options: `change(tensors)` edits the torch tensors first; `dtype` casts them; `shards` splits them over files.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from fastvlm.models.random_checkpoint import RandomCheckpoint
+
+    def write(change: Callable | None = None, dtype: torch.dtype | None = None, shards: int = 1) -> Path:
+        source = RandomCheckpoint("tiny")
+        folder = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        tensors = {name: torch.from_numpy(source.read(name, "pt")) for name in source.tensors}
+        if change:
+            change(tensors)
+        tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+        if shards == 1:
+            save_file(tensors, folder / "model.safetensors")
+        else:
+            weight_map = {}
+            for k in range(shards):
+                file = f"model-{k + 1:05}-of-{shards:05}.safetensors"
+                part = {name: tensors[name] for name in sorted(tensors)[k::shards]}
+                save_file(part, folder / file)
+                weight_map.update(dict.fromkeys(part, file))
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "config.json").write_text(json.dumps(source.config_dict))
+        for name, content in source.tokenizer_files().items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    return write
