@@ -1,0 +1,134 @@
+"""The rewritten encoder as a Core ML package: trace, convert, compress, save.
+
+coremltools is kept quiet and inside a folder of ours; what reaches the user is our own progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..models.errors import PackageError
+from ..quant.encoder import compress_weights, compressed_convs
+
+if TYPE_CHECKING:
+    from coremltools.models import MLModel
+    from torch import nn
+
+INPUT_NAME = "images"
+OUTPUT_NAME = "image_features"
+PACKAGE_NAME = "fastvithd.mlpackage"
+PACKAGE_NAMESPACE = uuid.UUID("5b0ce0a7-3d0b-4f53-8a51-5f6d4a3c9d10")
+"""Item identifiers of a package are drawn at random by coremltools; ours derive from this, so that bytes repeat."""
+
+
+def convert_encoder(
+    network: nn.Sequential,
+    image_size: int,
+    scheme: str,
+    package: Path,
+    *,
+    metadata: Mapping[str, str],
+    on_stage: Callable[[str], None],
+) -> None:
+    """Writes `network` (from `rewrite`) to `package`: an iOS 17 ML Program, float16 inside, of fixed shapes.
+
+    `images` (1, 3, S, S) float32 -> `image_features` (1, N, C) float32. The same input gives the same bytes.
+
+    Raises:
+        PackageError: coremltools could not convert, or compressed other weights than it should have.
+    """
+    scratch = package.with_name("scratch")
+    scratch.mkdir(parents=True)
+    with quiet_coremltools(scratch) as ct:
+        model = _convert(ct, network, image_size, on_stage)
+        if scheme != "fp16":
+            on_stage("compress the encoder's weights")
+            model = compress_weights(model, scheme, expected=len(list(compressed_convs(network))))
+        on_stage("save the package")
+        _describe(model, metadata)
+        model.save(str(package))
+    make_reproducible(package)
+    shutil.rmtree(scratch)
+
+
+def _convert(ct: Any, network: nn.Sequential, image_size: int, on_stage: Callable[[str], None]) -> MLModel:
+    import torch
+
+    shape = (1, 3, image_size, image_size)
+    on_stage("trace the encoder")
+    with torch.inference_mode():
+        traced = torch.jit.trace(network, torch.zeros(shape), check_trace=False)
+    on_stage("convert to Core ML")
+    try:
+        return ct.convert(
+            traced,
+            inputs=[ct.TensorType(INPUT_NAME, shape=shape, dtype=np.float32)],
+            outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
+            minimum_deployment_target=ct.target.iOS17,
+            compute_precision=ct.precision.FLOAT16,
+            skip_model_load=True,
+        )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as reason:
+        raise PackageError(f"coremltools could not convert the encoder: {str(reason).splitlines()[0]}") from reason
+
+
+def _describe(model: MLModel, metadata: Mapping[str, str]) -> None:
+    model.author = "fastvlm"
+    model.short_description = "FastViTHD vision encoder of FastVLM, reparameterized, for the Neural Engine"
+    model.input_description[INPUT_NAME] = "RGB pixels in 0..1, (1, 3, S, S)"
+    model.output_description[OUTPUT_NAME] = "One row of features per 64x64 patch, (1, N, C)"
+    for key in list(model.user_defined_metadata):  # versions and dates of the conversion
+        del model.user_defined_metadata[key]
+    model.user_defined_metadata.update(metadata)
+
+
+def make_reproducible(package: Path) -> None:
+    """Rewrites what coremltools draws at random: the program's map order and the items' identifiers."""
+    from coremltools.proto import Model_pb2
+
+    manifest = json.loads((package / "Manifest.json").read_text())
+    entries, renamed = {}, {}
+    for old, entry in sorted(manifest["itemInfoEntries"].items(), key=lambda item: item[1]["path"]):
+        renamed[old] = str(uuid.uuid5(PACKAGE_NAMESPACE, entry["path"])).upper()
+        entries[renamed[old]] = entry
+    root = manifest["rootModelIdentifier"]
+    program = package / "Data" / manifest["itemInfoEntries"][root]["path"]
+    spec = Model_pb2.Model.FromString(program.read_bytes())
+    program.write_bytes(spec.SerializeToString(deterministic=True))
+    manifest |= {"itemInfoEntries": entries, "rootModelIdentifier": renamed[root]}
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def quiet_coremltools(scratch: Path) -> Iterator[Any]:
+    """coremltools, without its version warnings, failed-import lines and progress bars.
+
+    Its temporary files go to `scratch`: inside our own partial output, so that a kill leaves nothing in /tmp.
+    """
+    logging.getLogger("coremltools").setLevel(logging.CRITICAL)
+    directory, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import coremltools as ct
+            from tqdm import tqdm
+
+            loud = tqdm.__init__
+            tqdm.__init__ = lambda self, *args, **options: loud(self, *args, **{**options, "disable": True})
+            try:
+                yield ct
+            finally:
+                tqdm.__init__ = loud
+    finally:
+        tempfile.tempdir = directory

@@ -1,0 +1,227 @@
+"""`fastvlm export`: a checkpoint becomes a model folder, verified before it appears."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._version import __version__
+from ..models.apple_layout import language_shapes
+from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
+from ..models.config import check_image_size
+from ..models.errors import VerificationError
+from ..models.random_checkpoint import RandomCheckpoint
+from ..models.references import DEFAULT_MODEL, open_checkpoint
+from ..quant.calibration import calibration_images, verification_images
+from ..quant.decoder import DecoderScheme, check_language_tensors, saved_tensors
+from ..quant.encoder import check_scheme, correct_biases
+from .coreml import PACKAGE_NAME, convert_encoder
+from .model_folder import (
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    PROCESSOR_CONFIG,
+    exported_config,
+    file_table,
+    preprocessor_config,
+    write_json,
+    write_weights,
+)
+from .output import check_destination, check_space, new_folder
+from .rewrite import rewrite, stream_scales
+from .tokenizer import ExportedTokenizer, export_tokenizer
+from .verify import Verification, reference_features, verify_features
+
+ENCODER_BYTES_PER_WEIGHT = {"fp16": 4.0, "int8": 4.2}
+"""On disk while a package is written: coremltools keeps a float16 copy beside what it saves."""
+
+OTHER_BYTES = 32 * 2**20
+"""Tokenizer, configs and some room."""
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `export` does to a checkpoint."""
+
+    quant: str
+    decoder: DecoderScheme
+    image_size: int
+    """Side of the encoder's square, in pixels."""
+
+    def __post_init__(self) -> None:
+        check_scheme(self.quant)
+        check_image_size(self.image_size)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export."""
+
+    folder: Path
+    checkpoint: str
+    trained: bool
+    notes: tuple[str, ...]
+    verification: Verification
+    files: dict[str, dict[str, Any]]
+    """Size (`bytes`) and `sha256` of each file, by its path in the folder."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.files.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "checkpoint": self.checkpoint,
+            "trained": self.trained,
+            "notes": list(self.notes),
+            "total_bytes": self.total_bytes,
+            "file_bytes": {name: entry["bytes"] for name, entry in self.files.items()},
+            "parity": self.verification.as_dict(),
+        }
+
+
+def export(
+    model: str | Path = DEFAULT_MODEL,
+    out: str | Path | None = None,
+    *,
+    quant: str = "int8",
+    decoder_bits: int = 8,
+    group_size: int = 64,
+    quantize_embeddings: bool = True,
+    image_size: int | None = None,
+    force: bool = False,
+    on_stage: OnStage = lambda _: None,
+) -> Export:
+    """Writes the model folder of a checkpoint: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
+
+    `model` is a checkpoint folder in Apple's layout or `random:SIZE`; `out` defaults to a folder named after it here.
+    The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
+
+    Raises:
+        FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
+            checkpoint (`VerificationError`). Nothing is left behind.
+    """
+    checkpoint = open_checkpoint(model)
+    recipe = Recipe(
+        quant=quant,
+        decoder=DecoderScheme(decoder_bits, group_size, quantize_embeddings),
+        image_size=image_size or checkpoint.config.image_size,
+    )
+    destination = Path(out) if out is not None else default_destination(checkpoint, recipe)
+    check_destination(destination, force=force)
+    check_language_tensors(checkpoint)
+    tokenizer = export_tokenizer(checkpoint.tokenizer_files())
+    check_space(destination, bytes_needed(checkpoint, recipe))
+    with new_folder(destination, force=force) as folder:
+        encoder = write_encoder(folder, checkpoint, recipe, on_stage)
+        on_stage("write the decoder's weights")
+        write_weights(folder, saved_tensors(checkpoint, recipe.decoder))
+        write_configs(folder, checkpoint, recipe, tokenizer)
+        verification = verify_features(
+            folder, checkpoint, encoder.images, encoder.features, recipe.quant, on_stage=on_stage
+        )
+        if not verification.passed:
+            raise VerificationError(f"{checkpoint.name} was not exported: {'; '.join(verification.failures)}")
+        on_stage("write the manifest")
+        result = Export(
+            folder=destination,
+            checkpoint=checkpoint.name,
+            trained=is_trained(checkpoint),
+            notes=(*checkpoint.notes, *encoder.notes),
+            verification=verification,
+            files=file_table(folder),
+        )
+        write_json(folder / MANIFEST_NAME, manifest(checkpoint, recipe, encoder, result))
+    return result
+
+
+@dataclass(frozen=True)
+class WrittenEncoder:
+    """What the later steps need to know of the encoder that was written."""
+
+    images: list[np.ndarray]
+    """Verification images, (1, 3, S, S) each."""
+    features: list[np.ndarray]
+    """The checkpoint's own `image_features` of them, float32."""
+    stream_scales: list[float]
+    """Power of two by which each stage's residual stream was scaled; 1 where it fits float16 as it is."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        scaled = [f"stage {i} by {scale:g}" for i, scale in enumerate(self.stream_scales) if scale != 1]
+        return (f"the residual stream was rescaled, exactly, to fit float16: {', '.join(scaled)}",) if scaled else ()
+
+
+def write_encoder(folder: Path, checkpoint: Checkpoint, recipe: Recipe, on_stage: OnStage) -> WrittenEncoder:
+    """Reparameterizes, folds, converts and compresses the vision encoder into the package."""
+    from ..models.fastvit import FastViT
+
+    on_stage("load the encoder")
+    encoder = FastViT.from_checkpoint(checkpoint)
+    on_stage("run the checkpoint's encoder")
+    images = verification_images(recipe.image_size)
+    features, maxima = reference_features(encoder, images)
+    scales = stream_scales(maxima)
+    network = rewrite(encoder, recipe.image_size, scales)
+    del encoder
+    if recipe.quant != "fp16":
+        on_stage("correct the biases")
+        correct_biases(network, calibration_images(recipe.image_size))
+    metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
+    convert_encoder(
+        network, recipe.image_size, recipe.quant, folder / PACKAGE_NAME, metadata=metadata, on_stage=on_stage
+    )
+    return WrittenEncoder(images, features, scales)
+
+
+def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenizer: ExportedTokenizer) -> None:
+    config = exported_config(checkpoint, tokenizer.image_token_index, recipe.image_size, recipe.decoder)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(recipe.image_size))
+    write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
+
+
+def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, result: Export) -> dict[str, Any]:
+    """The content of `fastvlm.json`. It holds no dates and no paths: the same export gives the same bytes."""
+    return {
+        "format": MANIFEST_FORMAT,
+        "fastvlm": __version__,
+        "source": {
+            "name": checkpoint.name,
+            "kind": "folder" if result.trained else "random",
+            "sha256": checkpoint.digest(),
+        },
+        "trained": result.trained,
+        "notes": list(result.notes),
+        "recipe": {**asdict(recipe), "target": "ios17", "stream_scales": encoder.stream_scales},
+        "tools": {name: version(name) for name in ("coremltools", "mlx", "torch")},
+        "parity": result.verification.as_dict(),
+        "files": result.files,
+    }
+
+
+def is_trained(checkpoint: Checkpoint) -> bool:
+    return not isinstance(checkpoint, RandomCheckpoint)
+
+
+def default_destination(checkpoint: Checkpoint, recipe: Recipe) -> Path:
+    return Path(re.sub(r"[^\w.-]+", "-", checkpoint.name) + f"-{recipe.quant}")
+
+
+def bytes_needed(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """About how much disk the export takes up while it is written."""
+    encoder = sum(prod(info.shape) for info in tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX).values())
+    language = sum(prod(shape) for shape in language_shapes(checkpoint.config).values())
+    bits = recipe.decoder.bits + (32 / recipe.decoder.group_size if recipe.decoder.is_quantized else 0)
+    return int(encoder * ENCODER_BYTES_PER_WEIGHT[recipe.quant] + language * bits / 8) + OTHER_BYTES

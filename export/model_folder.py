@@ -1,0 +1,128 @@
+"""The files of an exported model folder other than the package: weights, configs, tokenizer, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..models.checkpoint import Checkpoint
+from ..models.errors import OutputError
+from ..quant.decoder import DecoderScheme
+
+if TYPE_CHECKING:
+    from ..models._mlx import mx
+
+MANIFEST_NAME = "fastvlm.json"
+MANIFEST_FORMAT = 1
+MAX_SHARD_BYTES = 2 * 2**30
+"""A shard is in memory twice while it is written."""
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> None:
+    """`model.safetensors`, or shards with `model.safetensors.index.json` where there is more than one.
+
+    Raises:
+        OutputError: a file could not be written whole.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append(_write_shard(folder, len(shards), pending))
+            pending, size = {}, 0
+        pending[name] = np.array(tensor, copy=False)
+        size += tensor.nbytes
+    shards.append(_write_shard(folder, len(shards), pending))
+    _name_shards(folder, shards)
+
+
+def _write_shard(folder: Path, index: int, tensors: dict[str, np.ndarray]) -> list[str]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, _shard_path(folder, index), metadata={"format": "mlx"})
+    except SafetensorError as reason:
+        raise OutputError(f"the decoder's weights cannot be written: {str(reason).splitlines()[0]}") from reason
+    return list(tensors)
+
+
+def _shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index}.safetensors"
+
+
+def _name_shards(folder: Path, shards: list[list[str]]) -> None:
+    """Hugging Face's names, which tell how many shards there are."""
+    if len(shards) == 1:
+        _shard_path(folder, 0).rename(folder / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for index, names in enumerate(shards):
+        path = folder / f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        _shard_path(folder, index).rename(path)
+        total += path.stat().st_size
+        weight_map.update(dict.fromkeys(names, path.name))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def exported_config(
+    checkpoint: Checkpoint, image_token_index: int, image_size: int, scheme: DecoderScheme
+) -> dict[str, Any]:
+    """Apple's `config.json` with what export decided: the image token, the size, the dtype, the quantization."""
+    config = {
+        **checkpoint.config_dict,
+        "image_token_index": image_token_index,
+        "mm_vision_tower": f"mobileclip_l_{image_size}",
+        "tie_word_embeddings": checkpoint.config.decoder.tie_word_embeddings,
+        "torch_dtype": "float16",
+    }
+    if scheme.is_quantized:
+        config["quantization"] = {"group_size": scheme.group_size, "bits": scheme.bits}
+    return config
+
+
+def preprocessor_config(image_size: int) -> dict[str, Any]:
+    """CLIP's fields, as the iOS app and transformers read them: pixels in 0..1, bicubic, square of `image_size`."""
+    return {
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [1.0, 1.0, 1.0],
+        "processor_class": "LlavaProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": image_size},
+    }
+
+
+PROCESSOR_CONFIG = {
+    "image_token": "<image>",
+    "num_additional_image_tokens": 0,
+    "patch_size": 64,
+    "processor_class": "LlavaProcessor",
+}
+
+
+def file_table(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file under `folder`, by its path there, but for the manifest."""
+    table = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        table[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return table
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,105 @@
+"""Output that is absent or whole: written beside its destination, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..models.errors import OutputError
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `destination` that takes its name when the block ends well, and is removed otherwise.
+
+    Raises:
+        OutputError: the destination exists (without `force`), cannot be written, or the disk is full.
+    """
+    check_destination(destination, force=force)
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(destination)
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):  # some writers make files that only their owner can read
+            path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
+        publish(partial, destination)
+    except OSError as reason:
+        raise output_error(reason, destination) from reason
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Raises OutputError when `destination` is in the way: before any work is done for it."""
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise OutputError(f"{destination} exists and is no folder: choose another output folder")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not force:
+            raise OutputError(f"{destination} exists: pass --force to replace it, or choose another output folder")
+        if not (destination / "fastvlm.json").is_file():
+            raise OutputError(
+                f"{destination} was not written by fastvlm (no fastvlm.json in it), so --force will not replace it: "
+                "choose another output folder"
+            )
+
+
+def check_space(destination: Path, needed_bytes: int) -> None:
+    """Raises OutputError when the file system of `destination` has less than `needed_bytes` free."""
+    existing = next(parent for parent in [destination, *destination.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"not enough space for {destination}: it needs about {needed_bytes / 1e9:.2f} GB while it is written, "
+            f"{free / 1e9:.2f} GB are free; free some or choose another disk"
+        )
+
+
+def publish(partial: Path, destination: Path) -> None:
+    """Gives the finished folder its name; a folder that it replaces goes only after that."""
+    if not destination.exists():
+        partial.rename(destination)
+        return
+    replaced = partial.with_name(partial.name.replace(".partial-", ".replaced-"))
+    destination.rename(replaced)
+    try:
+        partial.rename(destination)
+    except OSError:
+        replaced.rename(destination)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_abandoned(destination: Path) -> None:
+    """Removes the partial folders that killed runs left for the same destination."""
+    for folder in destination.parent.glob(f".{destination.name}.partial-*"):
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def output_error(reason: OSError, destination: Path) -> OutputError:
+    if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full: {destination} was not written; free some space or choose another disk")
+    return OutputError(f"{destination} cannot be written: {reason.strerror or reason}")
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,182 @@
+"""The encoder as the Neural Engine wants it: channel-first throughout, batch 1, fixed size, everything constant folded.
+
+Next to the upstream graph (460 operations, 25 transposes, rank 5) the program that this traces into has 352 operations,
+one transpose and rank 4 at most. The folds are exact; they are computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.fastvit import AttentionBlock, Downsampling, FastViT, RepMixerBlock
+from ..models.fastvit_blocks import MobileOneBlock, PositionConv, ReparamLargeKernelConv, bias_of, conv_from
+from ..models.fastvit_config import HEAD_DIM, LAYER_NORM_EPS
+
+STREAM_LIMIT = 65504 / 4
+"""A quarter of float16's largest number: calibration images do not show every image's extremes."""
+
+
+class EngineFFN(nn.Module):
+    """7x7 depthwise convolution with its batch norm folded, fc1, GELU, fc2 with the layer scale folded."""
+
+    def __init__(self, block: RepMixerBlock | AttentionBlock, layer_scale: Tensor, stream_scale: float) -> None:
+        super().__init__()
+        weight, bias = block.convffn.conv.folded()
+        self.conv = conv_from(weight / stream_scale, bias, stride=1, groups=len(bias))
+        self.fc1 = block.convffn.fc1
+        self.fc2 = scaled_outputs(block.convffn.fc2.weight, bias_of(block.convffn.fc2), layer_scale * stream_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.conv(x))))
+
+
+class EngineRepMixerBlock(nn.Module):
+    """A block whose input stream is scaled by `scale_in` and whose output stream by `scale`."""
+
+    def __init__(self, block: RepMixerBlock, scale_in: float, scale: float) -> None:
+        super().__init__()
+        self.token_mixer = rescaled(block.token_mixer.reparam_conv, scale_in, scale)
+        self.convffn = EngineFFN(block, block.layer_scale, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.token_mixer(x)
+        return x + self.convffn(x)
+
+
+class EngineAttentionBlock(nn.Module):
+    """Attention over a grid of `grid` x `grid` positions, each head's channels in front of its positions."""
+
+    def __init__(self, block: AttentionBlock, grid: int, scale: float) -> None:
+        super().__init__()
+        self.grid = grid
+        self.eps = LAYER_NORM_EPS * scale**2  # layer norm is free of the stream's scale but for its epsilon
+        self.channels = block.norm.weight.numel()
+        self.num_heads = self.channels // HEAD_DIM
+        self.qkv = folded_qkv(block)
+        proj = block.token_mixer.proj
+        self.proj = scaled_outputs(proj.weight[:, :, None, None], bias_of(proj), block.layer_scale_1 * scale)
+        self.convffn = EngineFFN(block, block.layer_scale_2, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.proj(self.attend(self.normalize(x)))
+        return x + self.convffn(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        # Written this way coremltools fuses it into one layer_norm; `pow` or `sqrt` would stay eight operations.
+        centred = x - x.mean(1, keepdim=True)
+        return centred * ((centred * centred).mean(1, keepdim=True) + self.eps).rsqrt()
+
+    def attend(self, x: Tensor) -> Tensor:
+        positions = self.grid * self.grid
+        qkv = self.qkv(x).reshape(1, 3 * self.num_heads, HEAD_DIM, positions)
+        query, key, value = qkv.split(self.num_heads, 1)  # (1, heads, 32, HW) each
+        weights = (query.transpose(-1, -2) @ key).softmax(-1)  # (1, heads, HW, HW)
+        mixed = value @ weights.transpose(-1, -2)  # (1, heads, 32, HW)
+        return mixed.reshape(1, self.channels, self.grid, self.grid)
+
+
+class EngineHead(nn.Module):
+    """`conv_exp` and the one transpose: (1, C, H, W) -> `image_features` (1, HW, 2C)."""
+
+    def __init__(self, conv_exp: MobileOneBlock, grid: int, scale_in: float) -> None:
+        super().__init__()
+        self.conv = rescaled(conv_exp.reparam_conv, scale_in, 1.0)
+        self.se = conv_exp.se
+        self.shape = (1, self.conv.out_channels, grid * grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.se(self.conv(x)))
+        return x.reshape(self.shape).transpose(1, 2)  # (1, N, C)
+
+
+def rewrite(encoder: FastViT, image_size: int, stream_scales: Sequence[float] | None = None) -> nn.Sequential:
+    """A network equal to `encoder` for `images` (1, 3, S, S) float32 in 0..1, giving `image_features` (1, N, C).
+
+    `encoder` is reparameterized in place first; convolutions that need no fold are shared with it, not copied.
+    Inside stage k the residual stream is `stream_scales[k]` times the original's: with powers of two that is exact,
+    and it keeps a stream that passes float16's range inside it.
+    """
+    encoder.reparameterize()
+    scales = iter(stream_scales or [1.0] * len(encoder.config.depths))
+    parts: list[nn.Module] = [conv_gelu(folded(block)) for block in encoder.patch_embed]
+    grid = image_size // 4  # the stem's strides
+    scale_in, scale = 1.0, next(scales)
+    for part in encoder.network:
+        if isinstance(part, Downsampling):
+            grid //= 2
+            parts += [conv_gelu(rescaled(folded(part.proj[0]), scale_in, 1.0)), conv_gelu(folded(part.proj[1]))]
+            scale_in, scale = 1.0, next(scales)
+        elif isinstance(part, PositionConv):
+            parts.append(rescaled(part.reparam_conv, scale_in, scale))
+            scale_in = scale
+        elif isinstance(part, nn.Sequential):
+            for block in part:
+                if isinstance(block, RepMixerBlock):
+                    parts.append(EngineRepMixerBlock(block, scale_in, scale))
+                    scale_in = scale
+                elif isinstance(
+                    block, AttentionBlock
+                ):  # the position convolution wrote the stream; without one, nothing can rescale it
+                    parts.append(EngineAttentionBlock(block, grid, scale_in))
+    parts.append(EngineHead(encoder.conv_exp, grid, scale_in))
+    return nn.Sequential(*parts).requires_grad_(False).eval()
+
+
+def folded(block: nn.Module) -> nn.Conv2d:
+    """The one convolution that a block's branches were folded into."""
+    assert isinstance(block, MobileOneBlock | ReparamLargeKernelConv)
+    return block.lkb_reparam if isinstance(block, ReparamLargeKernelConv) else block.reparam_conv
+
+
+def conv_gelu(conv: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(conv, nn.GELU())
+
+
+def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
+    """`conv` for an input that is `scale_in` times the original and an output that should be `scale_out` times it."""
+    if scale_in == scale_out == 1:
+        return conv
+    weight = conv.weight.double() * (scale_out / scale_in)
+    return conv_from(weight, bias_of(conv).double() * scale_out, conv.stride[0], conv.groups)
+
+
+def features_and_maxima(encoder: FastViT, images: Tensor) -> tuple[Tensor, list[float]]:
+    """`encoder(images)`, and the largest magnitude of each stage's residual stream on the way."""
+    maxima = [0.0] * len(encoder.config.depths)
+    stage = 0
+    x = encoder.patch_embed(images)
+    for part in encoder.network:
+        if isinstance(part, Downsampling):
+            stage += 1
+            x = part(x)
+            continue
+        for layer in part if isinstance(part, nn.Sequential) else [part]:
+            x = layer(x)
+            maxima[stage] = max(maxima[stage], float(x.abs().max()))
+    return encoder.features(x), maxima
+
+
+def stream_scales(maxima: Iterable[float]) -> list[float]:
+    """Per stage the power of two, 1 or less, that keeps a stream of that magnitude under `STREAM_LIMIT`."""
+    return [min(1.0, 2.0 ** math.floor(math.log2(STREAM_LIMIT / value))) if value else 1.0 for value in maxima]
+
+
+def scaled_outputs(weight: Tensor, bias: Tensor, scale: Tensor) -> nn.Conv2d:
+    """The 1x1 convolution whose output channels are multiplied by `scale` (C, 1, 1)."""
+    scale = scale.double().flatten()
+    return conv_from(weight.double() * scale[:, None, None, None], bias.double() * scale, stride=1, groups=1)
+
+
+def folded_qkv(block: AttentionBlock) -> nn.Conv2d:
+    """qkv as a 1x1 convolution that takes in layer norm's gain and bias, and the query's 1/sqrt(32)."""
+    weight = block.token_mixer.qkv.weight.double()  # (3C, C)
+    bias = weight @ block.norm.bias.double()
+    weight = weight * block.norm.weight.double()
+    queries = torch.ones(len(weight), 1, dtype=torch.float64)
+    queries[: len(weight) // 3] = HEAD_DIM**-0.5
+    return conv_from((weight * queries)[:, :, None, None], bias * queries[:, 0], stride=1, groups=1)

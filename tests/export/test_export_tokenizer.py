@@ -1,0 +1,104 @@
+"""`<image>` gets into the tokenizer with the id that the clients expect, whatever the files looked like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from fastvlm.export.tokenizer import add_image_token, export_tokenizer
+from fastvlm.models.errors import ConfigError
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+
+TEXTS = [
+    "Describe the image.",
+    "It's 12 o'clock,\n\n\tisn't it?",
+    "Größe 中文 🦜🏽",
+    "  two  spaces ",
+    "<|im_end|>x<|im_start|>",
+]
+
+
+def loaded(files: dict[str, bytes]) -> Tokenizer:
+    return Tokenizer.from_str(files["tokenizer.json"].decode())
+
+
+def test_image_token_follows_the_last_added_token() -> None:
+    exported = export_tokenizer(RandomCheckpoint("tiny").tokenizer_files())
+    tokenizer = loaded(exported.files)
+    assert exported.image_token_index == 1023
+    assert tokenizer.token_to_id("<image>") == 1023
+    assert tokenizer.encode("a<image>b").ids.count(1023) == 1
+    config = json.loads(exported.files["tokenizer_config.json"])
+    assert config["added_tokens_decoder"]["1023"]["content"] == "<image>"
+
+
+@pytest.mark.parametrize(("last_added", "expected"), [(151645, 151646), (151664, 151665)])
+def test_image_token_is_not_hard_coded(last_added: int, expected: int) -> None:
+    tokenizer = {
+        "added_tokens": [{"id": i, "content": f"<{i}>"} for i in range(151643, last_added + 1)],
+        "model": {"vocab": {"a": 0, "b": 151642}},
+    }
+    assert add_image_token(tokenizer, {}) == expected
+
+
+def test_image_token_that_is_there_keeps_its_id() -> None:
+    files = dict(export_tokenizer(RandomCheckpoint("tiny").tokenizer_files()).files)
+    again = export_tokenizer(files)
+    assert again.image_token_index == 1023
+    assert again.files["tokenizer.json"] == files["tokenizer.json"]
+
+
+def test_image_token_does_not_take_a_word_of_the_vocabulary() -> None:
+    tokenizer = {"added_tokens": [{"id": 0, "content": "<s>"}], "model": {"vocab": {"a": 1, "b": 2}}}
+    assert add_image_token(tokenizer, {}) == 3
+
+
+def test_tokenizer_made_from_vocabulary_and_merges_encodes_the_same(golden: Path) -> None:
+    folder = golden / "llava_small_reparam_tied"
+    fast = (folder / "tokenizer.json").read_bytes()
+    model = json.loads(fast)["model"]
+    slow = {
+        "vocab.json": json.dumps(model["vocab"]).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]).encode(),
+        "tokenizer_config.json": (folder / "tokenizer_config.json").read_bytes(),
+    }
+    ours = loaded(dict(export_tokenizer(slow).files))
+    reference = loaded(dict(export_tokenizer({"tokenizer.json": fast}).files))
+    assert ours.get_vocab() == reference.get_vocab()
+    for text in TEXTS:
+        assert ours.encode(text).ids == reference.encode(text).ids
+        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_synthetic_tokenizer_returns_every_text(text: str) -> None:
+    tokenizer = loaded(RandomCheckpoint("tiny").tokenizer_files())
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
+    checkpoint = RandomCheckpoint("tiny")
+    ids = sorted(loaded(export_tokenizer(checkpoint.tokenizer_files()).files).get_vocab().values())
+    assert ids == list(range(checkpoint.config.decoder.vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer: neither"),
+        ({"tokenizer.json": b"{"}, "tokenizer.json is not valid JSON"),
+        ({"tokenizer.json": b"[]"}, "should hold a JSON object"),
+        ({"tokenizer.json": b"{}"}, "'added_tokens' with ids"),
+        ({"tokenizer.json": b'{"added_tokens": [{"id": "x"}], "model": {"vocab": {}}}'}, "'added_tokens' with ids"),
+        ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "cannot be loaded"),
+        ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "should map tokens to ids"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b"one\n"}, "two symbols a line"),
+    ],
+)
+def test_damaged_tokenizers_are_one_line(files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        export_tokenizer(files)
+    assert "\n" not in str(caught.value)

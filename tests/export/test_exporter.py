@@ -1,0 +1,256 @@
+"""A whole export: what is in the folder, that it repeats, and that a failure leaves nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import fastvlm
+from fastvlm.export import exporter, model_folder
+from fastvlm.export.exporter import export
+from fastvlm.export.verify import ENCODER_FLOOR_DB
+from fastvlm.models.apple_layout import language_shapes, saved_name
+from fastvlm.models.checkpoint import FolderCheckpoint
+from fastvlm.models.errors import ConfigError, OutputError, UsageError, VerificationError, WeightsError
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`random:tiny` with every default."""
+    return export(out=tmp_path_factory.mktemp("export") / "model").folder
+
+
+def test_folder_holds_what_the_formats_name(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json",
+        "fastvithd.mlpackage",
+        "fastvlm.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    assert config["model_type"] == "llava_qwen2"
+    assert config["image_token_index"] == 1023
+    assert config["quantization"] == {"group_size": 64, "bits": 8}
+    preprocessor = json.loads((exported / "preprocessor_config.json").read_text())
+    assert preprocessor["size"] == {"shortest_edge": 256}
+    assert preprocessor["crop_size"] == {"height": 256, "width": 256}
+    assert preprocessor["processor_class"] == "LlavaProcessor"
+    processor = json.loads((exported / "processor_config.json").read_text())
+    assert (processor["image_token"], processor["patch_size"]) == ("<image>", 64)
+
+
+def test_manifest_describes_every_file(exported: Path) -> None:
+    manifest = json.loads((exported / "fastvlm.json").read_text())
+    found = contents(exported)
+    assert manifest["files"].keys() == found.keys() - {"fastvlm.json"}
+    for name, entry in manifest["files"].items():
+        assert entry["bytes"] == len(found[name])
+        assert entry["sha256"] == hashlib.sha256(found[name]).hexdigest()
+    assert manifest["source"] == {
+        "name": "random:tiny",
+        "kind": "random",
+        "sha256": RandomCheckpoint("tiny").digest(),
+    }
+    assert manifest["trained"] is False
+    assert "the text means nothing" in manifest["notes"][0]
+    assert manifest["recipe"]["quant"] == "int8"
+    assert manifest["parity"]["image_features"]["snr_db"] > 30
+    assert str(exported) not in json.dumps(manifest)
+
+
+def test_files_are_readable_like_any_other(exported: Path) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in exported.rglob("*") if path.is_file()}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}
+
+
+def test_two_exports_give_the_same_bytes(exported: Path, tmp_path: Path) -> None:
+    again = fastvlm.export(out=tmp_path / "again").folder
+    assert contents(again) == contents(exported)
+
+
+@pytest.mark.parametrize(("bits", "embeddings"), [(16, True), (8, False), (4, True)])
+def test_decoder_weights_are_stored_as_asked(tmp_path: Path, bits: int, embeddings: bool) -> None:
+    result = export(out=tmp_path / "model", quant="fp16", decoder_bits=bits, quantize_embeddings=embeddings)
+    tensors = load_file(result.folder / "model.safetensors")
+    checkpoint = RandomCheckpoint("tiny")
+    plain = {saved_name(name): shape for name, shape in language_shapes(checkpoint.config).items()}
+    quantized = {name.removesuffix(".scales") + ".weight" for name in tensors if name.endswith(".scales")}
+    matrices = {name for name, shape in plain.items() if len(shape) == 2 and name.startswith("language_model")}
+    table = "language_model.model.embed_tokens.weight"
+    assert quantized == (set() if bits == 16 else matrices if embeddings else matrices - {table})
+    for name, shape in plain.items():
+        if name in quantized:
+            assert tensors[name].dtype == np.uint32
+            assert tensors[name].shape == (shape[0], shape[1] * bits // 32)
+        else:
+            assert tensors[name].dtype == np.float16
+            assert tensors[name].shape == shape
+    config = json.loads((result.folder / "config.json").read_text())
+    assert ("quantization" in config) == (bits < 16)
+
+
+def test_rows_that_do_not_divide_into_groups_stay_float16(tmp_path: Path) -> None:
+    result = export(out=tmp_path / "model", quant="fp16", group_size=128)
+    tensors = load_file(result.folder / "model.safetensors")
+    assert "language_model.model.layers.0.mlp.down_proj.scales" in tensors  # rows of 384
+    assert "language_model.model.layers.0.mlp.up_proj.scales" in tensors  # rows of 128
+
+
+def test_image_size_is_carried_through(tmp_path: Path) -> None:
+    result = export(out=tmp_path / "model", quant="fp16", image_size=128)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["mm_vision_tower"] == "mobileclip_l_128"
+    preprocessor = json.loads((result.folder / "preprocessor_config.json").read_text())
+    assert preprocessor["crop_size"] == {"height": 128, "width": 128}
+
+
+def test_large_decoders_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
+    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", 300_000)
+    folder = export(out=tmp_path / "model").folder
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards == sorted(set(index["weight_map"].values()))
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    merged = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+    whole = load_file(exported / "model.safetensors")
+    assert merged.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(np.array_equal(merged[name], whole[name]) for name in whole)
+
+
+def test_checkpoint_is_not_touched_and_is_exported_like_its_source(write_checkpoint: Callable, tmp_path: Path) -> None:
+    source = write_checkpoint()
+    before = contents(source)
+    result = export(source, tmp_path / "model", quant="fp16")
+    assert contents(source) == before
+    assert result.trained
+    manifest = json.loads((result.folder / "fastvlm.json").read_text())
+    assert manifest["source"]["sha256"] == FolderCheckpoint(source).digest()
+
+
+def no_space(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["write_weights", "write_configs", "file_table"])
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    monkeypatch.setattr(exporter, step, no_space)
+    with pytest.raises(OutputError, match="the disk is full"):
+        export(out=tmp_path / "model", quant="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"needs about [\d.]+ GB while it is written"):
+        exporter.check_space(tmp_path / "a" / "b", 10**16)
+    stages: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "bytes_needed", lambda *_: 10**16)
+        with pytest.raises(OutputError, match="not enough space"):
+            export(out=tmp_path / "model", on_stage=stages.append)
+    assert stages == []
+
+
+def test_existing_folder_needs_force(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export(out=out, quant="fp16")
+    before = contents(out)
+    with pytest.raises(OutputError, match="pass --force"):
+        export(out=out)
+    assert contents(out) == before
+    export(out=out, quant="int8", force=True)
+    assert contents(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_force_does_not_replace_what_is_not_ours(tmp_path: Path) -> None:
+    (precious := tmp_path / "precious").mkdir()
+    (precious / "thesis.tex").write_text("all of it")
+    with pytest.raises(OutputError, match="was not written by fastvlm"):
+        export(out=precious, force=True)
+    (file := tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is no folder"):
+        export(out=file, force=True)
+    assert (precious / "thesis.tex").read_text() == "all of it"
+
+
+def test_failed_verification_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODER_FLOOR_DB, "fp16", 150.0)
+    with pytest.raises(VerificationError, match=r"image_features reach \d+.\d dB, the floor is 150 dB"):
+        export(out=tmp_path / "model", quant="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"quant": "int3"}, UsageError, "--quant should be one of fp16, int8"),
+        ({"decoder_bits": 3}, UsageError, "--decoder-bits should be one of 4, 8, 16"),
+        ({"group_size": 48}, UsageError, "--group-size should be one of 32, 64, 128"),
+        ({"image_size": 100}, ConfigError, "multiple of 64 from 128 to 2048"),
+        ({"image_size": 4096}, ConfigError, "multiple of 64 from 128 to 2048"),
+    ],
+)
+def test_impossible_requests_are_refused_at_once(
+    tmp_path: Path, options: dict, error: type[Exception], message: str
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(error, match=message):
+        export(out=tmp_path / "model", on_stage=stages.append, **options)
+    assert stages == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_decoder_weights_that_do_not_fit_float16_are_refused(
+    write_checkpoint: Callable, tmp_path: Path, value: float
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+
+    with pytest.raises(WeightsError, match=r"model.layers.1.mlp.up_proj.weight holds NaN, infinite values or numbers"):
+        export(write_checkpoint(change=change), tmp_path / "model", quant="fp16")
+    assert not (tmp_path / "model").exists()
+
+
+def test_stale_decoder_tensors_are_listed_before_any_work(write_checkpoint: Callable, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(1)
+
+    stages: list[str] = []
+    with pytest.raises(WeightsError, match=r"1 missing: model.norm.weight; 1 unexpected: model.layers.3.mlp.up_proj"):
+        export(write_checkpoint(change=change), tmp_path / "model", on_stage=stages.append)
+    assert stages == []
+
+
+def test_partial_folders_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead, alive, other = (
+        tmp_path / name for name in (".model.partial-999999999", f".model.partial-{os.getppid()}", ".x")
+    )
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    export(out=tmp_path / "model", quant="fp16")
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()

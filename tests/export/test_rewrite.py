@@ -1,0 +1,114 @@
+"""The network that is traced: equal to the encoder, and of the shape that the engine wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastvlm.export.coreml import convert_encoder
+from fastvlm.export.rewrite import STREAM_LIMIT, features_and_maxima, rewrite, stream_scales
+from fastvlm.models.fastvit import FastViT
+from fastvlm.models.fastvit_config import FastViTConfig
+from fastvlm.models.mlprogram import census, max_rank, read_package
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.references import open_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> object:
+    with torch.inference_mode():
+        yield
+
+
+def encoder() -> FastViT:
+    return FastViT.from_checkpoint(RandomCheckpoint("tiny"))
+
+
+def images(size: int) -> torch.Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(expected).all()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [128, 256, 320])
+def test_rewritten_network_equals_the_encoder(tolerance: Callable[[str], float], size: int) -> None:
+    x = images(size)
+    expected = encoder()(x)
+    found = rewrite(encoder(), size)(x)
+    assert found.shape == (1, (size // 64) ** 2, 512)
+    assert relative_error(found, expected) < tolerance("rewrite_float32")
+
+
+@pytest.mark.parametrize("name", ["llava_small_reparam_tied", "llava_small_train_untied"])
+def test_rewritten_network_matches_the_reference(golden: Path, tolerance: Callable[[str], float], name: str) -> None:
+    numbers = np.load(golden / name / "expected.npz")
+    network = rewrite(FastViT.from_checkpoint(open_checkpoint(golden / name)), 256)
+    for case in range(3):
+        found = network(torch.from_numpy(numbers[f"{case}.pixel_values"]))
+        expected = torch.from_numpy(numbers[f"{case}.image_features"])
+        assert relative_error(found, expected) < tolerance("rewrite_float32")
+
+
+def test_swapped_channels_would_be_seen(tolerance: Callable[[str], float]) -> None:
+    x = images(256)
+    expected = encoder()(x)
+    network = rewrite(encoder(), 256)
+    weight = network[-2].qkv.weight
+    weight[[0, 1]] = weight[[1, 0]]
+    assert relative_error(network(x), expected) > tolerance("rewrite_float32")
+
+
+def test_rescaling_the_stream_changes_nothing_in_float32(tolerance: Callable[[str], float]) -> None:
+    x = images(256)
+    plain = rewrite(encoder(), 256)(x)
+    scaled = rewrite(encoder(), 256, [0.5, 0.25, 0.125, 2**-6, 2**-7])(x)
+    assert relative_error(scaled, plain) < tolerance("rescaled_float32")
+
+
+def test_rescaling_brings_a_stream_beyond_float16_into_range() -> None:
+    network = encoder().reparameterize()
+    for block in network.network[4]:  # stage 2 writes its stream with fc2: make it huge
+        block.layer_scale *= 40_000
+    features, maxima = features_and_maxima(network, images(256))
+    assert torch.equal(features, network(images(256)))
+    assert maxima[2] > 65504
+    scales = stream_scales(maxima)
+    assert scales[0] == scales[1] == 1
+    assert maxima[2] * scales[2] <= STREAM_LIMIT < 2 * maxima[2] * scales[2]
+
+
+def test_stream_scales_are_powers_of_two_at_most_one() -> None:
+    assert stream_scales([0, 3, STREAM_LIMIT, STREAM_LIMIT * 1.01, 1e9]) == [1, 1, 1, 0.5, 2**-16]
+
+
+@pytest.fixture(scope="module")
+def fastvithd_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FastViTHD, at the smallest size: the operations are the same at every size."""
+    with torch.device("meta"):
+        network = FastViT(FastViTConfig())
+    state = {
+        name: torch.full(tensor.shape, 0.01) for name, tensor in network.state_dict().items() if "tracked" not in name
+    }
+    network.load_state_dict(state, strict=False, assign=True)
+    package = tmp_path_factory.mktemp("fastvithd") / "fastvithd.mlpackage"
+    network = rewrite(network.requires_grad_(False).eval(), 128)
+    convert_encoder(network, 128, "fp16", package, metadata={}, on_stage=lambda _: None)
+    return package
+
+
+def test_program_of_fastvithd_has_the_target_operations(fastvithd_package: Path) -> None:
+    program = read_package(fastvithd_package)
+    assert dict(census(program)) == {
+        "conv": 198, "gelu": 56, "add": 50, "reshape": 13, "matmul": 12, "layer_norm": 6, "split": 6, "softmax": 6,
+        "cast": 2, "reduce_mean": 1, "relu": 1, "sigmoid": 1, "mul": 1, "transpose": 1,
+    }  # fmt: skip
+    assert sum(census(program).values()) - census(program)["cast"] == 352
+    assert max_rank(program) == 4
