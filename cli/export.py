@@ -1,0 +1,68 @@
+"""`fastvlm export`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..models.references import DEFAULT_MODEL
+from .progress import StageProgress, megabytes, note
+
+if TYPE_CHECKING:
+    from ..export.exporter import Export
+
+
+def export_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or random:tiny, random:0.5b, :1.5b, :7b.")
+    ] = DEFAULT_MODEL,
+    quant: Annotated[str, typer.Option(help="Encoder weights: fp16 or int8.")] = "int8",
+    decoder_bits: Annotated[int, typer.Option(help="Decoder weights: 4, 8 or 16 bits.")] = 8,
+    group_size: Annotated[int, typer.Option(help="Decoder weights that share a scale: 32, 64 or 128.")] = 64,
+    quantize_embeddings: Annotated[bool, typer.Option(help="Quantize the embedding table too, as mlx-lm does.")] = True,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the encoder's square in pixels, a multiple of 64. Default: as trained.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The folder to write. Default: MODEL-QUANT here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export at OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
+    from ..export.exporter import export
+
+    with StageProgress() as progress:
+        result = export(
+            model,
+            out,
+            quant=quant,
+            decoder_bits=decoder_bits,
+            group_size=group_size,
+            quantize_embeddings=quantize_embeddings,
+            image_size=image_size,
+            force=force,
+            on_stage=progress,
+        )
+    for text in result.notes:
+        note(text)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        typer.echo(summary(result, progress.seconds))
+
+
+def summary(result: Export, seconds: float) -> str:
+    encoder_bytes = sum(entry["bytes"] for name, entry in result.files.items() if ".mlpackage/" in name)
+    encoder, decoder = result.verification.encoder, result.verification.decoder
+    return "\n".join(
+        (
+            f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s; next to {result.checkpoint} in float32:",
+            f"  encoder {megabytes(encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
+            f"  decoder {megabytes(result.total_bytes - encoder_bytes):>12}   logits {decoder.snr_db:.1f} dB, "
+            f"{decoder.same_argmax:.0%} of greedy tokens agree",
+        )
+    )

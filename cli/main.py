@@ -1,0 +1,78 @@
+"""`fastvlm`: the commands, and how errors leave them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from .._version import __version__
+from ..models.errors import FastVLMError
+from .doctor import doctor_command
+from .export import export_command
+from .generate import generate_command
+from .verify import verify_command
+
+app = typer.Typer(
+    name="fastvlm",
+    help="FastVLM on Apple Silicon: export for the Neural Engine, ask about images, measure the time to first token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("export")(export_command)
+app.command("generate")(generate_command)
+app.command("verify")(verify_command)
+app.command("doctor")(doctor_command)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastvlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """FastVLM on Apple Silicon: export for the Neural Engine, ask about images, measure the time to first token."""
+
+
+def main() -> NoReturn:
+    """Runs the command line. Exit code 0: success; 1: an error, told in one line; 2: wrong usage."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except FastVLMError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read our output has enough; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail("out of memory: close other programs, or use a smaller model or image size")
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    sys.exit(0)
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so that partial output is removed."""
+    raise SystemExit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()

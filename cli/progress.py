@@ -1,0 +1,59 @@
+"""Progress on stderr: one line per stage with its time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class StageProgress:
+    """Prints each stage when it begins and its seconds when the next one does. Used as a context manager."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._stage: str | None = None
+        self._begin = self._stage_begin = time.perf_counter()
+
+    def __call__(self, stage: str) -> None:
+        self._finish_stage()
+        self._stage, self._stage_begin = stage, time.perf_counter()
+        if self._terminal:
+            self._write(f"  … {stage}")
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish_stage()
+        elif self._stage and self._terminal:
+            self._write("\n")
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self._begin
+
+    def _finish_stage(self) -> None:
+        if self._stage:
+            begin = "\r\x1b[K" if self._terminal else ""
+            self._write(f"{begin}  {self._stage:<34} {time.perf_counter() - self._stage_begin:6.1f} s\n")
+            self._stage = None
+
+    def _write(self, text: str) -> None:
+        if not self._quiet:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def note(text: str) -> None:
+    """A remark for the user that is no result."""
+    sys.stderr.write(f"note: {text}\n")
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
