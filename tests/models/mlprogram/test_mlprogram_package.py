@@ -1,0 +1,237 @@
+"""Reading a package: what it says about a good one, and one clear error for anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvlm.models.errors import PackageError
+from fastvlm.models.mlprogram import Constants, census, max_rank, read_package, stored_bytes
+
+MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
+WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
+
+
+@pytest.fixture
+def copy(small_package: Path, tmp_path: Path) -> Path:
+    """A copy of the package, free to be damaged."""
+    return Path(shutil.copytree(small_package, tmp_path / "copy.mlpackage"))
+
+
+def test_program_is_described(small_package: Path) -> None:
+    program = read_package(small_package)
+    assert [(t.name, t.dtype, t.shape) for t in program.inputs] == [("x", "fp32", (1, 8, 6, 6))]
+    assert [(t.dtype, t.shape) for t in program.outputs] == [("fp32", (1, 16, 6, 6))]
+    assert (program.spec_version, program.opset) == (8, "CoreML7")
+    assert program.metadata["com.github.apple.coremltools.version"] == "9.0"
+    assert program.path == small_package
+    assert census(program) == {"conv": 2, "gelu": 1, "cast": 2}
+    assert max_rank(program) == 4
+    assert stored_bytes(program) == {"fp16": 2 * (16 * 8 * 9 + 16 + 16 * 16 + 16)}
+
+
+def test_operations_hold_names_values_and_types(small_package: Path) -> None:
+    program = read_package(small_package)
+    conv = next(o for o in program.operations if o.kind == "conv")
+    assert conv.outputs[0].name.startswith("first")
+    assert program.producers[conv.outputs[0].name] is conv
+    constants = Constants(program)
+    assert constants.array(conv.inputs["pad_type"][0]).item() == "same"
+    assert constants.array(conv.inputs["strides"][0]).tolist() == [1, 1]
+    weight = constants.array(conv.inputs["weight"][0])
+    assert (weight.dtype, weight.shape) == (np.float16, (16, 8, 3, 3))
+    assert not weight.flags.writeable and not weight.flags.owndata
+
+
+def test_path_may_be_a_string_or_a_link(small_package: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.mlpackage").symlink_to(small_package)
+    assert census(read_package(str(tmp_path / "link.mlpackage"))) == census(read_package(small_package))
+
+
+def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.mlmodel"
+    file.write_bytes(b"")
+    compiled = tmp_path / "model.mlmodelc"
+    compiled.mkdir()
+    for path, message in [(file, "found a file"), (tmp_path / "no", "found nothing"), (tmp_path, "found none")]:
+        with pytest.raises(PackageError, match=message):
+            read_package(path)
+    with pytest.raises(PackageError, match=r"compiled model.*give the \.mlpackage"):
+        read_package(compiled)
+
+
+@pytest.mark.parametrize("missing", [MODEL, WEIGHTS])
+def test_missing_file_is_named(copy: Path, missing: Path) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(PackageError, match=f"{missing.name}.*missing"):
+        read_package(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"itemInfoEntries": 3}', "[" * 100_000, "\udcff"])
+def test_bad_manifest_is_refused(copy: Path, content: str) -> None:
+    (copy / "Manifest.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(PackageError, match=r"Manifest\.json"):
+        read_package(copy)
+
+
+@pytest.mark.parametrize("target", ["../../outside.mlmodel", "/etc/hostname", "nul\0", 7, "../Data/../Manifest.json"])
+def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
+    manifest = json.loads((copy / "Manifest.json").read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = target
+    (copy / "Manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PackageError, match=r"expected a path|is not a usable path"):
+        read_package(copy)
+
+
+@pytest.mark.parametrize("which", [MODEL, WEIGHTS])
+def test_link_out_of_the_package_is_refused(copy: Path, tmp_path: Path, which: Path) -> None:
+    outside = tmp_path / "outside.bin"
+    shutil.move(copy / which, outside)
+    (copy / which).symlink_to(outside)
+    with pytest.raises(PackageError, match="inside the package"):
+        read_package(copy)
+
+
+def test_pipe_instead_of_weights_does_not_block(copy: Path) -> None:
+    (copy / WEIGHTS).unlink()
+    os.mkfifo(copy / WEIGHTS)
+    with pytest.raises(PackageError, match="missing"):
+        read_package(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["@model_path/../../../secret", "/etc/hostname", "weight.bin", "@model_path//etc/hostname"]
+)
+def test_weights_path_outside_is_refused(
+    small_package: Path, edit: Callable[..., Path], block_of: Callable[[Any], Any], name: str
+) -> None:
+    def change(model: Any) -> None:
+        blob = next(o for o in block_of(model).operations if o.attributes["val"].WhichOneof("value") == "blobFileValue")
+        blob.attributes["val"].blobFileValue.fileName = name
+
+    with pytest.raises(PackageError, match=r"expected a path inside|under @model_path/, found"):
+        read_package(edit(small_package, change))
+
+
+def _drop_block(model: Any) -> None:
+    model.mlProgram.functions["main"].opset = "CoreML99"
+
+
+def _another_type(model: Any) -> None:
+    model.neuralNetwork.SetInParent()
+
+
+def _rename_input(model: Any) -> None:
+    model.description.input[0].name = "pixels"
+
+
+def _two_functions(model: Any) -> None:
+    model.mlProgram.functions["other"].CopyFrom(model.mlProgram.functions["main"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_two_functions, "expected one function, main, found main, other"),
+        (_drop_block, "block for opset 'CoreML99'"),
+        (_another_type, "expected an mlProgram, found neuralNetwork"),
+        (_rename_input, r"description has inputs \['pixels'\], the program \['x'\]"),
+    ],
+)
+def test_other_model_is_refused(
+    small_package: Path, edit: Callable[..., Path], change: Callable[[Any], None], message: str
+) -> None:
+    with pytest.raises(PackageError, match=message):
+        read_package(edit(small_package, change))
+
+
+def _read_before_computed(block: Any) -> None:
+    block.operations[-1].inputs["x"].arguments[0].name = "later"
+
+
+def _same_name_twice(block: Any) -> None:
+    block.operations[-1].outputs[0].name = "x"
+
+
+def _too_few_values(block: Any) -> None:
+    strides = next(o for o in block.operations if o.outputs[0].name.endswith("strides_0"))
+    strides.attributes["val"].immediateValue.tensor.ints.values.pop()
+
+
+def _wrong_field(block: Any) -> None:
+    strides = next(o for o in block.operations if o.outputs[0].name.endswith("strides_0"))
+    strides.attributes["val"].immediateValue.tensor.floats.values.append(1.0)
+
+
+def _rank_against_dimensions(block: Any) -> None:
+    block.operations[-1].outputs[0].type.tensorType.rank = 9
+
+
+def _unknown_type(block: Any) -> None:
+    block.operations[-1].outputs[0].type.tensorType.dataType = 40
+
+
+def _inner_block(block: Any) -> None:
+    block.operations[-1].blocks.add()
+
+
+def _not_a_tensor(block: Any) -> None:
+    block.operations[-1].outputs[0].type.stateType.SetInParent()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_read_before_computed, "reads 'later', which nothing before it computes"),
+        (_same_name_twice, "'x' twice"),
+        (_too_few_values, "expected 2 ints .*found 1"),
+        (_wrong_field, "in field ints, found floats"),
+        (_rank_against_dimensions, "expected 9 dimensions .*found 4"),
+        (_unknown_type, "FLOAT8E4M3FN is not supported"),
+        (_inner_block, "inner blocks"),
+        (_not_a_tensor, "expected a tensor, found stateType"),
+    ],
+)
+def test_broken_graph_is_refused(
+    small_package: Path,
+    edit: Callable[..., Path],
+    block_of: Callable[[Any], Any],
+    change: Callable[[Any], None],
+    message: str,
+) -> None:
+    with pytest.raises(PackageError, match=message) as caught:
+        read_package(edit(small_package, lambda model: change(block_of(model))))
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=300, deadline=2000)
+@given(data=st.data())
+def test_damaged_package_gives_a_program_or_one_error(
+    small_package: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    damaged = tmp_path_factory.getbasetemp() / "damaged.mlpackage"
+    shutil.copytree(small_package, damaged, dirs_exist_ok=True)
+    victim = damaged / data.draw(st.sampled_from([MODEL, MODEL, WEIGHTS, Path("Manifest.json")]))
+    content = bytearray(victim.read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    length = data.draw(st.sampled_from([len(content), data.draw(st.integers(0, len(content)))]))
+    victim.write_bytes(content[:length])
+    try:
+        program = read_package(damaged)
+        constants = Constants(program)
+        for operation in program.operations:
+            if operation.is_constant and operation.outputs:
+                constants.decode(operation)
+        census(program), max_rank(program), stored_bytes(program)
+    except PackageError as error:
+        assert "\n" not in str(error)
