@@ -60,7 +60,8 @@ def summary(result: Export, seconds: float) -> str:
     encoder, decoder = result.verification.encoder, result.verification.decoder
     return "\n".join(
         (
-            f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s; next to {result.checkpoint} in float32:",
+            f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
+            f"next to {result.checkpoint} in float32:",
             f"  encoder {megabytes(encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
             f"  decoder {megabytes(result.total_bytes - encoder_bytes):>12}   logits {decoder.snr_db:.1f} dB, "
             f"{decoder.same_argmax:.0%} of greedy tokens agree",

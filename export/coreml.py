@@ -57,7 +57,10 @@ def convert_encoder(
             model = compress_weights(model, scheme, expected=len(list(compressed_convs(network))))
         on_stage("save the package")
         _describe(model, metadata)
-        model.save(str(package))
+        try:
+            model.save(str(package))
+        except RuntimeError as reason:
+            raise PackageError(f"coremltools could not write {package.name}: {str(reason).splitlines()[0]}") from reason
     make_reproducible(package)
     shutil.rmtree(scratch)
 

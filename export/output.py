@@ -11,6 +11,9 @@ from pathlib import Path
 
 from ..models.errors import OutputError
 
+FULL_BELOW_BYTES = 8 * 2**20
+"""With less than this left, a failed write is put down to the disk: native writers fail before the last byte."""
+
 
 @contextlib.contextmanager
 def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
@@ -31,6 +34,11 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
         publish(partial, destination)
     except OSError as reason:
         raise output_error(reason, destination) from reason
+    except Exception as reason:
+        # Writers in native code (coremltools', safetensors') tell of a full disk in many words, or not at all.
+        if partial.exists() and shutil.disk_usage(partial).free < FULL_BELOW_BYTES:
+            raise output_error(OSError(errno.ENOSPC, ""), destination) from reason
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -55,8 +63,8 @@ def check_space(destination: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise OutputError(
-            f"not enough space for {destination}: it needs about {needed_bytes / 1e9:.2f} GB while it is written, "
-            f"{free / 1e9:.2f} GB are free; free some or choose another disk"
+            f"not enough space for {destination}: it needs about {needed_bytes / 1e6:,.0f} MB while it is written, "
+            f"{free / 1e6:,.0f} MB are free; free some or choose another disk"
         )
 
 

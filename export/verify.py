@@ -124,12 +124,14 @@ def verify_encoder(package: Path, images: Sequence[np.ndarray], features: Sequen
     from ..models.mlprogram.executor import Executor
 
     executor = Executor(package, precision="float16")
-    outputs = [executor.run({INPUT_NAME: image})[OUTPUT_NAME] for image in images]
-    if executor.first_overflow:
-        raise VerificationError(
-            f"the package overflows float16 first at operation {executor.first_overflow}: on the Neural Engine it "
-            "would give NaN or infinite features"
-        )
+    outputs = []
+    for image in images:
+        outputs.append(executor.run({INPUT_NAME: image})[OUTPUT_NAME])
+        if executor.first_overflow:
+            raise VerificationError(
+                f"the package overflows float16, first at {executor.first_overflow}: on the Neural Engine it would "
+                "give NaN or infinite features"
+            )
     return compare(np.concatenate(features), np.concatenate(outputs), "image_features")
 
 

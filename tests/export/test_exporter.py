@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 
 import fastvlm
-from fastvlm.export import exporter, model_folder
+from fastvlm.export import exporter, model_folder, output
 from fastvlm.export.exporter import export
 from fastvlm.export.verify import ENCODER_FLOOR_DB
 from fastvlm.models.apple_layout import language_shapes, saved_name
@@ -160,8 +160,23 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_native_writers_failure_on_a_full_disk_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
+
+    monkeypatch.setattr(exporter, "write_weights", fails)
+    with pytest.raises(RuntimeError):
+        export(out=tmp_path / "model", quant="fp16")
+    usage = output.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(exporter, "check_space", lambda *_: None)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OutputError, match="the disk is full"):
+        export(out=tmp_path / "model", quant="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_space_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"needs about [\d.]+ GB while it is written"):
+    with pytest.raises(OutputError, match=r"needs about [\d,]+ MB while it is written"):
         exporter.check_space(tmp_path / "a" / "b", 10**16)
     stages: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -254,3 +269,28 @@ def test_partial_folders_of_dead_processes_are_removed(tmp_path: Path) -> None:
     assert not dead.exists()
     assert alive.exists()
     assert other.exists()
+
+
+def test_stream_beyond_float16_is_rescaled_and_said(
+    write_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        """Stage 2's stream passes 65,504, and what reads it brings it back, as in trained weights."""
+        for name in tensors:
+            if name.endswith(("network.4.0.layer_scale", "network.4.1.layer_scale")):
+                tensors[name] *= 400_000
+            readers = (
+                "network.4.1.convffn.conv.conv.weight",
+                "proj.0.lkb_origin.conv.weight",
+                "small_conv.conv.weight",
+            )
+            if ("network.4." in name or "network.5." in name) and name.endswith(readers):
+                tensors[name] /= 400_000
+
+    source = write_checkpoint(change=change)
+    result = export(source, tmp_path / "scaled", quant="fp16")
+    assert "the residual stream was rescaled, exactly, to fit float16: stage 2 by 0." in result.notes[0]
+    monkeypatch.setattr(exporter, "stream_scales", lambda maxima: [1.0] * len(maxima))
+    with pytest.raises(VerificationError, match="overflows float16, first at"):
+        export(source, tmp_path / "plain", quant="fp16")
+    assert not (tmp_path / "plain").exists()

@@ -1,0 +1,256 @@
+"""`make bench`: the whole path at full size, next to what one would do without this toolkit.
+
+Every figure that matters is a ratio of two times from this one run, because machines are shared and noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
+PROMPT_TOKENS = 285
+"""256 image tokens of 1024 px, and a short question."""
+
+# The un-rewritten encoder, converted as the upstream exporter does: float32, no folding, no compression.
+PLAIN_CONVERSION = """
+import sys
+from pathlib import Path
+import numpy as np
+from fastvlm.export.coreml import quiet_coremltools
+from fastvlm.models.fastvit import FastViT
+from fastvlm.models.references import open_checkpoint
+import torch
+checkpoint = open_checkpoint(sys.argv[1])
+size = checkpoint.config.image_size
+encoder = FastViT.from_checkpoint(checkpoint)
+with quiet_coremltools(Path(sys.argv[2])) as ct, torch.inference_mode():
+    traced = torch.jit.trace(encoder, torch.zeros(1, 3, size, size), check_trace=False)
+    ct.convert(
+        traced,
+        inputs=[ct.TensorType("images", shape=(1, 3, size, size), dtype=np.float32)],
+        outputs=[ct.TensorType("image_features", dtype=np.float32)],
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    ).save(sys.argv[2] + "/plain.mlpackage")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="random:0.5b")
+    parser.add_argument("--out", type=Path, default=None, help="a folder for the JSON")
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = measure(arguments.model, Path(scratch), arguments.runs)
+    print(table(figures))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "path.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def measure(model: str, scratch: Path, runs: int) -> dict[str, Any]:
+    folder = scratch / "model"
+    command = [sys.executable, "-m", "fastvlm.cli.main"]
+    log("export")
+    export = run_measured([*command, "export", model, "--quant", "int8", "-o", str(folder), "--json"])
+    log("convert the un-rewritten encoder")
+    plain = run_measured([sys.executable, "-c", PLAIN_CONVERSION, model, str(scratch)])
+    log("generate, in a new process")
+    words = [
+        *command,
+        "generate",
+        str(folder),
+        "-i",
+        str(SAMPLE),
+        "-p",
+        "Describe the image.",
+        "--ignore-eos",
+        "--json",
+    ]
+    generate = run_measured([*words, "--max-tokens", "16"])
+    return {
+        "machine": machine(),
+        "model": model,
+        "export": {**export, "result": json.loads(export.pop("stdout"))},
+        "plain_conversion": {key: plain[key] for key in ("seconds", "peak_bytes")},
+        "generate": {**generate, "result": json.loads(generate.pop("stdout"))},
+        "encode": encode_times(model, folder, runs),
+        "decoder": decoder_times(folder, runs),
+    }
+
+
+def run_measured(command: list[str]) -> dict[str, Any]:
+    """Runs a command; its wall time, its peak resident memory (of the largest child so far) and its stdout."""
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        pid_peak = 0
+        while process.poll() is None:
+            pid_peak = max(pid_peak, resident_peak(process.pid))
+            time.sleep(0.05)
+        stdout, stderr = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{command[:5]} failed:\n{stderr}")
+    return {"seconds": time.perf_counter() - begin, "peak_bytes": pid_peak, "stdout": stdout}
+
+
+def resident_peak(pid: int) -> int:
+    """Peak resident bytes of a running process; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if sys.platform == "darwin" else 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def encode_times(model: str, folder: Path, runs: int) -> dict[str, Any]:
+    """The saved int8 package in the executor, next to the un-rewritten encoder in eager torch float32."""
+    import torch
+
+    from fastvlm.models.fastvit import FastViT
+    from fastvlm.models.mlprogram.executor import Executor
+    from fastvlm.models.references import open_checkpoint
+
+    log("encode")
+    encoder = FastViT.from_checkpoint(open_checkpoint(model))
+    size = open_checkpoint(model).config.image_size
+    images = torch.rand(1, 3, size, size)
+    executor = Executor(folder / "fastvithd.mlpackage")
+    candidates: dict[str, Callable[[], Any]] = {
+        "executor": lambda: executor.run({"images": images.numpy()}),
+        "eager_nchw": lambda: encoder(images),
+    }
+    with torch.inference_mode():
+        seconds = interleaved(candidates, runs)
+        encoder = encoder.to(memory_format=torch.channels_last)
+        images_last = images.to(memory_format=torch.channels_last)
+        seconds |= interleaved({"eager_channels_last": lambda: encoder(images_last)}, runs)
+        a, b = torch.rand(2, 2048, 2048).unbind()
+        sgemm = interleaved({"sgemm": lambda: a @ b}, 10)["sgemm"]
+    return {"seconds": seconds, "sgemm_gflops": 2 * 2048**3 / sgemm / 1e9}
+
+
+def decoder_times(folder: Path, runs: int) -> dict[str, Any]:
+    """Prefill and decode in MLX, next to a Qwen2 of the same size in transformers on torch (if it is installed)."""
+    import fastvlm
+    from fastvlm.models._mlx import mx
+    from fastvlm.runtime.generate import decode_one_token, prefill
+
+    log("prefill and decode")
+    decoder = fastvlm.load(folder).language.language_model
+    inputs_embeds = mx.array(np.random.default_rng(0).standard_normal((1, PROMPT_TOKENS, decoder.config.hidden_size)))
+    inputs_embeds = inputs_embeds.astype(mx.float32) * 0.05
+    state: dict[str, Any] = {}
+
+    def mlx_prefill() -> None:
+        state["cache"] = decoder.make_cache(PROMPT_TOKENS + 64)
+        mx.eval(prefill(decoder, inputs_embeds, state["cache"]))
+
+    def mlx_decode() -> None:
+        for _ in range(8):
+            mx.eval(decode_one_token(decoder, mx.array([1]), state["cache"]))  # grows the cache
+
+    candidates = {"prefill": mlx_prefill, "decode_8": mlx_decode}
+    try:
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        return {"seconds": interleaved(candidates, runs), "baseline": "transformers is not installed"}
+    config = decoder.config
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "vocab_size", "tie_word_embeddings")  # fmt: skip
+    theirs = Qwen2ForCausalLM(Qwen2Config(**{field: getattr(config, field) for field in fields})).eval()
+    embeds = torch.from_numpy(np.array(inputs_embeds))
+
+    def torch_prefill() -> None:
+        state["theirs"] = theirs(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
+
+    def torch_decode() -> None:
+        for _ in range(8):
+            theirs(input_ids=torch.tensor([[1]]), past_key_values=state["theirs"], use_cache=True)
+
+    candidates |= {"torch_prefill": torch_prefill, "torch_decode_8": torch_decode}
+    with torch.inference_mode():
+        return {"seconds": interleaved(candidates, runs)}
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median seconds of each, after one warm-up, taking turns so that a noisy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(runs + 1):
+        for name, call in candidates.items():
+            begin = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    import os
+
+    from fastvlm.models.blas import preload_blas
+
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "blas": preload_blas().name,
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    export, plain, generate = figures["export"], figures["plain_conversion"], figures["generate"]
+    encode, decoder = figures["encode"]["seconds"], figures["decoder"]["seconds"]
+    timings = generate["result"]["timings"]
+    eager = min(encode["eager_nchw"], encode["eager_channels_last"])
+    bound = 487 / figures["encode"]["sgemm_gflops"]
+    rows = [
+        ("export, whole command", f"{export['seconds']:.1f} s, peak {export['peak_bytes'] / 1e9:.2f} GB", ""),
+        (
+            "plain float32 conversion",
+            f"{plain['seconds']:.1f} s, peak {plain['peak_bytes'] / 1e9:.2f} GB",
+            "un-rewritten",
+        ),
+        (
+            "generate, new process: TTFT",
+            f"{timings['ttft_ms'] / 1e3:.2f} s",
+            f"encode {timings['encode_ms'] / 1e3:.2f} s",
+        ),
+        ("generate, whole command", f"{generate['seconds']:.1f} s, peak {generate['peak_bytes'] / 1e9:.2f} GB", ""),
+        ("encode, executor", f"{encode['executor']:.2f} s", f"{encode['executor'] / eager:.2f} x eager torch float32"),
+        ("encode, GEMM bound", f"{bound:.2f} s", f"executor takes {encode['executor'] / bound:.2f} x that"),
+    ]
+    for ours, theirs, what in (
+        ("prefill", "torch_prefill", f"prefill of {PROMPT_TOKENS} tokens"),
+        ("decode_8", "torch_decode_8", "decode of 8 tokens"),
+    ):
+        ratio = f"{decoder[ours] / decoder[theirs]:.2f} x transformers on torch" if theirs in decoder else ""
+        rows.append((what, f"{decoder[ours]:.2f} s", ratio))
+    title = f"{figures['model']}, int8 encoder, 8-bit decoder; {figures['machine']}"
+    return f"{title}\n\n| what | figure | next to |\n|---|---|---|\n" + "\n".join(
+        f"| {what} | {figure} | {beside} |" for what, figure, beside in rows
+    )
+
+
+def log(stage: str) -> None:
+    print(f"  {stage} ...", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
