@@ -82,7 +82,7 @@ class _Lowering:
         pairs = list(zip(live, kinds, strict=True))
         aliased = {name for operation, kind in pairs if not kind.fresh for name in operation.references}
         owned = {output.name for operation, kind in pairs if kind.fresh for output in operation.outputs}
-        self.private = owned - aliased - set(outputs)
+        self.private = owned - aliased
         self.dying = self._last_uses(live, outputs)
 
     def _last_uses(self, live: Sequence[Operation], outputs: Sequence[str]) -> list[list[str]]:
@@ -128,7 +128,6 @@ class _Lowering:
             if isinstance(name, str)
             and name in self.private
             and name in dying
-            and operation.references.count(name) == 1
             and self.types[name].is_fixed
             and (self.types[name].dtype, self.types[name].shape) == (result.dtype, result.shape)
         )

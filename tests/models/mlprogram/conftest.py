@@ -43,12 +43,12 @@ Builder = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def save_program(ct: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`save_program(build, {"x": (1, 4)}, target="iOS17", half=False, compress=None)`: the saved package's path.
+    """`save_program(build, {"x": (1, 4)}, target="iOS17", half=False, ...)`: the saved package's path.
 
     `build(mb, **inputs)` returns the outputs; without `half` nothing is optimized or rounded.
     """
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.mil import Function, Program
+    from coremltools.converters.mil.mil import Function, Program, types
 
     def save(
         build: Builder,
@@ -56,8 +56,9 @@ def save_program(ct: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
         target: str = "iOS17",
         half: bool = False,
         compress: Callable[[Any], Any] | None = None,
+        dtype: str = "fp32",
     ) -> Path:
-        placeholders = {name: mb.TensorSpec(shape=shape) for name, shape in inputs.items()}
+        placeholders = {name: mb.TensorSpec(shape, types.string_to_builtin(dtype)) for name, shape in inputs.items()}
         program = Program()
         with Function(placeholders, getattr(ct.target, target)) as main:
             outputs = build(mb, **main.inputs)

@@ -93,6 +93,27 @@ def test_wrong_offset_is_refused(blobs: tuple[Path, dict[str, int]], offset: int
 
 
 @pytest.mark.parametrize(
+    ("place", "replacement", "message"),
+    [
+        (0, b"\0\0\0\0", "expected 0xdeadbeef"),
+        (8, (85).to_bytes(8, "little") + bytes(8) + (8).to_bytes(8, "little"), "expected 84 bytes"),
+        (16, (2**64 - 1).to_bytes(8, "little"), "found only"),
+    ],
+    ids=["sentinel", "size with as many unused bits", "start"],
+)
+def test_contradicting_metadata_is_refused(
+    blobs: tuple[Path, dict[str, int]], tmp_path: Path, place: int, replacement: bytes, message: str
+) -> None:
+    path, offsets = blobs
+    content = bytearray(path.read_bytes())
+    start = offsets["fp32"] + place
+    content[start : start + len(replacement)] = replacement
+    (tmp_path / "weight.bin").write_bytes(content)
+    with pytest.raises(PackageError, match=message):
+        BlobFile(tmp_path / "weight.bin").value(TensorType("w", "fp32", SHAPE), offsets["fp32"])
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"\1\0\0\0\2\0\0\0", b"\1\0\0\0\3" + bytes(59)], ids=["empty", "cut", "version"]
 )
 def test_file_without_a_valid_header_is_refused(tmp_path: Path, content: bytes) -> None:

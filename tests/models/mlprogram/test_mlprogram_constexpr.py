@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from fastvlm.models.errors import PackageError
-from fastvlm.models.mlprogram import Constants, Program, constexpr_census, read_package, scheme, stored_bytes
+from fastvlm.models.mlprogram import (
+    Constants,
+    Operation,
+    Program,
+    TensorType,
+    Value,
+    constexpr_census,
+    read_package,
+    scheme,
+    stored_bytes,
+)
 from fastvlm.models.mlprogram.executor import Executor
 
 RNG = np.random.default_rng(11)
@@ -202,6 +212,21 @@ def test_compressed_model_decodes_as_coremltools_does(
 
 def _conv_weights(program: Program) -> list[np.ndarray]:
     return [Constants(program).array(o.inputs["weight"][0]) for o in program.operations if o.kind == "conv"]
+
+
+@pytest.mark.parametrize(("length", "decodes"), [(4, True), (5, False)])
+def test_chain_of_constants_has_a_limit(length: int, decodes: bool) -> None:
+    value = Value(TensorType("c", "fp16", (2,)), np.array([1, 2], np.float16))
+    operations = [Operation("const", "c0", {}, {"val": value}, (TensorType("c0", "fp16", (2,)),))]
+    for i in range(length):
+        output = TensorType(f"c{i + 1}", "fp32", (2,))
+        operations.append(Operation("constexpr_cast", output.name, {"source_val": (f"c{i}",)}, {}, (output,)))
+    program = Program((), (), tuple(operations), 9, "CoreML8", {}, Path("made up"), {})
+    if decodes:
+        assert Constants(program).array(f"c{length}").tolist() == [1, 2]
+        return
+    with pytest.raises(PackageError, match="at most 4 constants in a chain"):
+        Constants(program).array(f"c{length}")
 
 
 def test_contradicting_parts_are_one_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -59,17 +60,32 @@ def test_buffers_that_others_still_see_are_not_overwritten(save_program: Callabl
         source = mb.exp(x=x)
         view = mb.reshape(x=source, shape=[1, 4, 2, 36])
         changed = mb.tanh(x=source)
+        base = mb.exp(x=x)
+        changed_view = mb.tanh(x=mb.reshape(x=base, shape=[1, 4, 2, 36]))
+        after = mb.mul(x=base, y=3.0)
         of_input = mb.relu(x=x)
         dies = mb.sqrt(x=mb.square(x=mb.exp(x=x)))
-        return [*read_again, mb.identity(x=view), changed, of_input, dies, mb.identity(x=x)]
+        return [*read_again, mb.identity(x=view), changed, changed_view, after, of_input, dies, mb.identity(x=x)]
 
     executor = Executor(save_program(build, {"x": SHAPE}))
     x = np.random.default_rng(2).normal(size=SHAPE).astype(np.float32)
     found = list(executor.run({"x": x}).values())
     e = np.exp(x)
-    assert len(found) == 9
+    assert len(found) == 11
     gelu = torch.nn.functional.gelu(torch.from_numpy(e)).numpy()
-    expected = [gelu, e, e + e, e * 2, e.reshape(1, 4, 2, 36), np.tanh(e), np.maximum(x, 0), e, x]
+    expected = [
+        gelu,
+        e,
+        e + e,
+        e * 2,
+        e.reshape(1, 4, 2, 36),
+        np.tanh(e),
+        np.tanh(e).reshape(1, 4, 2, 36),
+        e * 3,
+        np.maximum(x, 0),
+        e,
+        x,
+    ]
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -149,6 +165,20 @@ def test_float16_leaves_float32_results_alone(save_program: Callable[..., Path])
     path = save_program(lambda mb, x: mb.exp(x=x), {"x": (4, 50)}, half=False)
     x = {"x": np.random.default_rng(4).normal(size=(4, 50)).astype(np.float32)}
     np.testing.assert_array_equal(only(Executor(path, "float16").run(x)), only(Executor(path).run(x)))
+
+
+def test_float16_cast_leaves_its_source_alone(save_program: Callable[..., Path]) -> None:
+    def build(mb: Any, x: Any) -> Any:
+        exact = mb.exp(x=x)
+        rounded = mb.cast(x=mb.cast(x=exact, dtype="fp16"), dtype="fp32")
+        return [rounded, mb.identity(x=exact, name="exact")]
+
+    x = np.random.default_rng(4).normal(size=(4, 50)).astype(np.float32)
+    found = Executor(save_program(build, {"x": (4, 50)}), "float16").run({"x": x})
+    exact = found.pop("exact")
+    np.testing.assert_allclose(exact, np.exp(x), rtol=1e-6)
+    np.testing.assert_array_equal(only(found), exact.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(only(found), exact)
 
 
 def test_float16_sum_of_two_rounded_terms_is_rounded_once(save_program: Callable[..., Path]) -> None:
@@ -239,6 +269,25 @@ def test_integer_image_is_converted(small_package: Path) -> None:
     np.testing.assert_array_equal(
         only(executor.run({"x": pixels})), only(executor.run({"x": pixels.astype(np.float64)}))
     )
+
+
+def test_integer_input_is_checked(save_program: Callable[..., Path]) -> None:
+    build = lambda mb, x: mb.cast(x=x, dtype="fp32")  # noqa: E731
+    executor = Executor(save_program(build, {"x": (2,)}, dtype="int32"))
+    assert only(executor.run({"x": np.array([3, -4])})).tolist() == [3, -4]
+    with pytest.raises(PackageError, match="range of int32, found 1099511627776"):
+        executor.run({"x": np.array([1 << 40, 0])})
+    with pytest.raises(PackageError, match="convert to int32, found float64"):
+        executor.run({"x": np.array([1.5, 0.0])})
+
+
+def test_read_only_input_is_copied_silently(save_program: Callable[..., Path]) -> None:
+    x = np.ones((2, 3), np.float32)
+    x.flags.writeable = False
+    executor = Executor(save_program(lambda mb, x: mb.exp(x=x), {"x": (2, 3)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(only(executor.run({"x": x})), np.e, rtol=1e-6)
 
 
 def test_unknown_operation_is_named_with_those_supported(

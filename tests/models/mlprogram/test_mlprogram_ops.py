@@ -114,6 +114,10 @@ CASES: dict[str, Case] = {
         lambda mb, x, **_: mb.conv(x=x, weight=WEIGHT, pad_type="same_lower", strides=[2, 2]),
         lambda x, **_: conv(x, WEIGHT, [(1, 0), (1, 0)], strides=(2, 2)),
     ),
+    "conv__same_dilated": (
+        lambda mb, x, **_: mb.conv(x=x, weight=WEIGHT, pad_type="same", dilations=[2, 1]),
+        lambda x, **_: conv(x, WEIGHT, [(2, 2), (1, 1)], dilations=(2, 1)),
+    ),
     "conv__groups_dilations": (
         lambda mb, x, **_: mb.conv(x=x, weight=GROUPED, groups=4, dilations=[2, 3]),
         lambda x, **_: conv(x, GROUPED, [(0, 0)] * 2, dilations=(2, 3), groups=4),

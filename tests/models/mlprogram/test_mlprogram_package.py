@@ -83,6 +83,13 @@ def test_bad_manifest_is_refused(copy: Path, content: str) -> None:
         read_package(copy)
 
 
+def test_absurdly_large_manifest_is_not_read(copy: Path) -> None:
+    with (copy / "Manifest.json").open("r+b") as file:
+        file.truncate(1 << 40)  # a hole: takes no space
+    with pytest.raises(PackageError, match="expected at most 1048576 bytes"):
+        read_package(copy)
+
+
 @pytest.mark.parametrize("target", ["../../outside.mlmodel", "/etc/hostname", "nul\0", 7, "../Data/../Manifest.json"])
 def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
     manifest = json.loads((copy / "Manifest.json").read_text())
@@ -172,6 +179,17 @@ def _wrong_field(block: Any) -> None:
     strides.attributes["val"].immediateValue.tensor.floats.values.append(1.0)
 
 
+def _out_of_range(block: Any) -> None:
+    strides = next(o for o in block.operations if o.outputs[0].name.endswith("strides_0")).attributes["val"]
+    strides.type.tensorType.dataType = 22  # int16
+    strides.immediateValue.tensor.ints.values[0] = 70_000
+
+
+def _absurd_shape(block: Any) -> None:
+    for dimension in block.operations[-1].outputs[0].type.tensorType.dimensions:
+        dimension.constant.size = 1 << 31
+
+
 def _rank_against_dimensions(block: Any) -> None:
     block.operations[-1].outputs[0].type.tensorType.rank = 9
 
@@ -195,6 +213,8 @@ def _not_a_tensor(block: Any) -> None:
         (_same_name_twice, "'x' twice"),
         (_too_few_values, "expected 2 ints .*found 1"),
         (_wrong_field, "in field ints, found floats"),
+        (_out_of_range, r"range of int16, found 1\.\.70000"),
+        (_absurd_shape, r"at most 2\^48 elements"),
         (_rank_against_dimensions, "expected 9 dimensions .*found 4"),
         (_unknown_type, "FLOAT8E4M3FN is not supported"),
         (_inner_block, "inner blocks"),

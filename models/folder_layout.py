@@ -1,0 +1,57 @@
+"""What stands where in an exported model folder: the one hand-over point between `export` and `runtime`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import read_header
+from .errors import ModelFolderError
+from .json_file import read_json_object
+
+if TYPE_CHECKING:
+    from ._mlx import mx
+
+PACKAGE_NAME = "fastvithd.mlpackage"
+INPUT_NAME = "images"
+"""The package's input, (1, 3, S, S) float32 in 0..1."""
+OUTPUT_NAME = "image_features"
+"""The package's output, (1, (S / 64)^2, C) float32."""
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+MANIFEST_NAME = "fastvlm.json"
+MANIFEST_FORMAT = 1
+"""Raised when a manifest changes in a way that an older reader would misread."""
+
+
+def saved_weights(folder: Path) -> dict[str, mx.array]:
+    """Decoder and projector by saved name, each read from disk when it is first evaluated.
+
+    Raises:
+        ModelFolderError: there are no weights, or the index names other files than there are.
+        WeightsError: a file is damaged.
+    """
+    from ._mlx import mx
+
+    weights: dict[str, mx.array] = {}
+    for file in _weight_files(folder):
+        read_header(file)  # MLX would only notice a truncated file when it reads the last tensor
+        loaded = mx.load(str(file))
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / INDEX_NAME).is_file():
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise ModelFolderError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: it has no decoder")
+        return [folder / WEIGHTS_NAME]
+    weight_map = read_json_object(folder / INDEX_NAME, ModelFolderError).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ModelFolderError(f"{folder / INDEX_NAME} should map tensor names to files in the folder ('weight_map')")
+    return [folder / name for name in sorted(names)]

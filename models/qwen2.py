@@ -1,0 +1,205 @@
+"""The Qwen2 decoder in MLX, fed with embeddings so that an image's features can stand among the text's.
+
+Architecture: Qwen2 technical report (arXiv 2407.10671) and Hugging Face `modeling_qwen2.py`, whose names are kept:
+pre-norm blocks, grouped-query attention with biases on q, k and v, rotary positions over half-split heads, SwiGLU.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ._mlx import mx, nn, on_cpu
+from .config import Qwen2Config
+
+CACHE_STEP = 256
+"""Positions by which a full cache grows: each growth copies it once."""
+
+CPU_QUERY_BLOCK = 64
+"""Queries that the CPU attends with at a time (measured: 32 to 96 are alike, 256 is a third slower)."""
+
+
+class KVCache:
+    """Keys and values of one layer for the positions seen so far.
+
+    The buffers are (B, num_key_value_heads, capacity, head_dim); the first `offset` positions of them are in use.
+    `capacity` positions are allocated at once when it is given; past it the cache grows in steps of 256.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.offset = 0
+        self.capacity = capacity
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends (B, H, L, head_dim) keys and values; all of them so far, (B, H, offset, head_dim)."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        if self.keys is None or self.offset > self.keys.shape[2]:
+            self._grow(keys, values, start)
+        assert self.keys is not None and self.values is not None
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def trim(self, count: int) -> None:
+        """Forgets the last `count` positions, so that others can be written in their place."""
+        if not 0 <= count <= self.offset:
+            raise ValueError(f"cannot forget {count} of {self.offset} positions")
+        self.offset -= count
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
+
+    def _grow(self, keys: mx.array, values: mx.array, used: int) -> None:
+        if self.offset > self.capacity:
+            self.capacity = -(-self.offset // CACHE_STEP) * CACHE_STEP
+        self.keys = _enlarged(self.keys, keys, used, self.capacity)
+        self.values = _enlarged(self.values, values, used, self.capacity)
+
+
+def _enlarged(buffer: mx.array | None, like: mx.array, used: int, capacity: int) -> mx.array:
+    """A buffer of `capacity` positions with the heads and dtype of `like` that begins with the `used` of `buffer`."""
+    B, heads, _, head_dim = like.shape
+    kept = [] if buffer is None else [buffer[..., :used, :]]
+    rest = mx.zeros((B, heads, capacity - (used if kept else 0), head_dim), like.dtype)
+    return mx.concatenate([*kept, rest], axis=2)  # (B, heads, capacity, head_dim)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; `head_dim` is hidden_size / num_attention_heads."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.rope_theta = config.rope_theta
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """(B, L, D) at the positions that follow those in the cache -> (B, L, D)."""
+        B, L, D = x.shape
+        offset = cache.offset
+        queries = self._rotated(self._heads(self.q_proj(x), self.num_attention_heads), offset)
+        keys = self._rotated(self._heads(self.k_proj(x), self.num_key_value_heads), offset)
+        values = self._heads(self.v_proj(x), self.num_key_value_heads)
+        keys, values = cache.update(keys, values)
+        out = self._attend(queries, keys, values)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Causal attention of L queries, the last of which stands at the last of the keys."""
+        L, length = queries.shape[2], keys.shape[2]
+        # The CPU has no fused kernel: it computes masked scores as well, and its exp is slow. Blocks skip half of them.
+        block = CPU_QUERY_BLOCK if on_cpu() else L
+        outs = []
+        for start in range(0, L, block):
+            stop = min(start + block, L)
+            seen = length - L + stop
+            outs.append(
+                mx.fast.scaled_dot_product_attention(
+                    queries[:, :, start:stop],
+                    keys[:, :, :seen],
+                    values[:, :, :seen],
+                    scale=self.scale,
+                    mask="causal" if stop - start > 1 else None,  # aligned to the last key
+                )
+            )
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)  # (B, heads, L, head_dim)
+
+    def _heads(self, x: mx.array, count: int) -> mx.array:
+        B, L, _ = x.shape
+        return x.reshape(B, L, count, self.head_dim).transpose(0, 2, 1, 3)  # (B, heads, L, head_dim)
+
+    def _rotated(self, x: mx.array, offset: int) -> mx.array:
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x). Not nn.silu, which off a Mac runs the system's C++ compiler at first use (0.5 s)."""
+    if on_cpu() and x.dtype == mx.float32:  # where mx.exp takes three times as long as mx.power
+        return x / (1.0 + mx.power(2.0, x * -math.log2(math.e)))
+    return x * mx.sigmoid(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2Model(nn.Module):
+    """Embeddings, blocks and final norm."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, inputs_embeds: mx.array, cache: list[KVCache], last_only: bool) -> mx.array:
+        x = inputs_embeds
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, layer_cache)
+        return self.norm(x[:, -1:] if last_only else x)
+
+
+class Qwen2(nn.Module):
+    """The decoder with its head: its own, or the embeddings again when they are tied."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Qwen2Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs_embeds: mx.array, cache: list[KVCache] | None = None, all_positions: bool = False
+    ) -> mx.array:
+        """Logits (B, 1, rows of the head) at the last position, or (B, L, rows) at all of them.
+
+        `inputs_embeds` (B, L, D) stand at the positions that follow those in `cache`, which takes up theirs.
+        """
+        hidden = self.model(inputs_embeds, cache or self.make_cache(), last_only=not all_positions)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    def extend(self, inputs_embeds: mx.array, cache: list[KVCache]) -> None:
+        """Takes (B, L, D) into `cache` without asking for logits."""
+        self.model(inputs_embeds, cache, last_only=True)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """(B, L) ids -> (B, L, D)."""
+        return self.model.embed_tokens(ids)
+
+    def make_cache(self, capacity: int = 0) -> list[KVCache]:
+        """An empty cache per layer, with room for `capacity` positions at once."""
+        return [KVCache(capacity) for _ in self.model.layers]

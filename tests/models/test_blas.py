@@ -1,0 +1,143 @@
+"""The BLAS under MLX: which one is taken, that it serves, and what happens when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvlm.models import blas
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MLX brings a fast BLAS elsewhere")
+with_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+PROBE = """
+import json, sys, time
+from fastvlm.models._mlx import BLAS, mx
+a = mx.random.normal((512, 512))
+mx.eval(a @ a)
+times = []
+for _ in range(3):
+    start = time.perf_counter()
+    mx.eval(a @ a)
+    times.append(time.perf_counter() - start)
+print(json.dumps({"name": BLAS.name, "path": BLAS.path, "reason": BLAS.reason, "seconds": min(times),
+                  "torch": "torch" in sys.modules}))
+"""
+
+
+def probe(wish: str | None, code: str = PROBE) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != blas.ENVIRONMENT_VARIABLE}
+    if wish is not None:
+        environment[blas.ENVIRONMENT_VARIABLE] = wish
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As in a process that has not imported MLX yet. Nothing is loaded into this one."""
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    monkeypatch.delenv(blas.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(blas, "_load_globally", lambda path: None if "good" in path else "broken")
+    monkeypatch.setattr(sys, "platform", "linux")
+    return monkeypatch
+
+
+def decide() -> blas.Blas:
+    return blas.preload_blas.__wrapped__()
+
+
+@linux_only
+@with_torch
+def test_mlx_multiplies_many_times_faster_when_torchs_blas_is_loaded() -> None:
+    fast, slow = probe(None), probe("none")
+    assert (fast["name"], slow["name"]) == ("torch", "default")
+    assert not fast["torch"], "torch itself must not be imported"
+    assert slow["seconds"] > 4 * fast["seconds"]  # measured: 45 times
+
+
+@linux_only
+@with_torch
+def test_torch_computes_as_before_when_its_library_was_loaded_first() -> None:
+    code = """
+import json
+from fastvlm.models._mlx import BLAS, mx
+import torch
+torch.manual_seed(0)
+a = torch.randn(64, 64, dtype=torch.float64)
+c = torch.randn(32, 32, dtype=torch.complex64)
+inverse = torch.linalg.inv(a) @ a - torch.eye(64, dtype=torch.float64)
+dot = torch.dot(c.flatten(), c.flatten()) - (c.flatten() * c.flatten()).sum()
+product = abs((a.float() @ a.float()).double() - a @ a).max() + abs(dot)
+print(json.dumps({"inverse": abs(inverse).max().item(), "product": product.item()}))
+"""
+    found = probe(None, code)
+    assert found["inverse"] < 1e-9
+    assert found["product"] < 1e-3
+
+
+@linux_only
+@pytest.mark.parametrize("kind", ["missing", "text", "no_symbol", "folder"])
+def test_next_library_is_taken_when_the_named_one_cannot_serve(tmp_path: Path, kind: str) -> None:
+    text = tmp_path / "libtext.so"
+    text.write_text("this is no library")
+    path = {"missing": "/none/libfast.so", "text": str(text), "no_symbol": "libm.so.6", "folder": str(tmp_path)}[kind]
+    found = probe(path, "import json; from fastvlm.models.blas import *; print(json.dumps(vars(preload_blas())))")
+    assert found["name"] != "custom"
+    assert f"not {path}: " in found["reason"]
+
+
+def test_named_library_is_taken_first(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv(blas.ENVIRONMENT_VARIABLE, "/opt/good.so")
+    assert decide() == blas.Blas("custom", "/opt/good.so", "named by FASTVLM_BLAS")
+
+
+def test_system_library_serves_only_when_torchs_does_not(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[str] = []
+    fresh.setattr(blas, "_torch_library", lambda: tmp_path / "libtorch_cpu.so")
+    fresh.setattr(blas, "_load_globally", lambda path: tried.append(path) or "broken")
+    found = decide()
+    assert [Path(path).name for path in tried] == ["libtorch_cpu.so", *blas.SYSTEM_LIBRARIES]
+    assert found.name == "default"
+    assert all(path in found.reason for path in tried)
+
+
+def test_nothing_is_loaded_when_told_so(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv(blas.ENVIRONMENT_VARIABLE, "None")
+    fresh.setattr(blas, "_load_globally", lambda path: pytest.fail(f"loaded {path}"))
+    assert decide() == blas.Blas("default", None, "FASTVLM_BLAS=none")
+
+
+def test_nothing_is_loaded_when_mlx_was_imported_before(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setitem(sys.modules, "mlx.core", object())
+    fresh.setattr(blas, "_load_globally", lambda path: pytest.fail(f"loaded {path}"))
+    assert "imported before" in decide().reason
+
+
+def test_nothing_is_loaded_on_a_mac(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(sys, "platform", "darwin")
+    fresh.setattr(blas, "_load_globally", lambda path: pytest.fail(f"loaded {path}"))
+    assert "Accelerate" in decide().reason
+
+
+def test_torch_is_passed_over_when_it_is_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = type(sys)("torch")
+    stand_in.__spec__ = None
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    assert blas._torch_library() is None
+
+
+@pytest.mark.parametrize("spec", [None, importlib.util.spec_from_loader("torch", loader=None)], ids=["none", "empty"])
+def test_torch_is_passed_over_when_it_is_not_installed(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert blas._torch_library() is None
+
+
+def test_second_call_gives_the_same_answer() -> None:
+    assert blas.preload_blas() is blas.preload_blas()

@@ -1,0 +1,217 @@
+"""The decoder: against a float64 transcription of the paper's formulas, against mlx-lm, and against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from fastvlm.models import qwen2
+from fastvlm.models._mlx import mx
+from fastvlm.models.config import Qwen2Config
+from fastvlm.models.qwen2 import CACHE_STEP, KVCache, Qwen2, silu
+
+CONFIG = Qwen2Config(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    vocab_size=101,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+)
+UNTIED = Qwen2Config(**{**vars(CONFIG), "tie_word_embeddings": False})
+
+Weights = dict[str, np.ndarray]
+CloseTo = Callable[[mx.array, np.ndarray], None]
+
+
+def decoder(config: Qwen2Config = CONFIG, seed: int = 0) -> Qwen2:
+    """Random weights of trained-like scale; biases and gains are not trivial."""
+    model, rng = Qwen2(config), np.random.default_rng(seed)
+    drawn = []
+    for name, array in tree_flatten(model.parameters()):
+        noise = rng.normal(size=array.shape)
+        if array.ndim == 2:
+            noise *= 1.0 if "embed" in name else 1.5 / array.shape[1] ** 0.5
+        elif "norm" in name:
+            noise = 1 + 0.2 * noise
+        drawn.append((name, mx.array(noise.astype(np.float32))))
+    model.load_weights(drawn)
+    return model
+
+
+def embeddings(length: int, config: Qwen2Config = CONFIG, batch: int = 1) -> mx.array:
+    rng = np.random.default_rng(length)
+    return mx.array(rng.normal(size=(batch, length, config.hidden_size)).astype(np.float32))
+
+
+@pytest.fixture
+def close(tolerance: Callable[[str], float]) -> CloseTo:
+    def check(found: mx.array, expected: np.ndarray | mx.array) -> None:
+        found, expected = np.array(found, np.float64), np.array(expected, np.float64)
+        assert found.shape == expected.shape
+        assert np.isfinite(found).all() and np.isfinite(expected).all()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance("decoder_logits_float32"))
+
+    return check
+
+
+def transcription(weights: Weights, config: Qwen2Config, x: np.ndarray) -> np.ndarray:
+    """Logits (L, V) for embeddings (L, D): one formula after the other, in float64, one head at a time."""
+    L, width = len(x), config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def norm(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * gain
+
+    def rotate(head: np.ndarray) -> np.ndarray:
+        frequencies = config.rope_theta ** (-np.arange(0, width, 2) / width)
+        turn = np.exp(1j * np.arange(L)[:, None] * frequencies)
+        turned = (head[:, : width // 2] + 1j * head[:, width // 2 :]) * turn
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
+    for i in range(config.num_hidden_layers):
+        w = {name.removeprefix(f"model.layers.{i}."): value for name, value in weights.items()}
+        y = norm(x, w["input_layernorm.weight"])
+        q, k, v = (y @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"] for n in "qkv")
+        heads = []
+        for head in range(config.num_attention_heads):
+            mine, shared = (slice(n * width, (n + 1) * width) for n in (head, head // group))
+            scores = rotate(q[:, mine]) @ rotate(k[:, shared]).T / np.sqrt(width)
+            scores[np.triu_indices(L, 1)] = -np.inf
+            weight = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(weight / weight.sum(-1, keepdims=True) @ v[:, shared])
+        x = x + np.concatenate(heads, axis=1) @ w["self_attn.o_proj.weight"].T
+        y = norm(x, w["post_attention_layernorm.weight"])
+        gate = y @ w["mlp.gate_proj.weight"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp.up_proj.weight"].T)) @ w["mlp.down_proj.weight"].T
+    head = weights["model.embed_tokens.weight"] if config.tie_word_embeddings else weights["lm_head.weight"]
+    return norm(x, weights["model.norm.weight"]) @ head.T
+
+
+def numbers(model: Qwen2) -> Weights:
+    return {name: np.array(array, np.float64) for name, array in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("length", [1, 2, 9, 130], ids="L{}".format)
+def test_logits_follow_the_formulas(config: Qwen2Config, length: int, close: CloseTo) -> None:
+    model, x = decoder(config), embeddings(length)
+    expected = transcription(numbers(model), config, np.array(x[0], np.float64))
+    close(model(x, all_positions=True)[0], expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_logits_equal_mlx_lms(config: Qwen2Config, close: CloseTo) -> None:
+    theirs_module = pytest.importorskip("mlx_lm.models.qwen2", reason="mlx-lm is not installed")
+    fields = {name: getattr(config, name) for name in vars(config)}
+    theirs = theirs_module.Model(theirs_module.ModelArgs(model_type="qwen2", **fields))
+    ours = decoder(config)
+    theirs.load_weights(tree_flatten(ours.parameters()), strict=True)  # the names are the same, too
+    ids = mx.array([[5, 17, 100, 3, 3, 64, 0]])
+    close(ours(ours.embed(ids), all_positions=True), theirs(ids))
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_parameters_have_hugging_faces_names(config: Qwen2Config) -> None:
+    names = {name for name, _ in tree_flatten(Qwen2(config).parameters())}
+    assert ("lm_head.weight" in names) is not config.tie_word_embeddings
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.2.self_attn.q_proj.bias"} <= names
+    assert not any("o_proj.bias" in name or ("mlp" in name and "bias" in name) for name in names)
+
+
+def test_last_position_alone_gives_the_same_logits(close: CloseTo) -> None:
+    model, x = decoder(), embeddings(11)
+    close(model(x), model(x, all_positions=True)[:, -1:])
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 512])
+@pytest.mark.parametrize("pieces", [[7, 4], [1] * 11, [10, 1], [1, 9, 1]], ids=str)
+def test_prefill_in_pieces_equals_prefill_at_once(pieces: list[int], capacity: int, close: CloseTo) -> None:
+    model, x = decoder(), embeddings(11)
+    cache, start, found = model.make_cache(capacity), 0, []
+    for length in pieces:
+        found.append(model(x[:, start : start + length], cache, all_positions=True))
+        start += length
+    close(mx.concatenate(found, axis=1), model(x, all_positions=True))
+    assert {layer.offset for layer in cache} == {11}
+
+
+def test_cache_grows_when_it_is_full(close: CloseTo) -> None:
+    model, length = decoder(), CACHE_STEP + 5
+    x, cache = embeddings(length), model.make_cache()
+    model(x[:, : CACHE_STEP - 1], cache)
+    assert cache[0].capacity == CACHE_STEP
+    for position in range(CACHE_STEP - 1, length):
+        last = model(x[:, position : position + 1], cache)
+    assert cache[0].capacity == 2 * CACHE_STEP
+    close(last, model(x))
+
+
+def test_answer_goes_on_from_what_is_left_when_the_cache_was_trimmed(close: CloseTo) -> None:
+    model, x = decoder(), embeddings(20)
+    cache = model.make_cache()
+    model(x[:, :9], cache)
+    model(embeddings(5), cache)
+    for layer in cache:
+        layer.trim(5)
+    close(model(x[:, 9:], cache), model(x))
+
+
+@pytest.mark.parametrize("count", [-1, 4])
+def test_trim_is_refused_when_there_are_fewer_positions(count: int) -> None:
+    cache = KVCache()
+    cache.update(mx.zeros((1, 2, 3, 8)), mx.zeros((1, 2, 3, 8)))
+    with pytest.raises(ValueError, match=f"forget {count} of 3"):
+        cache.trim(count)
+
+
+def test_cache_tells_its_size() -> None:
+    cache = KVCache(capacity=10)
+    assert cache.nbytes == 0
+    cache.update(mx.zeros((1, 2, 3, 8)), mx.zeros((1, 2, 3, 8)))
+    assert cache.nbytes == 2 * 2 * 10 * 8 * 4
+
+
+def test_earlier_logits_stay_when_later_tokens_change(close: CloseTo) -> None:
+    model, x = decoder(), embeddings(100)
+    other = mx.concatenate([x[:, :90], -x[:, 90:]], axis=1)
+    before, after = model(x, all_positions=True), model(other, all_positions=True)
+    close(before[:, :90], after[:, :90])
+    assert mx.abs(before[:, 90:] - after[:, 90:]).max().item() > 0.1
+
+
+@pytest.mark.parametrize("prefix", [0, 30])
+def test_attention_in_blocks_equals_attention_at_once(
+    prefix: int, close: CloseTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = decoder(), embeddings(100)
+
+    def logits(block: int) -> mx.array:
+        monkeypatch.setattr(qwen2, "CPU_QUERY_BLOCK", block)
+        monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+        cache = model.make_cache()
+        if prefix:
+            model(x[:, :prefix], cache)
+        return model(x[:, prefix:], cache, all_positions=True)
+
+    close(logits(7), logits(1000))
+
+
+def test_rows_of_a_batch_do_not_mix(close: CloseTo) -> None:
+    model, x = decoder(), embeddings(70, batch=3)
+    together = model(x, all_positions=True)
+    for row in range(3):
+        close(together[row : row + 1], model(x[row : row + 1], all_positions=True))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_silu_is_right_from_end_to_end(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen2, "on_cpu", lambda: on_cpu)
+    x = np.concatenate([np.linspace(-30, 30, 2001), [-1e4, -200.0, -100.0, 0.0, 100.0, 1e4]]).astype(np.float32)
+    exact = x.astype(np.float64) / (1 + np.exp(-np.maximum(x.astype(np.float64), -700)))
+    np.testing.assert_allclose(np.array(silu(mx.array(x))), exact, rtol=2e-5, atol=1e-37)
