@@ -1,0 +1,117 @@
+"""Compiled copies of Core ML packages, kept between runs: compiling takes seconds, every time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..models.errors import OutputError, PackageError
+
+ENVIRONMENT_VARIABLE = "FASTVLM_CACHE"
+
+Predict = Callable[[dict[str, Any]], dict[str, Any]]
+"""Arrays by input name -> arrays by output name."""
+
+
+class Compiler(Protocol):
+    """What compiles packages and opens the result: Core ML, or a stand-in in tests."""
+
+    version: str
+    """A compiled copy serves only the version that made it."""
+
+    def compile(self, package: Path, destination: Path) -> None:
+        """Writes the compiled copy to `destination`, a `.mlmodelc` folder that does not exist yet."""
+
+    def open(self, compiled: Path) -> Predict: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    predict: Predict
+    compiled_now: bool
+
+
+class CompiledCache:
+    """Compiled packages by the hash of their content, in `folder` (the user's cache folder unless it is given)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or user_cache_folder() / "compiled"
+
+    def open(self, package: Path, compiler: Compiler) -> Opened:
+        """The package, ready to run; compiled first unless a copy of the same content is there and opens.
+
+        Raises:
+            PackageError: it does not compile, or what was compiled does not open.
+            OutputError: the cache folder cannot be written.
+        """
+        place = self.place(package, compiler.version)
+        if place.is_dir():
+            with contextlib.suppress(Exception):  # whatever is wrong with the old copy, a new one replaces it
+                return Opened(compiler.open(place), compiled_now=False)
+            shutil.rmtree(place, ignore_errors=True)
+        self._compile(package, place, compiler)
+        try:
+            return Opened(compiler.open(place), compiled_now=True)
+        except Exception as reason:  # coremltools raises plain Exception and RuntimeError
+            raise PackageError(f"{package} was compiled but does not open: {_first_line(reason)}") from reason
+
+    def place(self, package: Path, version: str) -> Path:
+        """Where the compiled copy of this content belongs."""
+        return self.folder / f"{package.stem}-{package_digest(package, version)[:20]}.mlmodelc"
+
+    def _compile(self, package: Path, place: Path, compiler: Compiler) -> None:
+        """Compiles beside `place`, then renames: another process never sees half a copy."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            workplace = Path(tempfile.mkdtemp(prefix=".compiling-", dir=self.folder))
+        except OSError as reason:
+            raise OutputError(
+                f"the cache folder {self.folder} cannot be written ({reason.strerror}); name another in "
+                f"{ENVIRONMENT_VARIABLE}"
+            ) from reason
+        try:
+            fresh = workplace / place.name
+            try:
+                compiler.compile(package, fresh)
+            except Exception as reason:  # coremltools raises plain Exception and RuntimeError
+                raise PackageError(f"{package} does not compile: {_first_line(reason)}") from reason
+            if not fresh.is_dir():
+                raise PackageError(f"{package} does not compile: nothing was written to {fresh}")
+            with contextlib.suppress(OSError):  # another process was faster: its copy has the same content
+                fresh.rename(place)
+        finally:
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
+def package_digest(package: Path, version: str) -> str:
+    """sha256 of a package's files, with their paths, and of what compiles it. Raises PackageError."""
+    files = sorted(path for path in package.rglob("*") if path.is_file())
+    if not files:
+        raise PackageError(f"{package} is no package: it holds no files")
+    digest = hashlib.sha256(version.encode())
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def user_cache_folder() -> Path:
+    """FASTVLM_CACHE, else `fastvlm` where the system keeps caches."""
+    if named := os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fastvlm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastvlm"
+
+
+def _first_line(reason: Exception) -> str:
+    return (str(reason) or type(reason).__name__).splitlines()[0]

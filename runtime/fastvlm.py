@@ -1,0 +1,266 @@
+"""FastVLM as a whole: a model folder, loaded, that answers prompts about images."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..models._mlx import mx, on_cpu
+from ..models.errors import PromptError, UsageError
+from ..models.language import LanguageSide, load_language
+from ..models.qwen2 import KVCache
+from .encoders import VisionEncoder, open_encoder
+from .folder import ModelFolder, open_folder
+from .generate import Generation, GenerationOptions, Stream, decode, options_from, prefill, read_answer
+from .images import Fit, ImageSource, open_image, preprocess, to_pixel_values
+from .prompt import Message, Prompt, PromptEncoder
+from .sampling import Sampler, SamplingOptions, id_on_host
+from .timings import LapClock, Timings
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+CACHE_ROOM = 512
+"""Positions for the answer that are allocated ahead, however large max_tokens is."""
+
+_answers = itertools.count()
+
+
+def load(folder: str | Path, vision: str | None = None) -> FastVLM:
+    """The model in an exported folder.
+
+    `vision` is `coreml` (default on a Mac: Neural Engine and CPU) or `reference` (default elsewhere, works anywhere).
+
+    Raises:
+        ModelFolderError: the folder is incomplete or does not match its manifest.
+        CheckpointError: a config, tokenizer or weight file in it is malformed.
+        PackageError: the vision encoder cannot be read.
+        MachineError: this machine lacks the back end.
+    """
+    return FastVLM.load(folder, vision)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one answer is made from."""
+
+    images: tuple[Image.Image, ...]
+    """Decoded, upright, RGB."""
+    messages: tuple[Message, ...]
+    fit: Fit
+    options: GenerationOptions
+    image_open_ms: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """An answer of which the first token is known."""
+
+    first: mx.array
+    """Its id (1,), evaluated."""
+    cache: list[KVCache]
+    sampler: Sampler
+    room: int
+    """Tokens that the answer may have."""
+    prompt_tokens: int
+    stages_ms: dict[str, float]
+
+
+class FastVLM:
+    """A loaded model. Not for two threads at once.
+
+    Attributes:
+        trained: False for random weights, whose text means nothing.
+        notes: what a user should know of this folder on this machine.
+        load_ms: time that loading took, without the first-use compilation of the package.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, encoder: VisionEncoder, language: LanguageSide, tokenizer: Tokenizer, load_ms: float
+    ) -> None:
+        self.folder = folder
+        self.config = folder.config
+        self.encoder = encoder
+        self.language = language
+        self.tokenizer = tokenizer
+        self.load_ms = load_ms
+        self.trained = folder.trained
+        self.notes = (*folder.notes, *_machine_notes(language))
+        self._prompts = PromptEncoder(folder.path, tokenizer, _image_token_index(folder, tokenizer))
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.eos_token_ids = (*self.config.eos_token_ids, *own)
+
+    @classmethod
+    def load(cls, folder: str | Path, vision: str | None = None) -> FastVLM:
+        """See `load`."""
+        start = time.perf_counter()
+        opened = open_folder(folder)
+        config = opened.config
+        tokenizer = Tokenizer(opened.path)
+        encoder = open_encoder(opened.package, vision, config.image_size, config.mm_hidden_size)
+        language = load_language(opened.weights(), config, quantization=config.quantization)
+        load_ms = 1000 * (time.perf_counter() - start) - encoder.compile_ms
+        return cls(opened, encoder, language, tokenizer, load_ms)
+
+    def generate(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Generation:
+        """The whole answer; `options` as for `stream`."""
+        stream = self.stream(image, prompt, **options)
+        for _ in stream:
+            pass
+        return stream.generation
+
+    def stream(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        *,
+        system: str | None = None,
+        fit: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Stream:
+        """The answer in pieces, computed while they are read.
+
+        `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
+        marks an image's place; without a mark the images stand before the text. `fit` (`pad` or `crop`) and `system`
+        default to what the model was trained with.
+
+        Raises:
+            UsageError: an option is out of range.
+            ImageError: an image cannot be opened.
+            PromptError: (while reading) the prompt does not fit the images or the context.
+        """
+        sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        options = options_from(stop, max_tokens, ignore_eos, sampling)
+        clock = LapClock()
+        images = tuple(open_image(source) for source in _as_list(image))
+        request = Request(
+            images, _messages(prompt, system, len(images)), self._fit(fit), options, image_open_ms=clock.lap_ms()
+        )
+        return Stream(self._answer(request))
+
+    def _answer(self, request: Request) -> Generator[str, None, Generation]:
+        cold = next(_answers) == 0
+        start = self._start(request)
+        rest = decode(self.language.language_model, start.first, start.cache, start.sampler, start.room - 1)
+        eos = () if request.options.ignore_eos else self.eos_token_ids
+        ids = itertools.chain([id_on_host(start.first)], rest)
+        ending = yield from read_answer(ids, self.tokenizer, eos, request.options.stop)
+        timings = Timings(
+            **start.stages_ms,
+            load_ms=self.load_ms,
+            image_open_ms=request.image_open_ms,
+            compile_ms=self.encoder.compile_ms,
+            decode_tps=ending.decode_tps,
+            prompt_tokens=start.prompt_tokens,
+            generated_tokens=len(ending.token_ids),
+            cold=cold,
+        )
+        return Generation(ending.text, ending.token_ids, timings, ending.finish_reason, start.prompt_tokens)
+
+    def _start(self, request: Request) -> Start:
+        """Everything up to the first token, stage by stage."""
+        clock, stages_ms = LapClock(), {}
+        prompt = self._prompts.encode(request.messages)
+        length = self._checked_length(prompt, len(request.images))
+        size = self.encoder.image_size
+        pixel_values = [to_pixel_values(preprocess(image, size, request.fit)) for image in request.images]
+        stages_ms["preprocess_ms"] = clock.lap_ms()
+        image_features = [self.encoder.encode(values) for values in pixel_values]
+        stages_ms["encode_ms"] = clock.lap_ms()
+        projected = self._project(image_features)
+        stages_ms["project_ms"] = clock.lap_ms()
+        room = min(request.options.max_tokens, self.config.max_context - length)
+        cache = self.language.language_model.make_cache(length + min(room, CACHE_ROOM))
+        logits = prefill(self.language.language_model, self._embed(prompt, projected), cache)
+        mx.eval(logits)
+        stages_ms["prefill_ms"] = clock.lap_ms()
+        sampler = Sampler(request.options.sampling, prompt.ids)
+        first = sampler(logits[0])
+        mx.eval(first)
+        stages_ms["sample_ms"] = clock.lap_ms()
+        return Start(first, cache, sampler, room, length, stages_ms)
+
+    def _checked_length(self, prompt: Prompt, image_count: int) -> int:
+        """Positions that the prompt takes. Raises PromptError unless it fits the images and the context."""
+        if prompt.image_count != image_count:
+            raise PromptError(f"the prompt has places for {prompt.image_count} images, but {image_count} came with it")
+        length = prompt.token_count(self.config.tokens_per_image)
+        if length >= self.config.max_context:
+            raise PromptError(
+                f"the prompt takes {length} tokens ({image_count} images of {self.config.tokens_per_image} included), "
+                f"and the context holds {self.config.max_context} with the answer: shorten it"
+            )
+        return length
+
+    def _project(self, image_features: list[NDArray[np.float32]]) -> list[mx.array]:
+        projected = [self.language.multi_modal_projector(mx.array(features)) for features in image_features]
+        mx.eval(projected)
+        return projected
+
+    def _embed(self, prompt: Prompt, projected: Sequence[mx.array]) -> mx.array:
+        """`inputs_embeds` (1, L, D): the text's embeddings, with each image's features in its place."""
+        highest, rows = (
+            max(id for id in (*prompt.ids, 0) if id != prompt.image_token_index),
+            self.language.vocabulary_rows,
+        )
+        if highest >= rows:
+            raise PromptError(f"the prompt has the token {highest}, and the model has embeddings for {rows}")
+        images = iter(projected)
+        parts = [
+            next(images) if segment is None else self.language.language_model.embed(mx.array([segment]))
+            for segment in prompt.segments()
+        ]
+        dtype = parts[0].dtype
+        return mx.concatenate([part.astype(dtype) for part in parts], axis=1)  # (1, L, D)
+
+    def _fit(self, fit: str | None) -> Fit:
+        fit = fit or self.config.image_aspect_ratio
+        if fit == "pad":
+            return "pad"
+        if fit == "crop":
+            return "crop"
+        raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
+
+
+def _as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    if image is None:
+        return []
+    if isinstance(image, list | tuple):
+        return list(image)
+    return [image]  # type: ignore[list-item]
+
+
+def _messages(prompt: str, system: str | None, image_count: int) -> tuple[Message, ...]:
+    if not isinstance(prompt, str) or not isinstance(system, str | None):
+        raise UsageError("prompt and system should be texts")
+    before = () if system is None else (Message("system", system),)
+    return (*before, Message("user", prompt, image_count))
+
+
+def _image_token_index(folder: ModelFolder, tokenizer: Tokenizer) -> int:
+    """The id that stands for an image; Apple's sentinel where neither config nor tokenizer names one."""
+    if folder.config.image_token_index is not None:
+        return folder.config.image_token_index
+    return tokenizer.control_tokens.get("<image>", -200)
+
+
+def _machine_notes(language: LanguageSide) -> tuple[str, ...]:
+    if on_cpu() and language.language_model.model.norm.weight.dtype != mx.float32:
+        return ("too little memory to expand the weights to float32: decoding on this CPU will be slow",)
+    return ()

@@ -1,0 +1,112 @@
+"""An exported model folder, checked against its manifest before anything is loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ..models.config import FastVLMConfig
+from ..models.errors import ModelFolderError
+from ..models.folder_layout import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    PACKAGE_NAME,
+    saved_weights,
+)
+from ..models.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from ..models._mlx import mx
+
+NO_MANIFEST_NOTE = f"the folder has no {MANIFEST_NAME}: its files could not be checked"
+UNTRAINED_NOTE = "the weights are not trained: the text means nothing"
+
+MAX_LISTED_FAULTS = 4
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What stands in a model folder; nothing heavy is loaded yet."""
+
+    path: Path
+    config: FastVLMConfig
+    trained: bool
+    """Whether the weights come from training, so that the text means something."""
+    notes: tuple[str, ...]
+
+    @property
+    def package(self) -> Path:
+        """The vision encoder."""
+        return self.path / PACKAGE_NAME
+
+    def weights(self) -> dict[str, mx.array]:
+        """See `models.folder_layout.saved_weights`."""
+        return saved_weights(self.path)
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """The model folder at `path`.
+
+    Raises:
+        ModelFolderError: there is none, it is incomplete, or files differ from the manifest.
+        ConfigError: `config.json` is malformed.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ModelFolderError(f"{path} is not a folder; a model folder is what `fastvlm export` writes")
+    manifest = read_json_object(path / MANIFEST_NAME, ModelFolderError) if (path / MANIFEST_NAME).is_file() else None
+    if manifest is not None:
+        _check_files(path, manifest)
+    if not (path / CONFIG_NAME).is_file() or not (path / PACKAGE_NAME).is_dir():
+        missing = PACKAGE_NAME if (path / CONFIG_NAME).is_file() else CONFIG_NAME
+        raise ModelFolderError(f"{path} holds no {missing}, so it is no model folder; make one with `fastvlm export`")
+    generation = path / GENERATION_CONFIG_NAME
+    config = FastVLMConfig.from_dict(
+        read_json_object(path / CONFIG_NAME), read_json_object(generation) if generation.is_file() else None
+    )
+    trained = manifest is None or manifest.get("trained") is not False
+    return ModelFolder(path, config, trained, _notes(manifest, trained))
+
+
+def _notes(manifest: Mapping[str, Any] | None, trained: bool) -> tuple[str, ...]:
+    if manifest is None:
+        return (NO_MANIFEST_NOTE,)
+    recorded = manifest.get("notes")
+    notes = tuple(note for note in recorded if isinstance(note, str)) if isinstance(recorded, list) else ()
+    return notes or (() if trained else (UNTRAINED_NOTE,))
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ModelFolderError unless every file of the manifest is there with its size."""
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ModelFolderError(
+            f"{path / MANIFEST_NAME} has format {manifest.get('format')!r:.40}, this version reads {MANIFEST_FORMAT}: "
+            "export the model again, or update fastvlm"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, Mapping):
+        raise ModelFolderError(f"{path / MANIFEST_NAME} lists no files: export the model again")
+    faults = list(_file_faults(path, files))
+    if faults:
+        more = f" and {len(faults) - MAX_LISTED_FAULTS} more" if len(faults) > MAX_LISTED_FAULTS else ""
+        raise ModelFolderError(
+            f"{path} does not match its manifest: {', '.join(faults[:MAX_LISTED_FAULTS])}{more}; copy it again, or "
+            "export the model again"
+        )
+
+
+def _file_faults(path: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            yield f"{name!r:.80} lies outside the folder"
+            continue
+        size = entry.get("bytes") if isinstance(entry, Mapping) else None
+        file = path / name
+        if not file.is_file():
+            yield f"{name} is missing"
+        elif file.stat().st_size != size:
+            yield f"{name} has {file.stat().st_size} bytes instead of {size}"

@@ -1,0 +1,224 @@
+"""Messages and images -> prompt ids.
+
+The chat template is rendered with stand-ins for what users wrote (so its filters do not reach that). Control tokens
+are looked up only in what the template wrote itself; users' text is put in afterwards, and encoded as text whatever it
+says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.errors import ConfigError, PromptError
+from .tokenizer import Tokenizer
+
+IMAGE_MARK = "<image>"
+"""What marks an image's place in a user's text."""
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+STAND_IN = re.compile("\ue000(\\d+)\ue001")
+"""Private-use characters, which no template holds."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `image_count` images belong to it, at the `<image>` marks in `content` or, without marks, before it."""
+
+    role: str
+    content: str
+    image_count: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, with `image_token_index` once per image."""
+
+    ids: tuple[int, ...]
+    image_token_index: int
+
+    @property
+    def image_count(self) -> int:
+        return self.ids.count(self.image_token_index)
+
+    def token_count(self, tokens_per_image: int) -> int:
+        """Positions that the prompt takes in the decoder."""
+        return len(self.ids) + self.image_count * (tokens_per_image - 1)
+
+    def segments(self) -> Iterator[tuple[int, ...] | None]:
+        """Runs of text ids, and None for each image, in order."""
+        run: list[int] = []
+        for token_id in self.ids:
+            if token_id != self.image_token_index:
+                run.append(token_id)
+                continue
+            if run:
+                yield tuple(run)
+            run = []
+            yield None
+        if run:
+            yield tuple(run)
+
+
+Render = Callable[[Sequence[dict[str, str]]], str]
+
+
+class PromptEncoder:
+    """Chat messages -> ids, with the template that the folder brings (built-in: Apple's training prompt `qwen_2`).
+
+    Raises:
+        ConfigError: the folder's template is malformed.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, image_token_index: int) -> None:
+        self._tokenizer = tokenizer
+        self._image_token_index = image_token_index
+        template = _template_text(folder, tokenizer)
+        self._render: Render = _render_qwen2 if template is None else _jinja_render(template, tokenizer)
+        self._pattern = _split_pattern(tokenizer)
+
+    def encode(self, messages: Sequence[Message]) -> Prompt:
+        """The ids of `messages` and of the beginning of the assistant's answer.
+
+        Raises:
+            PromptError: images and their marks differ in number, or the template cannot take these messages.
+        """
+        contents = [_content_parts(message) for message in messages]
+        stand_ins = [
+            {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
+        ]
+        try:
+            rendered = self._render(stand_ins)
+        except PromptError:
+            raise
+        except Exception as reason:  # a template is a program, and fails in its own ways
+            raise PromptError(f"the chat template cannot take these messages: {reason}") from reason
+        self._check_nothing_lost(rendered, messages)
+        ids: list[int] = []
+        for part in _joined(self._parts(rendered, contents)):
+            ids.extend([part] if isinstance(part, int) else self._tokenizer.encode(part))
+        return Prompt(tuple(ids), self._image_token_index)
+
+    def _parts(self, rendered: str, contents: Sequence[list[str | None]]) -> Iterator[str | int]:
+        """Text and ids in order. Both control tokens and image marks are ids."""
+        end = 0
+        for match in self._pattern.finditer(rendered):
+            yield rendered[end : match.start()]
+            end = match.end()
+            if match["content"] is None:
+                table, token = self._tokenizer.control_tokens, match["token"]
+                yield table[token if token in table else token.strip()]
+                continue
+            for part in contents[int(match["content"])]:
+                yield self._image_token_index if part is None else part
+        yield rendered[end:]
+
+    def _check_nothing_lost(self, rendered: str, messages: Sequence[Message]) -> None:
+        kept = {int(match[1]) for match in STAND_IN.finditer(rendered)}
+        lost = [message.role for index, message in enumerate(messages) if index not in kept]
+        if lost:
+            raise PromptError(f"the model's chat template leaves out the {' and '.join(lost)} message")
+        if len(kept) > len(messages):
+            raise PromptError("the model's chat template writes private-use characters, which stand for messages here")
+
+
+def _content_parts(message: Message) -> list[str | None]:
+    """The text of a message, and None for each image in it. Only a user's message can hold images."""
+    if message.role != "user":
+        return [message.content]
+    texts = message.content.split(IMAGE_MARK)
+    marks = len(texts) - 1
+    if marks == 0:
+        return [part for _ in range(message.image_count) for part in (None, "\n")] + [message.content]
+    if marks != message.image_count:
+        raise PromptError(
+            f"the prompt marks {marks} places for images with {IMAGE_MARK}, but {message.image_count} images came with "
+            "it; give one image per mark, or leave the marks out to have the images first"
+        )
+    return [part for text in texts for part in (None, text)][1:]
+
+
+def _joined(parts: Iterator[str | int]) -> Iterator[str | int]:
+    """Adjacent texts as one, since a word may be made of both; without empty ones."""
+    text = ""
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+            continue
+        if text:
+            yield text
+        text = ""
+        yield part
+    if text:
+        yield text
+
+
+def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches a stand-in or a control token, the longest first, with the blanks that the token swallows."""
+    tokens = sorted(tokenizer.added_tokens, key=lambda token: -len(token.content))
+    written = [
+        ("\\s*" if token.lstrip else "") + re.escape(token.content) + ("\\s*" if token.rstrip else "")
+        for token in tokens
+    ]
+    return re.compile("|".join(["\ue000(?P<content>\\d+)\ue001", f"(?P<token>{'|'.join(written) or '(?!)'})"]))
+
+
+def _render_qwen2(messages: Sequence[dict[str, str]]) -> str:
+    """Apple's training prompt (`conv_qwen_2` in LLaVA's conversation.py)."""
+    default = [] if messages[0]["role"] == "system" else [{"role": "system", "content": DEFAULT_SYSTEM}]
+    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in [*default, *messages]]
+    return "".join([*turns, "<|im_start|>assistant\n"])
+
+
+def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """The folder's template: its own file, or in tokenizer_config.json as one text or a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as reason:
+            raise ConfigError(f"{file} cannot be read: {reason}") from None
+    template = tokenizer.settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise ConfigError(
+                f"tokenizer_config.json has no chat template named 'default'; found {sorted(map(str, named))}"
+            )
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"tokenizer_config.json: chat_template should be a text; found {template!r:.80}")
+    return template
+
+
+def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
+    """`template` as Hugging Face renders it: sandboxed, with block trimming and loop controls."""
+    import json
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise PromptError(f"the chat template refuses these messages: {message}")
+
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateSyntaxError as reason:
+        raise ConfigError(f"the chat template is malformed at line {reason.lineno}: {reason.message}") from None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {name: text for name in names if (text := tokenizer.special_token_text(name)) is not None}
+    return lambda messages: compiled.render(messages=messages, add_generation_prompt=True, tools=None, **tokens)

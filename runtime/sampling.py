@@ -1,0 +1,129 @@
+"""How the next token is picked from logits."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models._mlx import mx
+from ..models.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options in Hugging Face's names and meanings, applied in its order.
+
+    `temperature` 0 picks the likeliest token. `top_k`, `top_p` and `min_p` cut the candidates in this order;
+    `repetition_penalty` divides the positive logits of tokens that stand in the prompt or the answer, and multiplies
+    the negative ones. One `seed` gives the same answer each time on the same machine; None takes a new one.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "a number from 0")
+        _check("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0 and at most 1")
+        _check("top_k", self.top_k, _whole(self.top_k), "a whole number from 0, where 0 means all")
+        _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < _number(penalty) < math.inf, "a number above 0, where 1 means none")
+        _check("seed", self.seed, self.seed is None or (_whole(self.seed) and self.seed < 2**64), "from 0 to 2**64 - 1")
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check(name: str, value: Any, right: bool, wanted: str) -> None:
+    if not right:
+        raise UsageError(f"{name} should be {wanted}; found {value!r:.60}")
+
+
+class Sampler:
+    """Picks tokens one after the other, and remembers what it needs to for `repetition_penalty` and the seed.
+
+    Everything stays in MLX, so that a next step can begin before the last token is known to the host.
+    """
+
+    def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
+        self._options = options
+        self._prompt_ids = prompt_ids
+        self._seen: mx.array | None = None
+        self._key = mx.random.key(secrets.randbits(64) if options.seed is None else options.seed)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """(V,) logits -> the id (1,) of the next token, not yet evaluated."""
+        options = self._options
+        logits = logits.astype(mx.float32)
+        if options.repetition_penalty != 1:
+            self._seen = _marks(logits.size, self._prompt_ids) if self._seen is None else self._seen
+            logits = penalized(logits, self._seen, options.repetition_penalty)
+        if options.temperature == 0:
+            token = mx.argmax(logits, keepdims=True)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = sample(logits, options, key)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+
+def id_on_host(token: mx.array) -> int:
+    """The id on the host, once it is computed."""
+    value = token.item()
+    assert isinstance(value, int)
+    return value
+
+
+def _marks(size: int, ids: Sequence[int]) -> mx.array:
+    marks = mx.zeros(size, mx.bool_)
+    known = [token_id for token_id in ids if 0 <= token_id < size]
+    if known:
+        marks[mx.array(known)] = True
+    return marks
+
+
+def penalized(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+    """Logits made less likely where `seen` (arXiv 1909.05858, section 4.1)."""
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: mx.array, options: SamplingOptions, key: mx.array) -> mx.array:
+    """A token (1,) drawn from softmax(logits / temperature) among the candidates that `options` leave."""
+    logits = logits / options.temperature
+    if options.top_k == 0 and options.top_p == 1 and options.min_p == 0:
+        return mx.random.categorical(logits, key=key).reshape(1)
+    order = _descending(logits, options.top_k)
+    chosen = mx.random.categorical(cut(logits[order], options), key=key).reshape(1)
+    return order[chosen]
+
+
+def cut(logits: mx.array, options: SamplingOptions) -> mx.array:
+    """Descending `logits` with those that `top_p`, then `min_p`, leave out at -inf. The first always stays."""
+    if options.top_p < 1:  # the fewest whose probabilities reach top_p
+        probabilities = mx.softmax(logits)
+        before = mx.cumsum(probabilities) - probabilities
+        logits = mx.where(before < options.top_p, logits, -mx.inf)
+    if options.min_p:
+        logits = mx.where(logits >= logits[0] + math.log(options.min_p), logits, -mx.inf)
+    return logits
+
+
+def _descending(logits: mx.array, count: int) -> mx.array:
+    """Indices of the `count` greatest logits, or of all for 0, the greatest first."""
+    if not 0 < count < logits.size:
+        return mx.argsort(-logits)
+    greatest = mx.argpartition(-logits, count - 1)[:count]  # nine times as fast as sorting a whole vocabulary
+    return greatest[mx.argsort(-logits[greatest])]

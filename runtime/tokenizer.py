@@ -1,0 +1,116 @@
+"""Text <-> token ids, with the folder's `tokenizer.json` and without transformers (whose import takes seconds)."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..models.errors import ConfigError, PromptError
+from ..models.json_file import read_json_object
+from ..models.tokenizer_json import byte_symbols
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer that keeps text and control tokens apart.
+
+    `control_tokens` are the added tokens (`<|im_start|>`, `<image>` ...): text never becomes one, whatever it says.
+
+    Raises:
+        ConfigError: a file is missing or malformed, or this is no byte-level tokenizer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = _settings(folder)
+        self._tokenizer = _load(folder / "tokenizer.json")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control_tokens: Mapping[str, int] = {token.content: token_id for token_id, token in added.items()}
+        self.hidden_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        """Control tokens that are no part of an answer's text."""
+        self.added_tokens = tuple(added.values())
+        # makes every added token special, so that the switch after it holds them all back from text
+        self._tokenizer.add_special_tokens(list(added.values()))
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, none of them a control token's. Raises PromptError for text that has no UTF-8 form."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as reason:
+            raise PromptError(f"the prompt is not valid Unicode at character {reason.start}: {reason.reason}") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for: none for hidden control tokens and for ids past the vocabulary."""
+        if token_id in self.hidden_ids:
+            return b""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:  # Qwen2's embeddings are padded past the tokenizer
+            return b""
+        table = _byte_of_symbol()
+        if all(symbol in table for symbol in token):
+            return bytes(table[symbol] for symbol in token)
+        return token.encode()  # an added token, written as it is
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: what a `TextStream` gives for them, joined."""
+        stream = TextStream(self)
+        return "".join(stream.push(token_id) for token_id in ids)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token` in tokenizer_config.json."""
+        return self.control_tokens.get(self.special_token_text("eos_token") or "")
+
+    def special_token_text(self, name: str) -> str | None:
+        """`eos_token` and the like: a string, an object with `content`, or absent."""
+        value = self.settings.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+
+class TextStream:
+    """Token ids in, whole characters out.
+
+    A character whose bytes are spread over tokens comes with the last of them; one that is never completed does not
+    come at all. Bytes that cannot be UTF-8 become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that `token_id` completes; often none, or several."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist; a model folder holds the tokenizer that its decoder was trained with"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as reason:  # the library raises plain Exception
+        raise ConfigError(f"{path} is no tokenizer: {str(reason).splitlines()[0]}") from None
+    if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+        raise ConfigError(f"{path} should hold a byte-level tokenizer, as Qwen2's is; found {tokenizer.decoder}")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    return {symbol: byte for byte, symbol in enumerate(byte_symbols())}

@@ -1,0 +1,127 @@
+"""A small model folder with random weights, and what runs in place of a vision encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlm.models._mlx import mx
+from fastvlm.models.config import FastVLMConfig
+from fastvlm.models.language import expected_shapes, load_language
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.tokenizer_json import added_token
+from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.folder import open_folder
+from fastvlm.runtime.tokenizer import Tokenizer
+
+IMAGE_TOKEN_INDEX = 1023
+
+
+class FakeEncoder:
+    """Features that depend on every patch: its mean colour, times fixed weights."""
+
+    name = "fake"
+    compile_ms = 0.0
+
+    def __init__(self, image_size: int, channels: int) -> None:
+        self.image_size = image_size
+        self.calls: list[np.ndarray] = []
+        self._weights = np.random.default_rng(0).normal(size=(3, channels)).astype(np.float32)
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        self.calls.append(pixel_values)
+        side = self.image_size // 64
+        patches = pixel_values.reshape(3, side, 64, side, 64).mean((2, 4))  # (3, side, side)
+        return (patches.reshape(3, -1).T @ self._weights)[None]  # (1, side * side, channels)
+
+
+def language_weights(config: FastVLMConfig) -> dict[str, mx.array]:
+    rng, drawn = np.random.default_rng(0), {}
+    for name, shape in expected_shapes(config).items():
+        noise = rng.normal(size=shape) / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
+        drawn[name] = mx.array((1 + 0.1 * noise if "norm" in name else noise).astype(np.float32))
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files() -> dict[str, bytes]:
+    """Of `random:tiny`, with `<image>` as export adds it."""
+    files = dict(RandomCheckpoint("tiny").tokenizer_files())
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["added_tokens"].append(added_token(IMAGE_TOKEN_INDEX, "<image>"))
+    return {**files, "tokenizer.json": json.dumps(tokenizer).encode()}
+
+
+@pytest.fixture
+def write_tokenizer(tokenizer_files: dict[str, bytes], tmp_path: Path) -> Callable[..., Path]:
+    """A folder with the tokenizer; options change `tokenizer_config.json`, or with None drop an entry."""
+
+    def write(**settings: Any) -> Path:
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, content in tokenizer_files.items():
+            (folder / name).write_bytes(content)
+        config = {**json.loads(tokenizer_files["tokenizer_config.json"]), **settings}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({name: value for name, value in config.items() if value is not None})
+        )
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def tokenizer(write_tokenizer: Callable[..., Path]) -> Tokenizer:
+    return Tokenizer(write_tokenizer())
+
+
+@pytest.fixture
+def write_folder(write_tokenizer: Callable[..., Path]) -> Callable[..., Path]:
+    """A model folder whose package is a dummy; options change `config.json`, `manifest` the manifest (None: none)."""
+
+    def write(manifest: dict[str, Any] | None = {}, **fields: Any) -> Path:  # noqa: B006 - never changed
+        folder = write_tokenizer()
+        config = {**RandomCheckpoint("tiny").config_dict, "image_token_index": IMAGE_TOKEN_INDEX, **fields}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "fastvithd.mlpackage").mkdir()
+        (folder / "fastvithd.mlpackage" / "Manifest.json").write_text("{}")
+        mx.save_safetensors(str(folder / "model.safetensors"), language_weights(FastVLMConfig.from_dict(config)))
+        if manifest is not None:
+            table = {
+                path.relative_to(folder).as_posix(): {
+                    "bytes": path.stat().st_size,
+                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                }
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            whole = {"format": 1, "trained": True, "notes": [], "files": table, **manifest}
+            (folder / "fastvlm.json").write_text(json.dumps(whole))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def open_vlm() -> Callable[[Path], FastVLM]:
+    """The model in a folder, with a `FakeEncoder` in place of the package."""
+
+    def load(folder: Path) -> FastVLM:
+        opened = open_folder(folder)
+        config = opened.config
+        language = load_language(opened.weights(), config, quantization=config.quantization)
+        encoder = FakeEncoder(config.image_size, config.mm_hidden_size)
+        return FastVLM(opened, encoder, language, Tokenizer(folder), load_ms=1.0)
+
+    return load
+
+
+@pytest.fixture
+def vlm(write_folder: Callable[..., Path], open_vlm: Callable[[Path], FastVLM]) -> FastVLM:
+    return open_vlm(write_folder())

@@ -1,0 +1,253 @@
+"""Opening images of every kind, and the encoder's squares, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from fastvlm.models.errors import ImageError
+from fastvlm.runtime import images
+from fastvlm.runtime.images import open_image, preprocess, to_pixel_values
+
+GOLDEN = sorted(
+    f"{name}.{fit}"
+    for name in ("square_256", "landscape_640x360", "portrait_233x517", "tiny_17x9", "wide_900x60", "gray_200x300",
+                 "rgba_120x90", "palette_150x100")
+    for fit in ("pad", "crop")
+)  # fmt: skip
+
+
+def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(rgb).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def padded_then_resized(image: Image.Image, size: int) -> np.ndarray:
+    """LLaVA's `expand2square`, then one resize: the definition."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("key", [*GOLDEN, "exif6_320x180.pad"])
+def test_pixels_equal_the_reference_bit_for_bit(golden: Path, key: str) -> None:
+    name, fit = key.rsplit(".", 1)
+    file = next((golden / "preprocess").glob(f"{name}.*"))
+    expected = np.load(golden / "preprocess" / "expected_uint8.npz")[key]
+    found = preprocess(open_image(file), 256, fit)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("case", "name"), [(0, "square_256"), (1, "landscape_640x360"), (2, "portrait_233x517")])
+def test_pixel_values_equal_the_reference(golden: Path, case: int, name: str) -> None:
+    expected = np.load(golden / "llava_small_reparam_tied" / "expected.npz")[f"{case}.pixel_values"]
+    found = to_pixel_values(preprocess(open_image(golden / "preprocess" / f"{name}.png"), 256, "pad"))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([64, 128]), st.integers(200, 5000), st.integers(0, 9))
+def test_padding_in_strips_equals_padding_at_once(width: int, height: int, size: int, strip: int, seed: int) -> None:
+    image = noise(width, height, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "STRIP_PIXELS", strip)
+        np.testing.assert_array_equal(preprocess(image, size, "pad"), padded_then_resized(image, size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 200),
+    st.integers(1, 200),
+    st.sampled_from(["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "YCbCr", "HSV"]),
+    st.sampled_from(["pad", "crop"]),
+)
+def test_any_size_and_mode_gives_a_square(width: int, height: int, mode: str, fit: str) -> None:
+    try:
+        image = noise(width, height, mode)
+    except ValueError:  # Pillow has no way from RGB to LA in some versions
+        image = noise(width, height, "L").convert(mode)
+    opened = open_image(image)
+    assert opened.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
+    pixels = preprocess(opened, 128, fit)
+    assert (pixels.shape, pixels.dtype) == ((3, 128, 128), np.uint8)
+    values = to_pixel_values(pixels)
+    assert values.shape == (1, 3, 128, 128)
+    assert 0 <= values.min() <= values.max() <= 1
+    assert values.flags.c_contiguous
+
+
+def test_pixel_values_reach_exactly_from_0_to_1() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16).repeat(3, 0)
+    np.testing.assert_array_equal(to_pixel_values(ramp)[0, 0].reshape(-1), np.arange(256, dtype=np.float32) / 255)
+
+
+def test_picture_is_the_same_from_every_source(tmp_path: Path) -> None:
+    picture = noise(20, 10)
+    file = tmp_path / "picture.png"
+    file.write_bytes(encoded(picture))
+    sources = [file, str(file), file.read_bytes(), picture, np.asarray(picture), np.asarray(picture.convert("RGBA"))]
+    for source in sources:
+        np.testing.assert_array_equal(np.asarray(open_image(source)), np.asarray(picture))
+    gray = np.asarray(picture)[..., 0]
+    np.testing.assert_array_equal(np.asarray(open_image(gray))[..., 2], gray)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_stands_upright_when_exif_says_how(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(24, 16), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0no header", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\0\x01"]
+)
+def test_image_opens_when_its_metadata_are_damaged(exif: bytes, recwarn: pytest.WarningsRecorder) -> None:
+    assert open_image(encoded(noise(8, 6), "JPEG", exif=exif)).size == (8, 6)
+    assert not recwarn.list
+
+
+def test_source_image_is_left_as_it_was() -> None:
+    image = noise(9, 7, "P")
+    before = image.copy()
+    open_image(image)
+    assert (image.mode, image.tobytes()) == ("P", before.tobytes())
+
+
+def test_sixteen_bit_gray_keeps_its_upper_bits() -> None:
+    values = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    found = np.asarray(open_image(encoded(Image.fromarray(values))))
+    np.testing.assert_array_equal(found[..., 0], (values >> 8).astype(np.uint8))
+
+
+def test_first_frame_counts_when_an_image_moves() -> None:
+    first, second = noise(8, 8, "P", 1), noise(8, 8, "P", 2)
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(np.asarray(open_image(data)), np.asarray(first.convert("RGB")))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"hello, this is text", "no image in a format"),
+        (encoded(noise(64, 64))[:300], "cannot be (read|decoded)"),
+        (encoded(noise(64, 64), "JPEG")[:300], "cannot be (read|decoded)"),
+        (png_header(30000, 30000), "too large: .*900000000 pixels"),
+        (png_header(100_000, 1), "too large: 100000 x 1"),
+        ("/nonexistent/image.png", "/nonexistent/image.png does not exist"),
+        ("a\nb", "does not exist"),
+        (Path("/"), "is a folder"),
+        ("/dev/null", "no regular file"),
+        (7, "an image of int is not supported"),
+        (None, "an image of NoneType is not supported"),
+        (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"uint8 of shape \(4, 4, 2\)"),
+        (np.zeros((3,), np.uint8), r"uint8 of shape \(3,\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"found shape \(0, 4, 3\)"),
+        (Image.new("F", (4, 4)), "32 bits per pixel"),
+        (Image.new("I", (4, 4)), "32 bits per pixel"),
+    ],
+    ids=repr,
+)
+def test_image_error_in_one_line_when_there_is_no_picture(source: object, message: str) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        open_image(source)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value).replace("a\nb", "")
+
+
+@pytest.mark.parametrize("failure", [struct.error("bad\nheader"), IndexError(), SyntaxError("broken"), MemoryError()])
+def test_image_error_when_a_decoder_fails_in_its_own_way(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageError, match=r"^the image cannot be decoded: (bad|IndexError|broken|MemoryError)$"):
+        open_image(b"data")
+
+
+def test_own_limit_holds_when_pillows_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ImageError, match="too large: 13500 x 13500"):
+        open_image(png_header(13500, 13500))
+
+
+def test_image_error_when_a_file_is_empty_or_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "empty.png"
+    file.touch()
+    with pytest.raises(ImageError, match=r"empty\.png has 0 bytes"):
+        open_image(file)
+    file.write_bytes(b"x")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ImageError, match=r"empty\.png cannot be read: Permission denied"):
+        open_image(file)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_files_give_a_picture_or_an_image_error(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    content = bytearray(encoded(noise(16, 16), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert open_image(bytes(content)).mode == "RGB"
+    except ImageError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("width", "height"), [(12_000, 200), (200, 12_000)])
+def test_padding_takes_little_memory_when_an_image_is_long_and_thin(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squares: list[int] = []
+    crop = Image.Image.crop
+
+    def watched(self: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        squares.append((box[2] - box[0]) * (box[3] - box[1]))
+        return crop(self, box)
+
+    monkeypatch.setattr(Image.Image, "crop", watched)
+    pixels = preprocess(Image.new("RGB", (width, height), (200, 10, 90)), 128, "pad")
+    assert pixels[0].max() > 10
+    assert max(squares) <= images.STRIP_PIXELS  # the whole square has 144 million
+
+
+def test_crop_is_refused_when_an_image_is_too_thin() -> None:
+    image = Image.new("RGB", (20_000, 1))
+    with pytest.raises(ImageError, match=r"20000 x 1 is too long and thin to crop: .* 20480000"):
+        preprocess(image, 1024, "crop")
