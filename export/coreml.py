@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models.errors import PackageError
+from ..models.folder_layout import INPUT_NAME, OUTPUT_NAME
 from ..quant.encoder import compress_weights, compressed_convs
 
 if TYPE_CHECKING:
     from coremltools.models import MLModel
     from torch import nn
 
-INPUT_NAME = "images"
-OUTPUT_NAME = "image_features"
-PACKAGE_NAME = "fastvithd.mlpackage"
 PACKAGE_NAMESPACE = uuid.UUID("5b0ce0a7-3d0b-4f53-8a51-5f6d4a3c9d10")
 """Item identifiers of a package are drawn at random by coremltools; ours derive from this, so that bytes repeat."""
 

@@ -17,15 +17,14 @@ from ..models.apple_layout import language_shapes
 from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
 from ..models.config import check_image_size
 from ..models.errors import VerificationError
+from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import RandomCheckpoint
 from ..models.references import DEFAULT_MODEL, open_checkpoint
 from ..quant.calibration import calibration_images, verification_images
 from ..quant.decoder import DecoderScheme, check_language_tensors, saved_tensors
 from ..quant.encoder import check_scheme, correct_biases
-from .coreml import PACKAGE_NAME, convert_encoder
+from .coreml import convert_encoder
 from .model_folder import (
-    MANIFEST_FORMAT,
-    MANIFEST_NAME,
     PROCESSOR_CONFIG,
     exported_config,
     file_table,
@@ -185,7 +184,7 @@ def write_encoder(folder: Path, checkpoint: Checkpoint, recipe: Recipe, on_stage
 
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenizer: ExportedTokenizer) -> None:
     config = exported_config(checkpoint, tokenizer.image_token_index, recipe.image_size, recipe.decoder)
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG_NAME, config)
     write_json(folder / "preprocessor_config.json", preprocessor_config(recipe.image_size))
     write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
     for name, content in tokenizer.files.items():

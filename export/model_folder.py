@@ -12,13 +12,12 @@ import numpy as np
 
 from ..models.checkpoint import Checkpoint
 from ..models.errors import OutputError
+from ..models.folder_layout import INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from ..quant.decoder import DecoderScheme
 
 if TYPE_CHECKING:
     from ..models._mlx import mx
 
-MANIFEST_NAME = "fastvlm.json"
-MANIFEST_FORMAT = 1
 MAX_SHARD_BYTES = 2 * 2**30
 """A shard is in memory twice while it is written."""
 
@@ -60,7 +59,7 @@ def _shard_path(folder: Path, index: int) -> Path:
 def _name_shards(folder: Path, shards: list[list[str]]) -> None:
     """Hugging Face's names, which tell how many shards there are."""
     if len(shards) == 1:
-        _shard_path(folder, 0).rename(folder / "model.safetensors")
+        _shard_path(folder, 0).rename(folder / WEIGHTS_NAME)
         return
     weight_map, total = {}, 0
     for index, names in enumerate(shards):
@@ -68,7 +67,7 @@ def _name_shards(folder: Path, shards: list[list[str]]) -> None:
         _shard_path(folder, index).rename(path)
         total += path.stat().st_size
         weight_map.update(dict.fromkeys(names, path.name))
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def exported_config(

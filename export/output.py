@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..models.errors import OutputError
+from ..models.folder_layout import MANIFEST_NAME
 
 FULL_BELOW_BYTES = 8 * 2**20
 """With less than this left, a failed write is put down to the disk: native writers fail before the last byte."""
@@ -50,9 +51,9 @@ def check_destination(destination: Path, *, force: bool) -> None:
     if destination.is_dir() and any(destination.iterdir()):
         if not force:
             raise OutputError(f"{destination} exists: pass --force to replace it, or choose another output folder")
-        if not (destination / "fastvlm.json").is_file():
+        if not (destination / MANIFEST_NAME).is_file():
             raise OutputError(
-                f"{destination} was not written by fastvlm (no fastvlm.json in it), so --force will not replace it: "
+                f"{destination} was not written by fastvlm (no {MANIFEST_NAME} in it), so --force will not replace it: "
                 "choose another output folder"
             )
 

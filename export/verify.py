@@ -16,16 +16,14 @@ import numpy as np
 from ..models.checkpoint import Checkpoint
 from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError, VerificationError
+from ..models.folder_layout import CONFIG_NAME, INPUT_NAME, MANIFEST_NAME, OUTPUT_NAME, PACKAGE_NAME, saved_weights
 from ..models.json_file import read_json_object
 from ..models.references import open_checkpoint
 from ..quant.calibration import verification_images
 from ..quant.metrics import Agreement, compare
-from .coreml import INPUT_NAME, OUTPUT_NAME, PACKAGE_NAME
-from .model_folder import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from ..models.fastvit import FastViT
-    from ..models.language import LanguageSide
 
 ENCODER_FLOOR_DB = {"fp16": 50.0, "int8": 30.0}
 """SNR of `image_features` below which a package is refused. The small reference encoders reach 60 and 40 dB."""
@@ -136,34 +134,21 @@ def verify_encoder(package: Path, images: Sequence[np.ndarray], features: Sequen
 
 
 def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndarray) -> tuple[Agreement, int]:
-    """Compares logits of the saved decoder and projector with the checkpoint's; returns the saved bits too."""
+    """Runs the saved decoder and projector next to the checkpoint's, in float32; returns the saved bits too."""
     from ..models._mlx import mx
-    from ..models.language import from_checkpoint, load_language
+    from ..models.language import settled_config
+    from ..models.layerwise import checkpoint_reader, layerwise_logits, saved_reader
 
-    config = FastVLMConfig.from_dict(read_json_object(folder / "config.json", ModelFolderError))
-    probe = probe_ids(min(config.decoder.vocab_size, checkpoint.config.decoder.vocab_size))
-    original = probe_logits(from_checkpoint(checkpoint), probe, image_features)
-    weights = {name: w for file in sorted(folder.glob("*.safetensors")) for name, w in mx.load(str(file)).items()}
-    saved = load_language(weights, config, quantization=config.quantization)
-    bits = config.quantization[1] if config.quantization else 16
-    return compare(original, probe_logits(saved, probe, image_features), "logits"), bits
-
-
-def probe_ids(vocab_size: int) -> np.ndarray:
-    """Fixed token ids, spread over the vocabulary."""
-    return np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, PROBE_TOKENS)
-
-
-def probe_logits(language: LanguageSide, ids: np.ndarray, image_features: np.ndarray) -> np.ndarray:
-    """Logits (positions, vocabulary) at the text positions behind an image among `ids`, float32."""
-    from ..models._mlx import mx
-
-    decoder = language.language_model
-    text = decoder.embed(mx.array(ids)[None])  # (1, L, D)
-    image = language.multi_modal_projector(mx.array(image_features).astype(text.dtype))  # (1, N, D)
-    before = PROBE_TOKENS // 3
-    inputs_embeds = mx.concatenate([text[:, :before], image, text[:, before:]], axis=1)  # (1, N + L, D)
-    cache = decoder.make_cache(inputs_embeds.shape[1])
-    decoder(inputs_embeds[:, : -(PROBE_TOKENS - before)], cache)
-    logits = decoder(inputs_embeds[:, -(PROBE_TOKENS - before) :], cache, all_positions=True)
-    return np.array(logits[0].astype(mx.float32))
+    config = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME, ModelFolderError))
+    weights = saved_weights(folder)
+    config = settled_config(weights, config, config.quantization)
+    vocab_size = min(config.decoder.vocab_size, checkpoint.config.decoder.vocab_size)
+    ids = np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, PROBE_TOKENS).tolist()
+    before, after = ids[: PROBE_TOKENS // 3], ids[PROBE_TOKENS // 3 :]
+    readers = (
+        (checkpoint_reader(checkpoint), checkpoint.config),
+        (saved_reader(weights, config), config),
+    )
+    features = mx.array(image_features)
+    original, saved = (np.array(layerwise_logits(read, c, before, features, after)) for read, c in readers)
+    return compare(original, saved, "logits"), config.quantization[1] if config.quantization else 16

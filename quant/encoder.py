@@ -53,13 +53,15 @@ def correct_biases(network: nn.Module, images: Sequence[np.ndarray]) -> None:
     Inputs behind a GELU have means far from zero, so rounding errors add up to a constant per channel: most of int8's
     noise (arXiv 1906.04721, section 4.2). The means are taken over `images`, each (1, 3, S, S), in place.
     """
-    means: dict[nn.Module, list[Tensor]] = {conv: [] for conv in compressed_convs(network)}
+    import torch
+
+    from ..models.fastvit_blocks import bias_of
+
+    means: dict[nn.Conv2d, list[Tensor]] = {conv: [] for conv in compressed_convs(network)}
     hooks = [
         conv.register_forward_hook(lambda module, inputs, _: means[module].append(inputs[0].mean((0, 2, 3))))
         for conv in means
     ]
-    import torch
-
     try:
         with torch.inference_mode():
             for image in images:
@@ -69,7 +71,7 @@ def correct_biases(network: nn.Module, images: Sequence[np.ndarray]) -> None:
             hook.remove()
     for conv, found in means.items():
         error = conv.weight.data - rounded_to_int8(conv.weight.data)  # (out, in, K, K)
-        conv.bias.data = conv.bias.data + error.sum((2, 3)) @ torch.stack(found).mean(0)
+        bias_of(conv).data += error.sum((2, 3)) @ torch.stack(found).mean(0)
 
 
 def rounded_to_int8(weight: Tensor) -> Tensor:
