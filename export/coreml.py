@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 import tempfile
 import uuid
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..models._coremltools import import_coremltools
 from ..models.errors import PackageError
 from ..models.folder_layout import INPUT_NAME, OUTPUT_NAME
 from ..quant.encoder import compress_weights, compressed_convs
@@ -117,12 +117,11 @@ def quiet_coremltools(scratch: Path) -> Iterator[Any]:
 
     Its temporary files go to `scratch`: inside our own partial output, so that a kill leaves nothing in /tmp.
     """
-    logging.getLogger("coremltools").setLevel(logging.CRITICAL)
     directory, tempfile.tempdir = tempfile.tempdir, str(scratch)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import coremltools as ct
+            ct = import_coremltools()
             from tqdm import tqdm
 
             loud = tqdm.__init__

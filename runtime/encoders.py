@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from ..models._coremltools import import_coremltools
 from ..models.config import PATCH_SIZE
 from ..models.errors import MachineError, PackageError, UsageError
 from ..models.folder_layout import INPUT_NAME, OUTPUT_NAME
@@ -130,13 +131,10 @@ class CoreMLTools:
         self.version = f"macOS {platform.mac_ver()[0]}"
 
     def compile(self, package: Path, destination: Path) -> None:
-        from coremltools.models.utils import compile_model
-
-        compile_model(str(package), str(destination))
+        import_coremltools().models.utils.compile_model(str(package), str(destination))
 
     def open(self, compiled: Path) -> Predict:
-        import coremltools as ct
-
+        ct = import_coremltools()
         model = ct.models.CompiledMLModel(str(compiled), compute_units=ct.ComputeUnit.CPU_AND_NE)
 
         def predict(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -134,18 +134,20 @@ class _Reader:
     def _main(self) -> Any:
         functions = self.model.mlProgram.functions
         if list(functions) != ["main"]:
-            raise self._error(f"expected one function, main, found {', '.join(sorted(functions)) or 'none'}")
+            raise self._error(f"expected one function, main, found {sorted(functions)}")
         main = functions["main"]
         if main.opset not in main.block_specializations:
-            found = ", ".join(sorted(main.block_specializations)) or "none"
-            raise self._error(f"expected a block for opset {main.opset!r}, found {found}")
+            raise self._error(f"expected a block for opset {main.opset!r}, found {sorted(main.block_specializations)}")
         return main
 
     def _operation(self, message: Any) -> Operation:
+        for text in (message.type, *message.inputs, *message.attributes, *(output.name for output in message.outputs)):
+            self._check_text(text)
         name = message.outputs[0].name if message.outputs else message.type
         if "name" in message.attributes:
             label = self._value(f"{name}.name", message.attributes["name"])
             name = str(label.array()) if label.type.dtype == "string" else name
+            self._check_text(name)
         if message.blocks:
             raise self._error(
                 f"operation {name} ({message.type}) has inner blocks; only straight-line programs can be read"
@@ -175,6 +177,7 @@ class _Reader:
         return self.blobs[file_name].value(type, offset)
 
     def _define(self, message: Any) -> TensorType:
+        self._check_text(message.name)
         if message.name in self.known:
             raise self._error(f"expected every result to have a name of its own, found {message.name!r} twice")
         self.known[message.name] = decode_type(message.name, message.type)
@@ -184,6 +187,10 @@ class _Reader:
         if name not in self.known:
             raise self._error(f"{reader}: reads {name!r}, which nothing before it computes")
         return self.known[name]
+
+    def _check_text(self, text: str) -> None:
+        if not text.isprintable():  # names go into messages of one line
+            raise self._error(f"expected names of printable characters, found {text!r}")
 
     def _check_interface(self, side: str, described: Iterable[Any], actual: tuple[TensorType, ...]) -> None:
         expected, found = sorted(item.name for item in described), sorted(tensor.name for tensor in actual)

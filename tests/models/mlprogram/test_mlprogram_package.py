@@ -148,7 +148,7 @@ def _two_functions(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_two_functions, "expected one function, main, found main, other"),
+        (_two_functions, "expected one function, main, found \\['main', 'other'\\]"),
         (_drop_block, "block for opset 'CoreML99'"),
         (_another_type, "expected an mlProgram, found neuralNetwork"),
         (_rename_input, r"description has inputs \['pixels'\], the program \['x'\]"),
@@ -202,6 +202,10 @@ def _inner_block(block: Any) -> None:
     block.operations[-1].blocks.add()
 
 
+def _name_of_two_lines(block: Any) -> None:
+    block.operations[-1].outputs[0].name = "two\nlines"
+
+
 def _not_a_tensor(block: Any) -> None:
     block.operations[-1].outputs[0].type.stateType.SetInParent()
 
@@ -218,6 +222,7 @@ def _not_a_tensor(block: Any) -> None:
         (_rank_against_dimensions, "expected 9 dimensions .*found 4"),
         (_unknown_type, "FLOAT8E4M3FN is not supported"),
         (_inner_block, "inner blocks"),
+        (_name_of_two_lines, r"printable characters, found 'two\\nlines'"),
         (_not_a_tensor, "expected a tensor, found stateType"),
     ],
 )

@@ -1,0 +1,167 @@
+"""Compiled packages: made once, found again by content, never seen half done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm.models.errors import OutputError, PackageError
+from fastvlm.runtime import compiled_cache
+from fastvlm.runtime.compiled_cache import CompiledCache, package_digest, user_cache_folder
+
+
+class FakeCompiler:
+    """Compiles by copying the manifest; opens what is whole."""
+
+    def __init__(self, version: str = "macOS 15.1") -> None:
+        self.version = version
+        self.compiled: list[Path] = []
+
+    def compile(self, package: Path, destination: Path) -> None:
+        self.compiled.append(destination)
+        assert destination.suffix == ".mlmodelc"
+        assert not destination.exists()
+        destination.mkdir()
+        (destination / "model").write_bytes((package / "Manifest.json").read_bytes())
+
+    def open(self, compiled: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        content = (compiled / "model").read_text()
+        if content == "broken":
+            raise RuntimeError("Core ML\nrefuses")
+        return lambda inputs: {"content": content}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "fastvithd.mlpackage"
+    (folder / "Data").mkdir(parents=True)
+    (folder / "Manifest.json").write_text("{}")
+    (folder / "Data" / "weight.bin").write_bytes(b"\1\2\3")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CompiledCache:
+    return CompiledCache(tmp_path / "cache" / "deep")
+
+
+def test_package_is_compiled_once_when_it_is_opened_twice(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    first, second = cache.open(package, compiler), cache.open(package, compiler)
+    assert (first.compiled_now, second.compiled_now) == (True, False)
+    assert len(compiler.compiled) == 1
+    assert first.predict({}) == second.predict({}) == {"content": "{}"}
+    assert [path.name for path in cache.folder.iterdir()] == [cache.place(package, compiler.version).name]
+
+
+def test_copy_is_found_when_the_package_was_moved(package: Path, cache: CompiledCache, tmp_path: Path) -> None:
+    compiler = FakeCompiler()
+    cache.open(package, compiler)
+    moved = package.rename(tmp_path / "other.mlpackage").rename(tmp_path / "fastvithd.mlpackage")
+    assert not cache.open(moved, compiler).compiled_now
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda package: (package / "Data" / "weight.bin").write_bytes(b"\1\2\4"),  # the size is the same
+        lambda package: (package / "Data" / "weight.bin").rename(package / "Data" / "other.bin"),
+        lambda package: (package / "extra").write_bytes(b""),
+    ],
+)
+def test_package_is_compiled_again_when_its_content_changes(
+    package: Path, cache: CompiledCache, change: Callable[[Path], object]
+) -> None:
+    compiler = FakeCompiler()
+    cache.open(package, compiler)
+    change(package)
+    assert cache.open(package, compiler).compiled_now
+
+
+def test_package_is_compiled_again_when_the_system_was_updated(package: Path, cache: CompiledCache) -> None:
+    cache.open(package, FakeCompiler("macOS 15.1"))
+    assert cache.open(package, FakeCompiler("macOS 15.2")).compiled_now
+
+
+def test_copy_is_replaced_when_it_does_not_open(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    place = cache.place(package, compiler.version)
+    place.mkdir(parents=True)
+    (place / "model").write_text("broken")
+    assert cache.open(package, compiler).predict({}) == {"content": "{}"}
+    assert (place / "model").read_text() == "{}"
+
+
+def test_nothing_stays_behind_when_compiling_fails(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+
+    def fail(package: Path, destination: Path) -> None:
+        destination.mkdir()
+        (destination / "half").touch()
+        raise RuntimeError("Error compiling model:\nlong log")
+
+    compiler.compile = fail  # type: ignore[method-assign]
+    with pytest.raises(PackageError, match=r"mlpackage does not compile: Error compiling model:$"):
+        cache.open(package, compiler)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_package_error_when_the_compiler_writes_nothing(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    compiler.compile = lambda package, destination: None  # type: ignore[method-assign]
+    with pytest.raises(PackageError, match="nothing was written"):
+        cache.open(package, compiler)
+
+
+def test_package_error_when_a_fresh_copy_does_not_open(package: Path, cache: CompiledCache) -> None:
+    (package / "Manifest.json").write_text("broken")
+    with pytest.raises(PackageError, match=r"was compiled but does not open: Core ML$"):
+        cache.open(package, FakeCompiler())
+
+
+def test_the_other_copy_serves_when_another_process_was_faster(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    slow_compile = compiler.compile
+
+    def overtaken(package: Path, destination: Path) -> None:
+        slow_compile(package, destination)
+        place = cache.place(package, compiler.version)
+        place.mkdir()
+        (place / "model").write_text("theirs")
+
+    compiler.compile = overtaken  # type: ignore[method-assign]
+    assert cache.open(package, compiler).predict({}) == {"content": "theirs"}
+    assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_output_error_names_the_variable_when_the_cache_cannot_be_written(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/cache cannot be written .*FASTVLM_CACHE"):
+        CompiledCache(tmp_path / "file" / "cache").open(package, FakeCompiler())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_package_error_when_there_is_nothing_to_compile(tmp_path: Path, exists: bool) -> None:
+    if exists:
+        (tmp_path / "empty.mlpackage").mkdir()
+    with pytest.raises(PackageError, match="is no package: it holds no files"):
+        package_digest(tmp_path / "empty.mlpackage", "1")
+
+
+def test_cache_folder_is_where_the_system_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (compiled_cache.ENVIRONMENT_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert user_cache_folder() == tmp_path / ".cache" / "fastvlm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert user_cache_folder() == tmp_path / "xdg" / "fastvlm"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert user_cache_folder() == tmp_path / "Library" / "Caches" / "fastvlm"
+    monkeypatch.setenv(compiled_cache.ENVIRONMENT_VARIABLE, "~/mine")
+    assert user_cache_folder() == tmp_path / "mine"
+    assert CompiledCache().folder == tmp_path / "mine" / "compiled"

@@ -1,0 +1,199 @@
+"""Vision back ends: which one opens where, and what is checked on the way in and out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlm.models.errors import MachineError, PackageError, UsageError
+from fastvlm.runtime import encoders
+from fastvlm.runtime.compiled_cache import CompiledCache
+from fastvlm.runtime.encoders import CoreMLEncoder, CoreMLTools, ReferenceEncoder, encode_with, open_encoder
+
+SIZE, CHANNELS = 128, 3
+PIXELS = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
+FEATURES = np.arange(12, dtype=np.float32).reshape(1, 4, CHANNELS)
+
+
+class FakeCoreML:
+    """Core ML's part of the work: 'compiles' any package into a program that gives patch means."""
+
+    version = "macOS 15.1"
+
+    def compile(self, package: Path, destination: Path) -> None:
+        destination.mkdir()
+
+    def open(self, compiled: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda inputs: {"image_features": patch_means(inputs["images"]).astype(np.float16)}
+
+
+def patch_means(pixel_values: np.ndarray) -> np.ndarray:
+    side = pixel_values.shape[2] // 64
+    return pixel_values.reshape(3, side, 64, side, 64).mean((2, 4)).reshape(3, -1).T[None]  # (1, side * side, 3)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "fastvithd.mlpackage"
+    folder.mkdir()
+    (folder / "Manifest.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A true ML Program: mean colour per patch, as `image_features`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import coremltools as ct
+        from coremltools.converters.mil import Builder as mb
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 3, SIZE, SIZE))], opset_version=ct.target.iOS17)
+    def program(images: Any) -> Any:
+        means = mb.avg_pool(x=images, kernel_sizes=[64, 64], strides=[64, 64], pad_type="valid")  # (1, 3, 2, 2)
+        rows = mb.reshape(x=means, shape=[1, 3, 4])
+        return mb.transpose(x=rows, perm=[0, 2, 1], name="image_features")  # (1, 4, 3)
+
+    path = tmp_path_factory.mktemp("real") / "fastvithd.mlpackage"
+    precision = ct.precision.FLOAT32
+    ct.convert(
+        program, minimum_deployment_target=ct.target.iOS17, compute_precision=precision, skip_model_load=True
+    ).save(str(path))
+    return path
+
+
+def coreml(package: Path, tmp_path: Path, size: int = SIZE, channels: int = CHANNELS) -> CoreMLEncoder:
+    return CoreMLEncoder(package, size, channels, FakeCoreML(), CompiledCache(tmp_path / "cache"))
+
+
+def test_reference_encoder_runs_the_saved_package(real_package: Path) -> None:
+    encoder = open_encoder(real_package, "reference", SIZE, CHANNELS)
+    features = encoder.encode(PIXELS)
+    assert (encoder.name, encoder.image_size, encoder.compile_ms) == ("reference", SIZE, 0.0)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, patch_means(PIXELS), rtol=0, atol=1e-6)
+
+
+def test_reference_encoder_refuses_a_package_of_another_size(real_package: Path) -> None:
+    with pytest.raises(PackageError):
+        ReferenceEncoder(real_package, 192, CHANNELS).encode(np.zeros((1, 3, 192, 192), np.float32))
+
+
+def test_package_error_when_the_reference_executor_finds_no_package(tmp_path: Path) -> None:
+    with pytest.raises(PackageError):
+        open_encoder(tmp_path / "none.mlpackage", "reference", SIZE, CHANNELS)
+
+
+def test_core_ml_encoder_gives_float32_features(package: Path, tmp_path: Path) -> None:
+    features = coreml(package, tmp_path).encode(PIXELS)
+    assert features.dtype == np.float32
+    np.testing.assert_array_equal(features, patch_means(PIXELS).astype(np.float16).astype(np.float32))
+
+
+def test_compile_time_counts_only_when_the_package_was_compiled(package: Path, tmp_path: Path) -> None:
+    assert coreml(package, tmp_path).compile_ms > 0
+    assert coreml(package, tmp_path).compile_ms == 0
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "found"),
+    [
+        (PIXELS[0], r"float32 of shape \(3, 128, 128\)"),
+        (PIXELS.astype(np.float64), "found float64"),
+        (np.zeros((1, 3, 64, 64), np.float32), r"\(1, 3, 64, 64\)"),
+        (np.zeros((2, 3, SIZE, SIZE), np.float32), r"\(2, 3, 128, 128\)"),
+    ],
+)
+def test_package_error_when_pixels_have_another_form(pixel_values: np.ndarray, found: str) -> None:
+    with pytest.raises(PackageError, match=found):
+        encode_with(lambda inputs: {"image_features": FEATURES}, pixel_values, SIZE, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"other": FEATURES}, r"output 'image_features'; found \['other'\]"),
+        ({"image_features": FEATURES[0]}, r"shape \(1, 4, 3\).*found \(4, 3\)"),
+        ({"image_features": FEATURES.reshape(1, 3, 4)}, r"found \(1, 3, 4\)"),
+        ({"image_features": np.where(FEATURES == 5, np.nan, FEATURES)}, "1 of 12 values .* not finite"),
+        ({"image_features": np.where(FEATURES > 9, np.inf, FEATURES)}, "2 of 12 values .* not finite"),
+    ],
+)
+def test_package_error_when_features_are_wrong(outputs: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(PackageError, match=message):
+        encode_with(lambda inputs: outputs, PIXELS, SIZE, CHANNELS)
+
+
+def test_package_is_fed_by_name() -> None:
+    seen = {}
+    encode_with(lambda inputs: seen.update(inputs) or {"image_features": FEATURES}, PIXELS, SIZE, CHANNELS)
+    assert list(seen) == ["images"]
+    assert seen["images"] is PIXELS
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("darwin", "coreml"), ("linux", "reference"), ("win32", "reference")]
+)
+def test_back_end_follows_the_machine_when_none_is_named(
+    platform: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(encoders, "CoreMLTools", FakeCoreML)
+    monkeypatch.setattr(encoders, "CoreMLEncoder", lambda *args: ("coreml", *args))
+    monkeypatch.setattr(encoders, "ReferenceEncoder", lambda *args: ("reference", *args))
+    opened = open_encoder(Path("p"), None, SIZE, CHANNELS)
+    assert opened[:4] == (expected, Path("p"), SIZE, CHANNELS)  # type: ignore[index]
+    assert open_encoder(Path("p"), "reference", SIZE, CHANNELS)[0] == "reference"  # type: ignore[index]
+    assert open_encoder(Path("p"), "coreml", SIZE, CHANNELS)[0] == "coreml"  # type: ignore[index]
+
+
+def test_usage_error_when_no_such_back_end_exists() -> None:
+    with pytest.raises(UsageError, match="'coreml' or 'reference'; found 'cuda'"):
+        open_encoder(Path("p"), "cuda", SIZE, CHANNELS)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="here Core ML works")
+def test_machine_error_when_core_ml_is_asked_for_off_a_mac(package: Path) -> None:
+    with pytest.raises(MachineError, match="macOS only"):
+        open_encoder(package, "coreml", SIZE, CHANNELS)
+
+
+class FakeModel:
+    """What coremltools' CompiledMLModel is to us."""
+
+    opened: tuple[str, object]
+
+    def __init__(self, path: str, compute_units: object) -> None:
+        type(self).opened = (path, compute_units)
+
+    def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if "images" not in inputs:
+            raise RuntimeError("E5RT failed\ndetails")
+        return {"image_features": FEATURES}
+
+
+def test_core_ml_is_asked_for_the_neural_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    coremltools = pytest.importorskip("coremltools")
+    import coremltools.models.utils as utils
+
+    compiled: list[tuple[str, str]] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(utils, "compile_model", lambda source, destination: compiled.append((source, destination)))
+    monkeypatch.setattr(coremltools.models, "CompiledMLModel", FakeModel)
+    tools = CoreMLTools()
+    assert tools.version.startswith("macOS")
+    tools.compile(tmp_path / "a.mlpackage", tmp_path / "a.mlmodelc")
+    assert compiled == [(str(tmp_path / "a.mlpackage"), str(tmp_path / "a.mlmodelc"))]
+    predict = tools.open(tmp_path / "a.mlmodelc")
+    assert FakeModel.opened == (str(tmp_path / "a.mlmodelc"), coremltools.ComputeUnit.CPU_AND_NE)
+    assert encode_with(predict, PIXELS, SIZE, CHANNELS) is FEATURES
+    with pytest.raises(PackageError, match="Core ML cannot run the package: E5RT failed$"):
+        predict({})
