@@ -30,6 +30,9 @@ def export_command(
         Path | None, typer.Option("--out", "-o", metavar="OUT", help="The folder to write. Default: MODEL-QUANT here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export at OUT.")] = False,
+    allow_lint: Annotated[
+        bool, typer.Option("--allow-lint", help="Write the package even if a rule of the Neural Engine is broken.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
@@ -45,6 +48,7 @@ def export_command(
             quantize_embeddings=quantize_embeddings,
             image_size=image_size,
             force=force,
+            allow_lint=allow_lint,
             on_stage=progress,
         )
     for text in result.notes:

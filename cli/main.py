@@ -15,6 +15,7 @@ from ..models.errors import FastVLMError
 from .doctor import doctor_command
 from .export import export_command
 from .generate import generate_command
+from .inspect import inspect_command
 from .verify import verify_command
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command("export")(export_command)
 app.command("generate")(generate_command)
+app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("doctor")(doctor_command)
 

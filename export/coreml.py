@@ -21,6 +21,7 @@ from ..models._coremltools import import_coremltools
 from ..models.errors import PackageError
 from ..models.folder_layout import INPUT_NAME, OUTPUT_NAME
 from ..quant.encoder import compress_weights, compressed_convs
+from .lint import COMPRESSED_WEIGHTS_KEY
 
 if TYPE_CHECKING:
     from coremltools.models import MLModel
@@ -50,11 +51,13 @@ def convert_encoder(
     scratch.mkdir(parents=True)
     with quiet_coremltools(scratch) as ct:
         model = _convert(ct, network, image_size, on_stage)
+        compressed = 0
         if scheme != "fp16":
             on_stage("compress the encoder's weights")
-            model = compress_weights(model, scheme, expected=len(list(compressed_convs(network))))
+            compressed = len(list(compressed_convs(network)))
+            model = compress_weights(model, scheme, expected=compressed)
         on_stage("save the package")
-        _describe(model, metadata)
+        _describe(model, {**metadata, COMPRESSED_WEIGHTS_KEY: str(compressed)})
         try:
             model.save(str(package))
         except RuntimeError as reason:

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..models.apple_layout import language_shapes
 from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
 from ..models.config import check_image_size
-from ..models.errors import VerificationError
+from ..models.errors import PackageError, VerificationError
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import RandomCheckpoint
 from ..models.references import DEFAULT_MODEL, open_checkpoint
@@ -33,6 +33,7 @@ from .model_folder import (
     write_weights,
 )
 from .output import check_destination, check_space, new_folder
+from .package_report import inspect
 from .rewrite import rewrite, stream_scales
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, reference_features, verify_features
@@ -98,12 +99,14 @@ def export(
     quantize_embeddings: bool = True,
     image_size: int | None = None,
     force: bool = False,
+    allow_lint: bool = False,
     on_stage: OnStage = lambda _: None,
 ) -> Export:
     """Writes the model folder of a checkpoint: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
 
     `model` is a checkpoint folder in Apple's layout or `random:SIZE`; `out` defaults to a folder named after it here.
     The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
+    A package that breaks a rule of the Neural Engine is refused unless `allow_lint`.
 
     Raises:
         FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
@@ -122,6 +125,7 @@ def export(
     check_space(destination, bytes_needed(checkpoint, recipe))
     with new_folder(destination, force=force) as folder:
         encoder = write_encoder(folder, checkpoint, recipe, on_stage)
+        check_lint(folder / PACKAGE_NAME, allow_lint)
         on_stage("write the decoder's weights")
         write_weights(folder, saved_tensors(checkpoint, recipe.decoder))
         write_configs(folder, checkpoint, recipe, tokenizer)
@@ -208,6 +212,14 @@ def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, re
         "parity": result.verification.as_dict(),
         "files": result.files,
     }
+
+
+def check_lint(package: Path, allow_lint: bool) -> None:
+    """Raises PackageError when the package breaks a rule of the Neural Engine, unless `allow_lint`."""
+    errors = inspect(package).errors
+    if errors and not allow_lint:
+        listed = "; ".join(f"{finding.rule}: {finding.example} ({finding.reason})" for finding in errors)
+        raise PackageError(f"the package would not run on the Neural Engine: {listed}; --allow-lint writes it anyway")
 
 
 def is_trained(checkpoint: Checkpoint) -> bool:

@@ -176,3 +176,13 @@ def test_terminated_export_leaves_nothing(tmp_path: Path) -> None:
         process.communicate(timeout=60)
     assert process.returncode == 128 + 15
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_describes_a_package_and_lints_it(model: Path, tmp_path: Path) -> None:
+    done = fastvlm("inspect", model, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "images fp32[1, 3, 256, 256]" in done.stdout
+    assert "int8 affine" in done.stdout
+    report = json.loads(fastvlm("inspect", model / "fastvithd.mlpackage", "--json", cwd=tmp_path).stdout)
+    assert report["operations"]["conv"] == 46
+    assert_one_line_error(fastvlm("inspect", "gone", cwd=tmp_path), "neither a .mlpackage")

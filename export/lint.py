@@ -1,0 +1,272 @@
+"""What keeps a program from the Neural Engine, or makes it slow there, told from the saved package alone.
+
+The rules are what coremltools, Apple's guidance and measurements of others say (COREML rules: shapes, ranks, types,
+operations). They prove that a program is *eligible*; only a compute plan on a Mac proves where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..models.mlprogram import (
+    Constants,
+    Operation,
+    Program,
+    TensorType,
+    constexpr_census,
+    stored_bytes,
+)
+
+Severity = Literal["error", "warning"]
+
+ENGINE_OPERATIONS = frozenset(
+    "add avg_pool cast clip concat conv gelu layer_norm linear matmul max_pool mul pow reduce_mean relu reshape rsqrt "
+    "sigmoid silu softmax split sqrt squeeze sub tanh transpose expand_dims".split()
+)
+"""Kinds that the engine is known to run; the encoder needs 14 of them."""
+
+MAX_RANK = 5
+MAX_EXTENT = 16384
+MAX_CHANNELS = 65536
+MAX_KERNEL = 13
+MAX_FLOAT16 = 65504.0
+MIN_NORMAL_FLOAT16 = 2.0**-14
+SUBNORMAL_SHARE = 0.05
+ROW_BYTES = 64
+CHANNEL_MULTIPLE = 16
+CACHE_BYTES = 2 * 2**20
+MAX_WEIGHT_BYTES = 250 * 10**6
+
+COMPRESSED_WEIGHTS_KEY = "fastvlm.compressed_weights"
+"""Package metadata: how many weights the exporter compressed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule found in a program."""
+
+    severity: Severity
+    rule: str
+    count: int
+    example: str
+    """The first place, with what is there."""
+    reason: str
+    advice: str
+
+    def as_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: where a program breaks it, why that matters, and the way out."""
+
+    severity: Severity
+    name: str
+    places: Callable[[Program], Iterator[str]]
+    reason: str
+    advice: str
+
+
+def lint(program: Program) -> list[Finding]:
+    """What breaks the rules, errors first."""
+    findings = []
+    for rule in RULES:
+        places = list(rule.places(program))
+        if places:
+            findings.append(Finding(rule.severity, rule.name, len(places), places[0], rule.reason, rule.advice))
+    return findings
+
+
+def flexible_shapes(program: Program) -> Iterator[str]:
+    yield from (f"{tensor.name} {tensor}" for tensor in program.types.values() if not tensor.is_fixed)
+
+
+def batches(program: Program) -> Iterator[str]:
+    yield from (f"{tensor.name} {tensor}" for tensor in program.inputs if tensor.rank > 2 and tensor.shape[0] > 1)
+
+
+def float32_operations(program: Program) -> Iterator[str]:
+    outputs = {tensor.name for tensor in program.outputs}
+    inputs = {tensor.name for tensor in program.inputs}
+    for operation in computed(program):
+        boundary = operation.kind == "cast" and (
+            operation.outputs[0].name in outputs or inputs & set(operation.references)
+        )
+        if not boundary and any(output.dtype == "fp32" for output in operation.outputs):
+            yield f"{operation.name} ({operation.kind})"
+
+
+def high_ranks(program: Program) -> Iterator[str]:
+    yield from (f"{tensor.name} {tensor}" for tensor in results(program) if tensor.rank > MAX_RANK)
+
+
+def large_extents(program: Program) -> Iterator[str]:
+    for tensor in results(program):
+        if tensor.rank == 4 and (max(tensor.shape[2:]) > MAX_EXTENT or tensor.shape[1] > MAX_CHANNELS):
+            yield f"{tensor.name} {tensor}"
+
+
+def wide_kernels(program: Program) -> Iterator[str]:
+    for operation in computed(program):
+        weight = operation.inputs.get("weight", ())
+        if operation.kind == "conv" and weight:
+            shape = program.types[weight[0]].shape if isinstance(weight[0], str) else weight[0].type.shape
+            if shape[-1] > MAX_KERNEL:
+                yield f"{operation.name} (kernel {'x'.join(map(str, shape[2:]))})"
+
+
+def foreign_operations(program: Program) -> Iterator[str]:
+    for operation in computed(program):
+        if operation.kind not in ENGINE_OPERATIONS:
+            yield f"{operation.name} ({operation.kind})"
+
+
+def block_scales(program: Program) -> Iterator[str]:
+    for operation in program.operations:
+        scale = operation.values.get("scale")
+        blockwise = operation.kind == "constexpr_blockwise_shift_scale"
+        if blockwise and scale is not None and sum(size > 1 for size in scale.type.shape) > 1:
+            yield f"{operation.name} (scales {list(scale.type.shape)})"
+
+
+def missing_compression(program: Program) -> Iterator[str]:
+    expected = program.metadata.get(COMPRESSED_WEIGHTS_KEY, "")
+    found = sum(constexpr_census(program).values())
+    if expected.isdigit() and found < int(expected):
+        yield f"{found} of {expected} weights"
+
+
+def broken_constants(program: Program) -> Iterator[str]:
+    for operation, values in float_constants(program):
+        if not np.isfinite(values).all():
+            yield f"{operation.name} (not finite)"
+        elif values.dtype != np.float16 and values.size and float(np.abs(values).max()) > MAX_FLOAT16:
+            yield f"{operation.name} (largest magnitude {float(np.abs(values).max()):g})"
+
+
+def unfused_norms(program: Program) -> Iterator[str]:
+    yield from (f"{op.name} ({op.kind})" for op in computed(program) if op.kind in ("rsqrt", "sqrt", "pow"))
+
+
+def costly_kinds(program: Program) -> Iterator[str]:
+    yield from (f"{op.name} ({op.kind})" for op in computed(program) if op.kind in ("linear", "squeeze"))
+
+
+def many_transposes(program: Program) -> Iterator[str]:
+    transposes = [op.name for op in computed(program) if op.kind == "transpose"]
+    yield from transposes[1:]
+
+
+def rank_5(program: Program) -> Iterator[str]:
+    yield from (f"{tensor.name} {tensor}" for tensor in results(program) if tensor.rank == MAX_RANK)
+
+
+def large_pools(program: Program) -> Iterator[str]:
+    for operation in computed(program):
+        sizes = operation.inputs.get("kernel_sizes", ())
+        if operation.kind == "avg_pool" and sizes:
+            window = Constants(program).array(sizes[0])
+            if window.max() > MAX_KERNEL:
+                yield f"{operation.name} (window {window.tolist()})"
+
+
+def short_rows(program: Program) -> Iterator[str]:
+    for tensor in results(program):
+        if (
+            tensor.rank == 4
+            and tensor.shape[-1] > 1
+            and tensor.nbytes // tensor.elements * tensor.shape[-1] < ROW_BYTES
+        ):
+            yield f"{tensor.name} {tensor}"
+
+
+def odd_channels(program: Program) -> Iterator[str]:
+    for operation in computed(program):
+        if operation.kind == "conv" and operation.outputs[0].shape[1] % CHANNEL_MULTIPLE:
+            yield f"{operation.name} {operation.outputs[0]}"
+
+
+def large_operands(program: Program) -> Iterator[str]:
+    tensors = sorted(results(program), key=lambda tensor: -tensor.nbytes)
+    yield from (
+        f"{tensor.name} {tensor}, {tensor.nbytes / 2**20:.1f} MiB" for tensor in tensors if tensor.nbytes > CACHE_BYTES
+    )
+
+
+def heavy_weights(program: Program) -> Iterator[str]:
+    total = sum(stored_bytes(program).values())
+    if total > MAX_WEIGHT_BYTES:
+        yield f"{total / 1e6:.0f} MB"
+
+
+def subnormal_constants(program: Program) -> Iterator[str]:
+    for operation, values in float_constants(program):
+        if values.dtype != np.float16 or not values.ndim:  # an epsilon has to be small
+            continue
+        count = int(np.count_nonzero((np.abs(values) < MIN_NORMAL_FLOAT16) & (values != 0)))
+        if count > SUBNORMAL_SHARE * values.size:
+            yield f"{operation.name} ({count} of {values.size} numbers)"
+
+
+def computed(program: Program) -> Iterator[Operation]:
+    """The operations that run for each image."""
+    return (operation for operation in program.operations if not operation.is_constant)
+
+
+def results(program: Program) -> Iterator[TensorType]:
+    """The tensors that are computed for each image, of fixed shape."""
+    return (output for operation in computed(program) for output in operation.outputs if output.is_fixed)
+
+
+def float_constants(program: Program) -> Iterator[tuple[Operation, np.ndarray]]:
+    """Each floating-point constant with its values: dense weights, and the scales and tables of compressed ones."""
+    for operation in program.operations:
+        if operation.is_constant:
+            for value in operation.values.values():
+                if value.type.dtype in ("fp16", "fp32"):
+                    yield operation, value.array()
+
+
+RULES = (
+    Rule("error", "fixed shapes", flexible_shapes, "flexible shapes lose the engine", "convert at one image size"),
+    Rule("error", "batch of one", batches, "the engine runs one image at a time", "export with batch 1"),
+    Rule("error", "float16", float32_operations, "the engine computes in float16 only",
+         "convert with float16 precision"),
+    Rule("error", "rank", high_ranks, f"the engine takes rank {MAX_RANK} at most", "merge axes before the operation"),
+    Rule("error", "extent", large_extents,
+         f"the engine takes {MAX_EXTENT} along a side and {MAX_CHANNELS} channels at most", "use a smaller image size"),
+    Rule("error", "kernel width", wide_kernels, f"the engine takes kernels of {MAX_KERNEL} at most",
+         "split the convolution into smaller ones"),
+    Rule("error", "operations", foreign_operations, "the engine is not known to run this operation",
+         "rewrite it with convolutions, matmul and elementwise operations"),
+    Rule("error", "block scales", block_scales, "per-block scales fall to the CPU, and were wrong on some devices",
+         "quantize per channel"),
+    Rule("error", "compression", missing_compression, "the package holds more bits than it should",
+         "export again with the pinned coremltools"),
+    Rule("error", "constants", broken_constants, "the engine would compute NaN or infinity from it",
+         "check the checkpoint for damaged tensors"),
+    Rule("warning", "unfused norm", unfused_norms, "a layer norm in parts is eight operations, and loses precision",
+         "write it so that the converter fuses it"),
+    Rule("warning", "costly kinds", costly_kinds, "linear and squeeze change the memory layout",
+         "use 1x1 convolutions and keep four axes"),
+    Rule("warning", "transposes", many_transposes, "each transpose copies its operand",
+         "keep channels first throughout"),
+    Rule("warning", "rank 5", rank_5, "rank 5 is slower on the engine", "stay at rank 4"),
+    Rule("warning", "large pools", large_pools, f"average pooling past {MAX_KERNEL} falls to the CPU",
+         "use reduce_mean"),
+    Rule("warning", "short rows", short_rows, f"a last axis under {ROW_BYTES} bytes is padded to that",
+         "put the longest axis last, or use a larger image"),
+    Rule("warning", "odd channels", odd_channels, f"channels are padded to a multiple of {CHANNEL_MULTIPLE}",
+         "choose widths that are multiples"),
+    Rule("warning", "large operands", large_operands, f"operands past {CACHE_BYTES >> 20} MiB leave the engine's cache",
+         "none needed: a smaller image size makes them smaller"),
+    Rule("warning", "heavy weights", heavy_weights, f"packages past {MAX_WEIGHT_BYTES // 10**6} MB load slowly",
+         "use int8"),
+    Rule("warning", "subnormal constants", subnormal_constants, "numbers below 6e-5 lose precision in float16",
+         "fold scales into larger weights"),
+)  # fmt: skip

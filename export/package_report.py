@@ -1,0 +1,122 @@
+"""What a package holds, read from its files: inputs, operations, bytes, floating-point operations, lint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..models.errors import PackageError
+from ..models.folder_layout import PACKAGE_NAME
+from ..models.mlprogram import (
+    Operation,
+    Program,
+    TensorType,
+    census,
+    constexpr_census,
+    max_rank,
+    read_package,
+    stored_bytes,
+)
+from .lint import Finding, lint, results
+
+LARGEST_OPERANDS = 5
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """A package, described."""
+
+    path: Path
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    spec_version: int
+    operations: dict[str, int]
+    """Operations by kind, the most frequent first; constants are not counted."""
+    compressed_weights: int
+    weight_bytes: dict[str, int]
+    """Bytes of constants by how they are stored."""
+    max_rank: int
+    largest_operands: tuple[TensorType, ...]
+    flops: int
+    """Floating-point operations of one image; a multiplication and an addition count as two."""
+    findings: tuple[Finding, ...]
+    metadata: dict[str, str]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    def as_dict(self) -> dict[str, Any]:
+        def tensors(found: tuple[TensorType, ...]) -> list[dict[str, Any]]:
+            return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in found]
+
+        return {
+            "path": str(self.path),
+            "spec_version": self.spec_version,
+            "inputs": tensors(self.inputs),
+            "outputs": tensors(self.outputs),
+            "operations": self.operations,
+            "operation_count": sum(self.operations.values()),
+            "compressed_weights": self.compressed_weights,
+            "weight_bytes": self.weight_bytes,
+            "max_rank": self.max_rank,
+            "largest_operands": tensors(self.largest_operands),
+            "flops": self.flops,
+            "findings": [finding.as_dict() for finding in self.findings],
+            "metadata": self.metadata,
+        }
+
+
+def inspect(path: str | Path) -> PackageReport:
+    """Describes a package, or the one in an exported folder.
+
+    Raises:
+        PackageError: there is no package, or it cannot be read.
+    """
+    path = Path(path).expanduser()
+    package = path / PACKAGE_NAME if (path / PACKAGE_NAME).is_dir() else path
+    if not package.is_dir():
+        raise PackageError(f"{path} is neither a .mlpackage nor a folder with {PACKAGE_NAME}")
+    return describe(read_package(package))
+
+
+def describe(program: Program) -> PackageReport:
+    """The report of a program that has been read."""
+    operands = {tensor.name: tensor for tensor in results(program)}.values()
+    return PackageReport(
+        path=program.path,
+        inputs=program.inputs,
+        outputs=program.outputs,
+        spec_version=program.spec_version,
+        operations=dict(census(program).most_common()),
+        compressed_weights=sum(constexpr_census(program).values()),
+        weight_bytes=dict(stored_bytes(program).most_common()),
+        max_rank=max_rank(program),
+        largest_operands=tuple(sorted(operands, key=lambda tensor: -tensor.nbytes)[:LARGEST_OPERANDS]),
+        flops=sum(flops(program, operation) for operation in program.operations),
+        findings=tuple(lint(program)),
+        metadata=program.metadata,
+    )
+
+
+def flops(program: Program, operation: Operation) -> int:
+    """Floating-point operations of a convolution, matrix product or linear layer; 0 for others, which are small."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        argument = operation.inputs[name][0]
+        return program.types[argument].shape if isinstance(argument, str) else argument.type.shape
+
+    if operation.kind in ("conv", "linear"):
+        return 2 * operation.outputs[0].elements * prod(shape("weight")[1:])
+    if operation.kind == "matmul":
+        x = shape("x")
+        transposed = operation.values.get("transpose_x")
+        if transposed is None and "transpose_x" in operation.inputs:
+            name = operation.inputs["transpose_x"][0]
+            assert isinstance(name, str)
+            transposed = program.producers[name].values["val"]
+        inner = x[-2] if transposed is not None and bool(transposed.array()) else x[-1]
+        return 2 * operation.outputs[0].elements * inner
+    return 0

@@ -1,0 +1,165 @@
+"""Each rule, with a program that breaks it and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlm.export import exporter
+from fastvlm.export.coreml import convert_encoder
+from fastvlm.export.exporter import export
+from fastvlm.export.lint import COMPRESSED_WEIGHTS_KEY, RULES, lint
+from fastvlm.export.package_report import describe, inspect
+from fastvlm.export.rewrite import rewrite
+from fastvlm.models.errors import PackageError
+from fastvlm.models.fastvit import FastViT
+from fastvlm.models.mlprogram import Operation, Program, TensorType, Value
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+
+
+def tensor(name: str, *shape: int, dtype: str = "fp16") -> TensorType:
+    return TensorType(name, dtype, shape)
+
+
+def value(array: Any) -> Value:
+    array = np.asarray(array)
+    names = {"float16": "fp16", "float32": "fp32"}
+    return Value(TensorType("", names.get(array.dtype.name, array.dtype.name), array.shape), array)
+
+
+def operation(kind: str, output: TensorType, **inputs: Any) -> Operation:
+    return Operation(kind, f"{kind}_0", {name: (given,) for name, given in inputs.items()}, {}, (output,))
+
+
+def program(*operations: Operation, **changes: Any) -> Program:
+    """A clean program, images -> cast -> `operations` -> cast, with `changes`."""
+    images = tensor("images", 1, 16, 64, 64, dtype="fp32")
+    cast = operation("cast", tensor("x", 1, 16, 64, 64), x="images")
+    last = operation("cast", tensor("image_features", 1, 16, 64, 64, dtype="fp32"), x="x")
+    clean = Program((images,), last.outputs, (cast, *operations, last), 8, "CoreML7", {}, Path("x.mlpackage"), {})
+    return replace(clean, **changes)
+
+
+def constant(array: Any) -> Operation:
+    held = value(array)
+    output = TensorType("weight", held.type.dtype, held.type.shape)
+    return Operation("const", "weight", {}, {"val": held}, (output,))
+
+
+def relu(*shape: int, dtype: str = "fp16") -> Operation:
+    return operation("relu", tensor("y", *shape, dtype=dtype), x="x")
+
+
+SUBNORMAL = np.full((8, 8), 1e-6, np.float16)
+BROKEN = {
+    "fixed shapes": program(relu(1, 16, -1, 64)),
+    "batch of one": program(inputs=(tensor("images", 2, 16, 64, 64, dtype="fp32"),)),
+    "float16": program(relu(1, 16, 64, 64, dtype="fp32")),
+    "rank": program(relu(1, 2, 2, 2, 2, 32)),
+    "extent": program(relu(1, 16, 1, 16385)),
+    "kernel width": program(
+        constant(np.ones((16, 1, 15, 15), np.float16)),
+        operation("conv", tensor("y", 1, 16, 64, 64), x="x", weight="weight"),
+    ),
+    "operations": program(operation("cumsum", tensor("y", 1, 16, 64, 64), x="x")),
+    "block scales": program(
+        operation("constexpr_blockwise_shift_scale", tensor("w", 4, 64), scale=value(np.ones((4, 2), np.float16)))
+    ),
+    "compression": program(metadata={COMPRESSED_WEIGHTS_KEY: "3"}),
+    "constants": program(constant(np.array([1, np.inf], np.float16))),
+    "unfused norm": program(operation("rsqrt", tensor("y", 1, 16, 64, 64), x="x")),
+    "costly kinds": program(operation("squeeze", tensor("y", 16, 64, 64), x="x")),
+    "transposes": program(
+        operation("transpose", tensor("y", 1, 64, 16, 64), x="x"),
+        operation("transpose", tensor("z", 1, 64, 64, 32), x="y"),
+    ),
+    "rank 5": program(relu(1, 2, 8, 64, 64)),
+    "large pools": program(
+        operation("avg_pool", tensor("y", 1, 16, 50, 50), x="x", kernel_sizes=value(np.array([15, 15], np.int32)))
+    ),
+    "short rows": program(relu(1, 16, 64, 8)),
+    "odd channels": program(
+        constant(np.ones((17, 16, 1, 1), np.float16)),
+        operation("conv", tensor("y", 1, 17, 64, 64), x="x", weight="weight"),
+    ),
+    "large operands": program(relu(1, 16, 512, 512)),
+    "heavy weights": program(
+        replace(constant(np.ones((2, 2), np.float16)), attributes={"val": replace(value(np.ones(9, np.float16)), offset=64)})
+    ),
+    "subnormal constants": program(constant(SUBNORMAL)),
+}
+
+
+def test_every_rule_has_a_program_that_breaks_it() -> None:
+    assert BROKEN.keys() == {rule.name for rule in RULES}
+
+
+def test_clean_program_has_no_finding() -> None:
+    assert lint(program(relu(1, 16, 64, 64), constant(np.ones((8, 8), np.float16)))) == []
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES])
+def test_rule_is_broken_alone(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rule == "heavy weights":
+        monkeypatch.setattr("fastvlm.export.lint.MAX_WEIGHT_BYTES", 10)
+    (finding,) = lint(BROKEN[rule])
+    assert finding.rule == rule
+    assert finding.count == 1
+    assert finding.example
+    assert finding.reason
+    assert finding.advice
+
+
+def test_values_past_float16_in_a_float32_constant_are_an_error() -> None:
+    (finding,) = lint(program(constant(np.array([1, 7e4], np.float32))))
+    assert (finding.severity, finding.rule) == ("error", "constants")
+    assert "70000" in finding.example
+
+
+def test_real_package_is_clean_and_counted(tmp_path: Path) -> None:
+    network = rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), 256)
+    package = tmp_path / "fastvithd.mlpackage"
+    convert_encoder(network, 256, "int8", package, metadata={}, on_stage=lambda _: None)
+    report = inspect(package)
+    assert report.errors == ()
+    assert report.operations["conv"] == 46
+    assert report.metadata[COMPRESSED_WEIGHTS_KEY] == str(report.compressed_weights) != "0"
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    assert numbers < sum(report.weight_bytes.values()) < 1.2 * numbers
+    assert report.as_dict()["operation_count"] == sum(report.operations.values())
+
+
+def test_flops_are_those_of_the_layers() -> None:
+    weight = constant(np.ones((32, 16, 3, 3), np.float16))
+    conv = operation("conv", tensor("y", 1, 32, 64, 64), x="x", weight="weight")
+    left = operation("relu", tensor("q", 1, 4, 32, 100), x="x")
+    matmul = operation(
+        "matmul",
+        tensor("z", 1, 4, 100, 100),
+        x="q",
+        y="q",
+        transpose_x=value(np.array(True)),
+        transpose_y=value(np.array(False)),
+    )
+    report = describe(program(weight, conv, left, matmul))
+    assert report.flops == 2 * 32 * 64 * 64 * 16 * 9 + 2 * 4 * 100 * 100 * 32
+
+
+def test_export_refuses_a_broken_rule_unless_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvlm.export.lint.MAX_KERNEL", 5)  # the encoder's kernels are 7 wide
+    with pytest.raises(PackageError, match=r"would not run on the Neural Engine: kernel width: .*--allow-lint"):
+        export(out=tmp_path / "model", quant="fp16")
+    assert list(tmp_path.iterdir()) == []
+    assert exporter.export(out=tmp_path / "model", quant="fp16", allow_lint=True).folder.is_dir()
+
+
+def test_inspecting_what_is_no_package_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="neither a .mlpackage nor a folder with"):
+        inspect(tmp_path / "gone")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PackageError, match=r"Manifest.json"):
+        inspect(tmp_path / "folder")
