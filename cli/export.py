@@ -33,6 +33,9 @@ def export_command(
     allow_lint: Annotated[
         bool, typer.Option("--allow-lint", help="Write the package even if a rule of the Neural Engine is broken.")
     ] = False,
+    allow_shortfall: Annotated[
+        bool, typer.Option("--allow-shortfall", help="Write the folder even if it falls short of the checkpoint.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
@@ -49,6 +52,7 @@ def export_command(
             image_size=image_size,
             force=force,
             allow_lint=allow_lint,
+            allow_shortfall=allow_shortfall,
             on_stage=progress,
         )
     for text in result.notes:

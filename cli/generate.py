@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,10 +58,14 @@ def generate_command(
         ignore_eos=ignore_eos,
         fit=fit,
     )
-    for piece in stream:
-        if not as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    try:
+        for piece in stream:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough (`| head`); nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
     if as_json:
         typer.echo(json.dumps(as_dict(stream.generation, model.notes), indent=2, ensure_ascii=False))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -49,16 +48,14 @@ def options(
 
 def main() -> NoReturn:
     """Runs the command line. Exit code 0: success; 1: an error, told in one line; 2: wrong usage."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app()
     except FastVLMError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:  # whoever read our output has enough; nothing may be flushed into the pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except Interrupted as error:
+        _fail("interrupted", 128 + error.signal_number)
     except MemoryError:
         _fail("out of memory: close other programs, or use a smaller model or image size")
     except OSError as error:
@@ -71,9 +68,16 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so that partial output is removed."""
-    raise SystemExit(128 + signal_number)
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: unwinds everything, so that partial output is removed."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(signal_number)
 
 
 if __name__ == "__main__":

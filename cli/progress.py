@@ -10,8 +10,7 @@ from types import TracebackType
 class StageProgress:
     """Prints each stage when it begins and its seconds when the next one does. Used as a context manager."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._stage: str | None = None
         self._begin = self._stage_begin = time.perf_counter()
@@ -45,9 +44,8 @@ class StageProgress:
             self._stage = None
 
     def _write(self, text: str) -> None:
-        if not self._quiet:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def note(text: str) -> None:

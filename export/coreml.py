@@ -54,7 +54,7 @@ def convert_encoder(
         compressed = 0
         if scheme != "fp16":
             on_stage("compress the encoder's weights")
-            compressed = len(list(compressed_convs(network)))
+            compressed = sum(1 for _ in compressed_convs(network))
             model = compress_weights(model, scheme, expected=compressed)
         on_stage("save the package")
         _describe(model, {**metadata, COMPRESSED_WEIGHTS_KEY: str(compressed)})

@@ -34,7 +34,7 @@ from .model_folder import (
 )
 from .output import check_destination, check_space, new_folder
 from .package_report import inspect
-from .rewrite import rewrite, stream_scales
+from .rewrite import rewrite, stream_maxima, stream_scales
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, reference_features, verify_features
 
@@ -100,13 +100,15 @@ def export(
     image_size: int | None = None,
     force: bool = False,
     allow_lint: bool = False,
+    allow_shortfall: bool = False,
     on_stage: OnStage = lambda _: None,
 ) -> Export:
     """Writes the model folder of a checkpoint: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
 
     `model` is a checkpoint folder in Apple's layout or `random:SIZE`; `out` defaults to a folder named after it here.
     The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
-    A package that breaks a rule of the Neural Engine is refused unless `allow_lint`.
+    A package that breaks a rule of the Neural Engine is refused unless `allow_lint`; a result that falls short of the
+    checkpoint is refused unless `allow_shortfall`, which the manifest then tells. What is not finite is always refused.
 
     Raises:
         FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
@@ -116,9 +118,9 @@ def export(
     recipe = Recipe(
         quant=quant,
         decoder=DecoderScheme(decoder_bits, group_size, quantize_embeddings),
-        image_size=image_size or checkpoint.config.image_size,
+        image_size=checkpoint.config.image_size if image_size is None else image_size,
     )
-    destination = Path(out) if out is not None else default_destination(checkpoint, recipe)
+    destination = (Path(out) if out is not None else default_destination(checkpoint, recipe)).expanduser().absolute()
     check_destination(destination, force=force)
     check_language_tensors(checkpoint)
     tokenizer = export_tokenizer(checkpoint.tokenizer_files())
@@ -132,14 +134,17 @@ def export(
         verification = verify_features(
             folder, checkpoint, encoder.images, encoder.features, recipe.quant, on_stage=on_stage
         )
-        if not verification.passed:
-            raise VerificationError(f"{checkpoint.name} was not exported: {'; '.join(verification.failures)}")
+        if not (verification.passed or allow_shortfall):
+            raise VerificationError(
+                f"{checkpoint.name} was not exported: {'; '.join(verification.failures)}; "
+                "--allow-shortfall writes it anyway"
+            )
         on_stage("write the manifest")
         result = Export(
             folder=destination,
             checkpoint=checkpoint.name,
             trained=is_trained(checkpoint),
-            notes=(*checkpoint.notes, *encoder.notes),
+            notes=(*checkpoint.notes, *encoder.notes, *verification.failures),
             verification=verification,
             files=file_table(folder),
         )
@@ -166,19 +171,23 @@ class WrittenEncoder:
 
 def write_encoder(folder: Path, checkpoint: Checkpoint, recipe: Recipe, on_stage: OnStage) -> WrittenEncoder:
     """Reparameterizes, folds, converts and compresses the vision encoder into the package."""
+    import torch
+
     from ..models.fastvit import FastViT
 
     on_stage("load the encoder")
     encoder = FastViT.from_checkpoint(checkpoint)
     on_stage("run the checkpoint's encoder")
     images = verification_images(recipe.image_size)
-    features, maxima = reference_features(encoder, images)
-    scales = stream_scales(maxima)
-    network = rewrite(encoder, recipe.image_size, scales)
+    features = reference_features(encoder, images)
+    on_stage("calibrate")
+    calibration = calibration_images(recipe.image_size)
+    with torch.inference_mode():
+        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, calibration)))
+        network = rewrite(encoder, recipe.image_size, scales)
     del encoder
     if recipe.quant != "fp16":
-        on_stage("correct the biases")
-        correct_biases(network, calibration_images(recipe.image_size))
+        correct_biases(network, calibration)
     metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
     convert_encoder(
         network, recipe.image_size, recipe.quant, folder / PACKAGE_NAME, metadata=metadata, on_stage=on_stage
@@ -234,5 +243,8 @@ def bytes_needed(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """About how much disk the export takes up while it is written."""
     encoder = sum(prod(info.shape) for info in tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX).values())
     language = sum(prod(shape) for shape in language_shapes(checkpoint.config).values())
-    bits = recipe.decoder.bits + (32 / recipe.decoder.group_size if recipe.decoder.is_quantized else 0)
-    return int(encoder * ENCODER_BYTES_PER_WEIGHT[recipe.quant] + language * bits / 8) + OTHER_BYTES
+    scheme, decoder = recipe.decoder, checkpoint.config.decoder
+    half = 0 if scheme.quantize_embeddings or not scheme.is_quantized else decoder.vocab_size * decoder.hidden_size
+    bits = scheme.bits + (32 / scheme.group_size if scheme.is_quantized else 0)
+    written = encoder * ENCODER_BYTES_PER_WEIGHT[recipe.quant] + 2 * half + (language - half) * bits / 8
+    return int(written) + OTHER_BYTES

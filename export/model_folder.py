@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models.checkpoint import Checkpoint
+from ..models.config import PATCH_SIZE
 from ..models.errors import OutputError
-from ..models.folder_layout import INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from ..quant.decoder import DecoderScheme
 
 if TYPE_CHECKING:
@@ -74,11 +75,14 @@ def exported_config(
     checkpoint: Checkpoint, image_token_index: int, image_size: int, scheme: DecoderScheme
 ) -> dict[str, Any]:
     """Apple's `config.json` with what export decided: the image token, the size, the dtype, the quantization."""
+    decoder, table = checkpoint.config.decoder, checkpoint.tensors["model.embed_tokens.weight"]
     config = {
         **checkpoint.config_dict,
+        "vocab_size": table.shape[0],  # clients size the table by it; source files sometimes name another number
+        "rope_theta": decoder.rope_theta,  # newer files keep it under rope_parameters, where clients do not look
         "image_token_index": image_token_index,
         "mm_vision_tower": f"mobileclip_l_{image_size}",
-        "tie_word_embeddings": checkpoint.config.decoder.tie_word_embeddings,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
         "torch_dtype": "float16",
     }
     if scheme.is_quantized:
@@ -106,9 +110,9 @@ def preprocessor_config(image_size: int) -> dict[str, Any]:
 
 
 PROCESSOR_CONFIG = {
-    "image_token": "<image>",
+    "image_token": IMAGE_TOKEN,
     "num_additional_image_tokens": 0,
-    "patch_size": 64,
+    "patch_size": PATCH_SIZE,
     "processor_class": "LlavaProcessor",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
             path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
         publish(partial, destination)
     except OSError as reason:
+        if reason.filename is not None and not is_output(Path(reason.filename), partial):
+            raise  # of a file that was read
         raise output_error(reason, destination) from reason
     except Exception as reason:
         # Writers in native code (coremltools', safetensors') tell of a full disk in many words, or not at all.
@@ -85,11 +88,21 @@ def publish(partial: Path, destination: Path) -> None:
 
 
 def remove_abandoned(destination: Path) -> None:
-    """Removes the partial folders that killed runs left for the same destination."""
-    for folder in destination.parent.glob(f".{destination.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Removes what killed runs left for the same destination; one killed between two renames is undone."""
+    for kind in ("replaced", "partial"):
+        for folder in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
+            pid = folder.name.rpartition("-")[2]
+            if not pid.isdigit() or _is_running(int(pid)):
+                continue
+            if kind == "replaced" and not destination.exists():
+                folder.rename(destination)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_output(path: Path, partial: Path) -> bool:
+    """Whether a path lies in the partial folder, or on the way to it."""
+    return partial in (path, *path.parents) or path in partial.parents
 
 
 def output_error(reason: OSError, destination: Path) -> OutputError:

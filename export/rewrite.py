@@ -7,12 +7,14 @@ one transpose and rank 4 at most. The folds are exact; they are computed in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.errors import WeightsError
 from ..models.fastvit import AttentionBlock, Downsampling, FastViT, RepMixerBlock
 from ..models.fastvit_blocks import MobileOneBlock, PositionConv, ReparamLargeKernelConv, bias_of, conv_from
 from ..models.fastvit_config import HEAD_DIM, LAYER_NORM_EPS
@@ -145,20 +147,34 @@ def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
     return conv_from(weight, bias_of(conv).double() * scale_out, conv.stride[0], conv.groups)
 
 
-def features_and_maxima(encoder: FastViT, images: Tensor) -> tuple[Tensor, list[float]]:
-    """`encoder(images)`, and the largest magnitude of each stage's residual stream on the way."""
+def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:
+    """The largest magnitude of each stage's residual stream over `images`, each (1, 3, S, S).
+
+    Raises:
+        WeightsError: the encoder computes NaN or infinite values in float32.
+    """
     maxima = [0.0] * len(encoder.config.depths)
-    stage = 0
-    x = encoder.patch_embed(images)
-    for part in encoder.network:
-        if isinstance(part, Downsampling):
-            stage += 1
-            x = part(x)
-            continue
-        for layer in part if isinstance(part, nn.Sequential) else [part]:
-            x = layer(x)
-            maxima[stage] = max(maxima[stage], float(x.abs().max()))
-    return encoder.features(x), maxima
+    for image in images:
+        stage, x = 0, encoder.patch_embed(image)
+        for part in encoder.network:
+            if isinstance(part, Downsampling):
+                stage, x = stage + 1, part(x)
+            for write in stream_writers(part):
+                x = write(x)
+                maxima[stage] = float(np.maximum(maxima[stage], float(x.abs().max())))  # keeps a NaN, unlike max()
+    if not np.isfinite(maxima).all():
+        raise WeightsError(f"the encoder computes NaN or infinite values (largest by stage: {maxima}): damaged weights")
+    return maxima
+
+
+def stream_writers(part: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What writes into the residual stream of a stage, step by step: a position convolution, or the blocks' halves."""
+    if isinstance(part, PositionConv):
+        yield part
+    elif isinstance(part, nn.Sequential):
+        for block in part:
+            assert isinstance(block, RepMixerBlock | AttentionBlock)
+            yield from (block.mix_tokens, block.feed_forward)
 
 
 def stream_scales(maxima: Iterable[float]) -> list[float]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.errors import ConfigError
+from ..models.folder_layout import IMAGE_TOKEN
 from ..models.tokenizer_json import added_token, byte_level_bpe
 
-IMAGE_TOKEN = "<image>"
 COPIED_FILES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -48,8 +48,10 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
 def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
     """Adds `<image>` to both descriptions in place and returns its id."""
     added = tokenizer.setdefault("added_tokens", [])
-    vocab = tokenizer.get("model", {}).get("vocab") if isinstance(tokenizer.get("model"), dict) else None
-    if not isinstance(added, list) or not isinstance(vocab, dict) or not all(_is_added_token(t) for t in added):
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    whole = isinstance(added, list) and all(_is_added_token(token) for token in added)
+    if not whole or not isinstance(vocab, dict) or not all(is_id(token_id) for token_id in vocab.values()):
         raise ConfigError("tokenizer.json should have 'added_tokens' with ids and a byte-level BPE 'model.vocab'")
     for token in added:
         if token["content"] == IMAGE_TOKEN:
@@ -70,29 +72,57 @@ def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
 def tokenizer_from_vocabulary(source: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
     """`tokenizer.json` from the slow tokenizer's files, as transformers' converter for Qwen2 lays it out."""
     vocab = parsed(source, "vocab.json")
-    lines = source["merges.txt"].decode("utf-8", errors="strict").splitlines()
+    try:
+        lines = source["merges.txt"].decode("utf-8").splitlines()
+    except UnicodeDecodeError as reason:
+        raise ConfigError(f"merges.txt is not UTF-8: {reason}") from None
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if not all(isinstance(token_id, int) for token_id in vocab.values()) or any(len(pair) != 2 for pair in merges):
+    if not all(is_id(token_id) for token_id in vocab.values()) or any(len(pair) != 2 for pair in merges):
         raise ConfigError("vocab.json should map tokens to ids, and merges.txt hold two symbols a line")
-    contents: dict[int, str] = {}
+    added = slow_added_tokens(source, config)
+    if not added:
+        raise ConfigError(
+            "the checkpoint names no added tokens: neither added_tokens.json nor added_tokens_decoder in "
+            "tokenizer_config.json is there, so <|im_start|> and <|im_end|> have no ids"
+        )
+    return byte_level_bpe(vocab, merges, [added[token_id] for token_id in sorted(added)])
+
+
+def slow_added_tokens(source: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Added tokens by id, from `added_tokens.json` and, with their own flags, from `added_tokens_decoder`."""
+    added: dict[int, dict[str, Any]] = {}
     if "added_tokens.json" in source:
-        contents = {token_id: content for content, token_id in parsed(source, "added_tokens.json").items()}
-    for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
-        contents[int(token_id)] = entry["content"]
-    special = [added_token(token_id, contents[token_id]) for token_id in sorted(contents)]
-    return byte_level_bpe(vocab, merges, special)
+        for content, token_id in parsed(source, "added_tokens.json").items():
+            if not is_id(token_id):
+                raise ConfigError(f"added_tokens.json should map tokens to ids; {content!r:.40} has {token_id!r:.40}")
+            added[token_id] = added_token(token_id, content)
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        raise ConfigError("tokenizer_config.json: added_tokens_decoder should map ids to tokens")
+    for key, entry in decoder.items():
+        if not key.isdigit() or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+            raise ConfigError(f"tokenizer_config.json: added_tokens_decoder has a malformed entry {key!r:.40}")
+        plain = added_token(int(key), entry["content"])
+        flags = {name: entry[name] for name in plain.keys() & entry.keys() if isinstance(entry[name], bool)}
+        added[int(key)] = {**plain, **flags}
+    return added
 
 
 def check_loadable(tokenizer: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the `tokenizers` library takes it and gives `<image>` as one token."""
+    """Raises ConfigError unless the `tokenizers` library takes it, with every added token at its id."""
     from tokenizers import Tokenizer
 
     try:
         loaded = Tokenizer.from_str(json.dumps(tokenizer))
     except Exception as reason:  # the library raises bare Exception
         raise ConfigError(f"tokenizer.json cannot be loaded: {str(reason).splitlines()[0]}") from None
-    if loaded.encode(IMAGE_TOKEN, add_special_tokens=False).tokens != [IMAGE_TOKEN]:
-        raise ConfigError(f"tokenizer.json does not keep {IMAGE_TOKEN} as one token")
+    for token in tokenizer["added_tokens"]:
+        found = loaded.token_to_id(token["content"])
+        if found != token["id"]:  # the library renumbers ids that leave a gap
+            raise ConfigError(
+                f"tokenizer.json gives {token['content']!r:.40} the id {token['id']}, but it loads as {found}: "
+                "its ids should have no gaps"
+            )
 
 
 def parsed(source: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -106,4 +136,8 @@ def parsed(source: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _is_added_token(token: Any) -> bool:
-    return isinstance(token, dict) and isinstance(token.get("id"), int) and isinstance(token.get("content"), str)
+    return isinstance(token, dict) and is_id(token.get("id")) and isinstance(token.get("content"), str)
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

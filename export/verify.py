@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models.checkpoint import Checkpoint
-from ..models.config import FastVLMConfig
+from ..models.config import FastVLMConfig, check_image_size
 from ..models.errors import ModelFolderError, VerificationError
 from ..models.folder_layout import CONFIG_NAME, INPUT_NAME, MANIFEST_NAME, OUTPUT_NAME, PACKAGE_NAME, saved_weights
 from ..models.json_file import read_json_object
 from ..models.references import open_checkpoint
 from ..quant.calibration import verification_images
 from ..quant.metrics import Agreement, compare
+from .model_folder import file_table
 
 if TYPE_CHECKING:
     from ..models.fastvit import FastViT
 
 ENCODER_FLOOR_DB = {"fp16": 50.0, "int8": 30.0}
-"""SNR of `image_features` below which a package is refused. The small reference encoders reach 60 and 40 dB."""
+"""SNR of `image_features` below which a package falls short. The small reference encoders reach 60 and 41 dB."""
 DECODER_FLOOR_DB = {16: 45.0, 8: 25.0, 4: 6.0}
-"""SNR of the logits by bits. Random weights, which have no outliers to protect, reach 70, 35 and 12 dB."""
+"""SNR of the logits by bits. The small reference decoders reach 59 to 63, 33 to 38 and 9 to 12 dB."""
+FLOAT16_MAX = 65504.0
 
 PROBE_TOKENS = 24
 """Text positions in the decoder's probe, a third of them before the image."""
@@ -42,6 +44,9 @@ class Verification:
     encoder_floor_db: float
     decoder: Agreement
     decoder_floor_db: float
+    decoder_largest: float
+    """The largest magnitude inside the saved decoder, which a GPU computes in float16."""
+    decoder_largest_layer: int
 
     @property
     def failures(self) -> list[str]:
@@ -49,12 +54,18 @@ class Verification:
             ("image_features", self.encoder, self.encoder_floor_db),
             ("logits", self.decoder, self.decoder_floor_db),
         )
-        return [
+        found = [
             f"{what} reach {agreement.snr_db:.1f} dB, the floor is {floor:.0f} dB (worst row {agreement.worst_row}: "
             f"{agreement.worst_row_snr_db:.1f} dB)"
             for what, agreement, floor in checks
             if agreement.snr_db < floor
         ]
+        if self.decoder_largest > FLOAT16_MAX:
+            found.append(
+                f"decoder layer {self.decoder_largest_layer} reaches {self.decoder_largest:.0f}, and float16 ends at "
+                "65,504: on a GPU it would give NaN"
+            )
+        return found
 
     @property
     def passed(self) -> bool:
@@ -63,7 +74,11 @@ class Verification:
     def as_dict(self) -> dict[str, Any]:
         return {
             "image_features": {**self.encoder.as_dict(), "floor_db": self.encoder_floor_db},
-            "logits": {**self.decoder.as_dict(), "floor_db": self.decoder_floor_db},
+            "logits": {
+                **self.decoder.as_dict(),
+                "floor_db": self.decoder_floor_db,
+                "largest_activation": round(self.decoder_largest, 3),
+            },
         }
 
 
@@ -76,17 +91,41 @@ def verify(
         ModelFolderError: the folder is incomplete.
         VerificationError: an output is not finite, or of another shape than the checkpoint's.
     """
-    folder, checkpoint = Path(folder), open_checkpoint(against)
-    manifest = read_json_object(folder / MANIFEST_NAME, ModelFolderError)
-    recipe = manifest.get("recipe")
-    if not isinstance(recipe, Mapping) or recipe.get("quant") not in ENCODER_FLOOR_DB:
-        raise ModelFolderError(f"{folder / MANIFEST_NAME} does not name its recipe: export the folder again")
+    folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against)
+    recipe = saved_recipe(folder)
+    on_stage("compare files with the manifest")
+    check_hashes(folder)
     from ..models.fastvit import FastViT
 
-    images = verification_images(int(recipe["image_size"]))
+    images = verification_images(recipe["image_size"])
     on_stage("run the checkpoint's encoder")
-    features, _ = reference_features(FastViT.from_checkpoint(checkpoint), images)
+    features = reference_features(FastViT.from_checkpoint(checkpoint), images)
     return verify_features(folder, checkpoint, images, features, recipe["quant"], on_stage=on_stage)
+
+
+def saved_recipe(folder: Path) -> Mapping[str, Any]:
+    """What the manifest says of the export. Raises ModelFolderError when it does not say enough to verify it."""
+    recipe = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("recipe")
+    if not isinstance(recipe, Mapping) or recipe.get("quant") not in ENCODER_FLOOR_DB:
+        raise ModelFolderError(f"{folder / MANIFEST_NAME} does not name its recipe: export the model again")
+    if not isinstance(recipe.get("image_size"), int):
+        raise ModelFolderError(f"{folder / MANIFEST_NAME} names no image size: export the model again")
+    check_image_size(recipe["image_size"])
+    return recipe
+
+
+def check_hashes(folder: Path) -> None:
+    """Raises ModelFolderError unless every file is, to the byte, what the manifest says."""
+    listed = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("files")
+    found = file_table(folder)
+    if not isinstance(listed, dict):
+        raise ModelFolderError(f"{folder / MANIFEST_NAME} lists no files: export the model again")
+    changed = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    if changed:
+        raise ModelFolderError(
+            f"{folder} does not match its manifest in {', '.join(changed[:4])}: damaged, or from different exports; "
+            "export the model again"
+        )
 
 
 def verify_features(
@@ -102,19 +141,16 @@ def verify_features(
     on_stage("run the saved package")
     encoder = verify_encoder(folder / PACKAGE_NAME, images, features)
     on_stage("run the saved decoder")
-    decoder, bits = verify_decoder(folder, checkpoint, features[0])
-    return Verification(encoder, ENCODER_FLOOR_DB[quant], decoder, DECODER_FLOOR_DB[bits])
+    decoder = verify_decoder(folder, checkpoint, features[0])
+    return Verification(encoder, ENCODER_FLOOR_DB[quant], *decoder)
 
 
-def reference_features(encoder: FastViT, images: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[float]]:
-    """`image_features` (1, N, C) of each image in float32, and the stages' largest magnitudes over all of them."""
+def reference_features(encoder: FastViT, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`image_features` (1, N, C) of each image, float32."""
     import torch
 
-    from .rewrite import features_and_maxima
-
     with torch.inference_mode():
-        results = [features_and_maxima(encoder, torch.from_numpy(image)) for image in images]
-    return [features.numpy() for features, _ in results], [max(m) for m in zip(*(m for _, m in results), strict=True)]
+        return [encoder(torch.from_numpy(image)).numpy() for image in images]
 
 
 def verify_encoder(package: Path, images: Sequence[np.ndarray], features: Sequence[np.ndarray]) -> Agreement:
@@ -133,22 +169,30 @@ def verify_encoder(package: Path, images: Sequence[np.ndarray], features: Sequen
     return compare(np.concatenate(features), np.concatenate(outputs), "image_features")
 
 
-def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndarray) -> tuple[Agreement, int]:
-    """Runs the saved decoder and projector next to the checkpoint's, in float32; returns the saved bits too."""
+def verify_decoder(
+    folder: Path, checkpoint: Checkpoint, image_features: np.ndarray
+) -> tuple[Agreement, float, float, int]:
+    """Runs the saved decoder and projector next to the checkpoint's, in float32, on an image between random ids.
+
+    Returns the agreement of their logits, its floor, the largest magnitude inside the saved decoder, and its layer.
+    """
     from ..models._mlx import mx
     from ..models.language import settled_config
-    from ..models.layerwise import checkpoint_reader, layerwise_logits, saved_reader
+    from ..models.layerwise import checkpoint_reader, run_layerwise, saved_reader
 
     config = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME, ModelFolderError))
     weights = saved_weights(folder)
     config = settled_config(weights, config, config.quantization)
+    bits = config.quantization[1] if config.quantization else 16
+    if bits not in DECODER_FLOOR_DB:
+        raise ModelFolderError(f"{folder} holds a decoder of {bits} bits, for which there is no floor to verify it by")
     vocab_size = min(config.decoder.vocab_size, checkpoint.config.decoder.vocab_size)
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, PROBE_TOKENS).tolist()
-    before, after = ids[: PROBE_TOKENS // 3], ids[PROBE_TOKENS // 3 :]
-    readers = (
-        (checkpoint_reader(checkpoint), checkpoint.config),
-        (saved_reader(weights, config), config),
-    )
+    texts = ids[: PROBE_TOKENS // 3], ids[PROBE_TOKENS // 3 :]
     features = mx.array(image_features)
-    original, saved = (np.array(layerwise_logits(read, c, before, features, after)) for read, c in readers)
-    return compare(original, saved, "logits"), config.quantization[1] if config.quantization else 16
+    original = run_layerwise(checkpoint_reader(checkpoint), checkpoint.config, texts[0], features, texts[1])
+    expected = np.array(original.logits)
+    del original
+    saved = run_layerwise(saved_reader(weights, config), config, texts[0], features, texts[1])
+    agreement = compare(expected, np.array(saved.logits), "logits")
+    return agreement, DECODER_FLOOR_DB[bits], saved.largest, saved.largest_layer

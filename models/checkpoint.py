@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -74,7 +73,8 @@ class FolderCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.name = folder.name
+        self.name = folder.resolve().name
+        self._open_files: dict[Path, Any] = {}
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; a checkpoint is one with config.json and *.safetensors")
         if not (folder / "config.json").is_file():
@@ -92,7 +92,15 @@ class FolderCheckpoint:
         self.config, self.notes = self._settle_tied_embeddings(config)
 
     def read(self, name: str, framework: Framework) -> Any:
-        return self._shard(self._files[name], framework)[name]
+        file = self._files[name]
+        if framework == "mlx":  # safetensors' own MLX reader goes through numpy, which has no bfloat16
+            from ._mlx import mx
+
+            # Opened anew each time: an open file's arrays stay in memory, once evaluated, as long as it is kept.
+            tensors = mx.load(str(file))
+            assert isinstance(tensors, dict)
+            return tensors[name]
+        return self._torch_file(file).get_tensor(name)
 
     def digest(self) -> str:
         """sha256 over config.json and every weight file, in the order of their names."""
@@ -107,25 +115,20 @@ class FolderCheckpoint:
                  "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
         return {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
 
-    def _shard(self, file: Path, framework: Framework) -> Any:
-        """An open weight file that gives tensors by name, lazily."""
-        shard = self._open_shards.get((file, framework))
-        if shard is None:
-            if framework == "mlx":  # safetensors' own MLX reader goes through numpy, which has no bfloat16
-                from ._mlx import mx
+    def _torch_file(self, file: Path) -> Any:
+        """An open weight file, memory-mapped."""
+        from safetensors import safe_open
 
-                shard = mx.load(str(file))
-            else:
-                shard = _TorchShard(file)
-            self._open_shards[file, framework] = shard
-        return shard
-
-    @cached_property
-    def _open_shards(self) -> dict[tuple[Path, Framework], Any]:
-        return {}
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(file, framework="pt")
+        return self._open_files[file]
 
     def _settle_tied_embeddings(self, config: FastVLMConfig) -> tuple[FastVLMConfig, tuple[str, ...]]:
         """`tie_word_embeddings` is sometimes wrong: an `lm_head` that differs from `embed_tokens` means untied."""
+        if "lm_head.weight" not in self.tensors and self.config_dict.get("tie_word_embeddings") is False:
+            raise WeightsError(
+                "1 missing: lm_head.weight, since config.json says tie_word_embeddings=false; fetch it again"
+            )
         tied = "lm_head.weight" not in self.tensors or self._lm_head_repeats_embeddings()
         if tied == config.decoder.tie_word_embeddings:
             return config, ()
@@ -138,19 +141,7 @@ class FolderCheckpoint:
         if names[1] not in self.tensors or self.tensors[names[0]] != self.tensors[names[1]]:
             return False
         head, table = (self.read(name, "pt") for name in names)
-        return bool((head == table).all())
-
-
-class _TorchShard:
-    """One safetensors file, memory-mapped, that gives torch tensors by name."""
-
-    def __init__(self, file: Path) -> None:
-        from safetensors import safe_open
-
-        self._file = safe_open(file, framework="pt")
-
-    def __getitem__(self, name: str) -> Any:
-        return self._file.get_tensor(name)
+        return bool((head[:64] == table[:64]).all()) and bool((head == table).all())
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -270,7 +261,6 @@ def _check_layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 APPLE_ENCODER_PREFIX = "model.vision_tower.vision_tower.model."
-APPLE_PROJECTOR_PREFIX = "model.mm_projector."
 
 OTHER_LAYOUTS = {
     "Hugging Face native (fast_vlm)": "model.vision_tower.timm_model.",

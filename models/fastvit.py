@@ -70,7 +70,12 @@ class RepMixerBlock(nn.Module):
         self.layer_scale = layer_scale(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.token_mixer(x)
+        return self.feed_forward(self.mix_tokens(x))
+
+    def mix_tokens(self, x: Tensor) -> Tensor:
+        return self.token_mixer(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.layer_scale * self.convffn(x)
 
 
@@ -117,7 +122,12 @@ class AttentionBlock(nn.Module):
         self.layer_scale_2 = layer_scale(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.layer_scale_1 * self.token_mixer(self.norm(x))
+        return self.feed_forward(self.mix_tokens(x))
+
+    def mix_tokens(self, x: Tensor) -> Tensor:
+        return x + self.layer_scale_1 * self.token_mixer(self.norm(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.layer_scale_2 * self.convffn(x)
 
 

@@ -18,6 +18,9 @@ INPUT_NAME = "images"
 OUTPUT_NAME = "image_features"
 """The package's output, (1, (S / 64)^2, C) float32."""
 
+IMAGE_TOKEN = "<image>"
+"""The token that stands for an image, in prompts and in the exported tokenizer."""
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"

@@ -131,7 +131,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x: mx.array) -> mx.array:
+        """What `down_proj` reads, (B, L, intermediate_size): the largest values of the whole decoder."""
+        return silu(self.gate_proj(x)) * self.up_proj(x)
 
 
 def silu(x: mx.array) -> mx.array:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, FolderCheckpoint
 from .errors import ModelReferenceError
-from .random_checkpoint import DECODERS, RandomCheckpoint
 
 DEFAULT_MODEL = "random:tiny"
 
@@ -19,6 +18,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         ModelReferenceError: nothing of that name can be opened.
         CheckpointError: the folder is there, but is no checkpoint that can be read.
     """
+    from .random_checkpoint import DECODERS, RandomCheckpoint  # brings numpy, which no start-up needs
+
     text = str(reference)
     if text.startswith("random:"):
         return RandomCheckpoint(text.removeprefix("random:").lower())

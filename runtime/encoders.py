@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from .compiled_cache import CompiledCache, Compiler, Predict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Vision = Literal["coreml", "reference"]
 
 
 class VisionEncoder(Protocol):
@@ -123,19 +121,23 @@ class CoreMLTools:
         MachineError: this is no Mac.
     """
 
+    _ct: Any
+    version: str
+
     def __init__(self) -> None:
         if sys.platform != "darwin":
             raise MachineError("Core ML runs on macOS only; leave vision out, or use vision='reference'")
         import platform
 
         self.version = f"macOS {platform.mac_ver()[0]}"
+        self._ct = import_coremltools()
 
     def compile(self, package: Path, destination: Path) -> None:
-        import_coremltools().models.utils.compile_model(str(package), str(destination))
+        self._ct.models.utils.compile_model(str(package), str(destination))
 
     def open(self, compiled: Path) -> Predict:
-        ct = import_coremltools()
-        model = ct.models.CompiledMLModel(str(compiled), compute_units=ct.ComputeUnit.CPU_AND_NE)
+        units = self._ct.ComputeUnit.CPU_AND_NE
+        model = self._ct.models.CompiledMLModel(str(compiled), compute_units=units)
 
         def predict(inputs: dict[str, Any]) -> dict[str, Any]:
             try:

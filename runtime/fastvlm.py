@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models._mlx import mx, on_cpu
-from ..models.errors import PromptError, UsageError
+from ..models.errors import PromptError, UsageError, WeightsError
+from ..models.folder_layout import IMAGE_TOKEN
 from ..models.language import LanguageSide, load_language
 from ..models.qwen2 import KVCache
 from .encoders import VisionEncoder, open_encoder
@@ -96,7 +97,7 @@ class FastVLM:
         self.notes = (*folder.notes, *_machine_notes(language))
         self._prompts = PromptEncoder(folder.path, tokenizer, _image_token_index(folder, tokenizer))
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.eos_token_ids = (*self.config.eos_token_ids, *own)
+        self.eos_token_ids = tuple(dict.fromkeys((*self.config.eos_token_ids, *own)))
 
     @classmethod
     def load(cls, folder: str | Path, vision: str | None = None) -> FastVLM:
@@ -144,6 +145,7 @@ class FastVLM:
             UsageError: an option is out of range.
             ImageError: an image cannot be opened.
             PromptError: (while reading) the prompt does not fit the images or the context.
+            PackageError, WeightsError: (while reading) the encoder or the decoder gives no finite numbers.
         """
         sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         options = options_from(stop, max_tokens, ignore_eos, sampling)
@@ -155,8 +157,8 @@ class FastVLM:
         return Stream(self._answer(request))
 
     def _answer(self, request: Request) -> Generator[str, None, Generation]:
-        cold = next(_answers) == 0
         start = self._start(request)
+        cold = next(_answers) == 0  # counted once it has worked
         rest = decode(self.language.language_model, start.first, start.cache, start.sampler, start.room - 1)
         eos = () if request.options.ignore_eos else self.eos_token_ids
         ids = itertools.chain([id_on_host(start.first)], rest)
@@ -188,7 +190,7 @@ class FastVLM:
         room = min(request.options.max_tokens, self.config.max_context - length)
         cache = self.language.language_model.make_cache(length + min(room, CACHE_ROOM))
         logits = prefill(self.language.language_model, self._embed(prompt, projected), cache)
-        mx.eval(logits)
+        _check_finite(logits)
         stages_ms["prefill_ms"] = clock.lap_ms()
         sampler = Sampler(request.options.sampling, prompt.ids)
         first = sampler(logits[0])
@@ -197,15 +199,21 @@ class FastVLM:
         return Start(first, cache, sampler, room, length, stages_ms)
 
     def _checked_length(self, prompt: Prompt, image_count: int) -> int:
-        """Positions that the prompt takes. Raises PromptError unless it fits the images and the context."""
+        """Positions that the prompt takes. Raises PromptError unless it fits the images, the context and the model."""
         if prompt.image_count != image_count:
             raise PromptError(f"the prompt has places for {prompt.image_count} images, but {image_count} came with it")
         length = prompt.token_count(self.config.tokens_per_image)
+        if length == 0:
+            raise PromptError("the prompt is empty, and the model's chat template adds nothing to it")
         if length >= self.config.max_context:
             raise PromptError(
                 f"the prompt takes {length} tokens ({image_count} images of {self.config.tokens_per_image} included), "
                 f"and the context holds {self.config.max_context} with the answer: shorten it"
             )
+        highest = max((i for i in prompt.ids if i != prompt.image_token_index), default=0)
+        rows = self.language.vocabulary_rows
+        if highest >= rows:
+            raise PromptError(f"the prompt has the token {highest}, and the model has embeddings for {rows}")
         return length
 
     def _project(self, image_features: list[NDArray[np.float32]]) -> list[mx.array]:
@@ -215,19 +223,12 @@ class FastVLM:
 
     def _embed(self, prompt: Prompt, projected: Sequence[mx.array]) -> mx.array:
         """`inputs_embeds` (1, L, D): the text's embeddings, with each image's features in its place."""
-        highest, rows = (
-            max(id for id in (*prompt.ids, 0) if id != prompt.image_token_index),
-            self.language.vocabulary_rows,
-        )
-        if highest >= rows:
-            raise PromptError(f"the prompt has the token {highest}, and the model has embeddings for {rows}")
         images = iter(projected)
         parts = [
             next(images) if segment is None else self.language.language_model.embed(mx.array([segment]))
             for segment in prompt.segments()
         ]
-        dtype = parts[0].dtype
-        return mx.concatenate([part.astype(dtype) for part in parts], axis=1)  # (1, L, D)
+        return mx.concatenate(parts, axis=1)  # (1, L, D)
 
     def _fit(self, fit: str | None) -> Fit:
         fit = fit or self.config.image_aspect_ratio
@@ -236,6 +237,17 @@ class FastVLM:
         if fit == "crop":
             return "crop"
         raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
+
+
+def _check_finite(logits: mx.array) -> None:
+    """Computes the logits. Raises WeightsError when they are no numbers to pick a token by."""
+    finite = mx.isfinite(logits).all()
+    mx.eval(logits, finite)
+    if not finite.item():
+        raise WeightsError(
+            "the decoder gives logits that are not finite: its weights are damaged, or overflow "
+            f"{str(logits.dtype).removeprefix('mlx.core.')}; export the model again"
+        )
 
 
 def _as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
@@ -257,7 +269,7 @@ def _image_token_index(folder: ModelFolder, tokenizer: Tokenizer) -> int:
     """The id that stands for an image; Apple's sentinel where neither config nor tokenizer names one."""
     if folder.config.image_token_index is not None:
         return folder.config.image_token_index
-    return tokenizer.control_tokens.get("<image>", -200)
+    return tokenizer.control_tokens.get(IMAGE_TOKEN, -200)
 
 
 def _machine_notes(language: LanguageSide) -> tuple[str, ...]:

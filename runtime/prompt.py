@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import ConfigError, PromptError
+from ..models.folder_layout import IMAGE_TOKEN
 from .tokenizer import Tokenizer
-
-IMAGE_MARK = "<image>"
-"""What marks an image's place in a user's text."""
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -130,14 +128,14 @@ def _content_parts(message: Message) -> list[str | None]:
     """The text of a message, and None for each image in it. Only a user's message can hold images."""
     if message.role != "user":
         return [message.content]
-    texts = message.content.split(IMAGE_MARK)
+    texts = message.content.split(IMAGE_TOKEN)
     marks = len(texts) - 1
     if marks == 0:
         return [part for _ in range(message.image_count) for part in (None, "\n")] + [message.content]
     if marks != message.image_count:
         raise PromptError(
-            f"the prompt marks {marks} places for images with {IMAGE_MARK}, but {message.image_count} images came with "
-            "it; give one image per mark, or leave the marks out to have the images first"
+            f"the prompt marks {marks} places for images with {IMAGE_TOKEN}, but {message.image_count} images came "
+            "with it; give one image per mark, or leave the marks out to have the images first"
         )
     return [part for text in texts for part in (None, text)][1:]
 

@@ -92,9 +92,11 @@ def _read_bytes(path: Path, limit: int) -> bytes:
 
 def _inside(root: Path, base: Path, relative: str) -> Path:
     """Return `base / relative` resolved, refusing what lies outside the package."""
+    if not relative.isprintable():
+        raise PackageError(f"{root}: {relative!r} is not a usable path; {_WHAT_TO_DO}")
     try:
         target = (base / relative).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links
         raise PackageError(f"{root}: {relative!r} is not a usable path ({error}); {_WHAT_TO_DO}") from error
     if Path(relative).is_absolute() or ".." in Path(relative).parts or not target.is_relative_to(root):
         raise PackageError(f"{root}: expected a path inside the package, found {relative!r}; do not trust this package")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,3 +187,24 @@ def test_inspect_describes_a_package_and_lints_it(model: Path, tmp_path: Path) -
     report = json.loads(fastvlm("inspect", model / "fastvithd.mlpackage", "--json", cwd=tmp_path).stdout)
     assert report["operations"]["conv"] == 46
     assert_one_line_error(fastvlm("inspect", "gone", cwd=tmp_path), "neither a .mlpackage")
+
+
+def test_interrupted_export_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastvlm.cli.main", "export", "-o", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "run the checkpoint's encoder" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.strip().splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_that_has_enough_ends_generation_quietly(model: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m fastvlm.cli.main generate {model} -p hi --ignore-eos | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert b"Error" not in done.stderr
+    assert b"Traceback" not in done.stderr

@@ -82,7 +82,7 @@ def test_correcting_biases_removes_most_of_the_noise(tmp_path: Path) -> None:
     from fastvlm.quant.calibration import verification_images
 
     images = verification_images(256)
-    expected, _ = reference_features(FastViT.from_checkpoint(checkpoint), images)
+    expected = reference_features(FastViT.from_checkpoint(checkpoint), images)
     snr = {}
     for correct in (False, True):
         executor = Executor(write_package(checkpoint, "int8", tmp_path / f"{correct}.mlpackage", correct=correct))

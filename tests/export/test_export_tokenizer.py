@@ -73,6 +73,32 @@ def test_tokenizer_made_from_vocabulary_and_merges_encodes_the_same(golden: Path
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
 
 
+def test_added_tokens_keep_their_own_flags() -> None:
+    source = {
+        "vocab.json": b'{"a": 0, "b": 1}',
+        "merges.txt": b"a b\n",
+        "tokenizer_config.json": json.dumps(
+            {
+                "added_tokens_decoder": {
+                    "2": {"content": "<|im_end|>", "special": True},
+                    "3": {"content": "<tool>", "special": False, "lstrip": True},
+                }
+            }
+        ).encode(),
+    }
+    source["vocab.json"] = b'{"a": 0, "ab": 1, "b": 4}'
+    with pytest.raises(ConfigError):
+        export_tokenizer(source)  # two tokens would share the room behind the vocabulary
+    source["vocab.json"] = b'{"a": 0, "b": 1}'
+    source["merges.txt"] = b""
+    added = json.loads(export_tokenizer(source).files["tokenizer.json"])["added_tokens"]
+    assert [(token["content"], token["special"], token["lstrip"]) for token in added] == [
+        ("<|im_end|>", True, False),
+        ("<tool>", False, True),
+        ("<image>", True, False),
+    ]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_synthetic_tokenizer_returns_every_text(text: str) -> None:
     tokenizer = loaded(RandomCheckpoint("tiny").tokenizer_files())
@@ -95,6 +121,21 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
         ({"tokenizer.json": b'{"added_tokens": [{"id": "x"}], "model": {"vocab": {}}}'}, "'added_tokens' with ids"),
         ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "cannot be loaded"),
         ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "should map tokens to ids"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b"\xff"}, "not UTF-8"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "names no added tokens"),
+        (
+            {"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": "1"}'},
+            "should map tokens to ids",
+        ),
+        (
+            {
+                "vocab.json": b'{"a": 0}',
+                "merges.txt": b"",
+                "tokenizer_config.json": b'{"added_tokens_decoder": {"1": 2}}',
+            },
+            "malformed entry",
+        ),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": 7}'}, "ids should have no gaps"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"one\n"}, "two symbols a line"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import fastvlm
 from fastvlm.export import exporter, model_folder, output
 from fastvlm.export.exporter import export
+from fastvlm.export.package_report import inspect
 from fastvlm.export.verify import ENCODER_FLOOR_DB
 from fastvlm.models.apple_layout import language_shapes, saved_name
 from fastvlm.models.checkpoint import FolderCheckpoint
@@ -109,11 +110,89 @@ def test_decoder_weights_are_stored_as_asked(tmp_path: Path, bits: int, embeddin
     assert ("quantization" in config) == (bits < 16)
 
 
-def test_rows_that_do_not_divide_into_groups_stay_float16(tmp_path: Path) -> None:
-    result = export(out=tmp_path / "model", quant="fp16", group_size=128)
-    tensors = load_file(result.folder / "model.safetensors")
-    assert "language_model.model.layers.0.mlp.down_proj.scales" in tensors  # rows of 384
+def test_rows_that_do_not_divide_into_groups_stay_float16(write_checkpoint: Callable, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:  # an intermediate size of 320: not a multiple of 128
+            if name.endswith(("gate_proj.weight", "up_proj.weight")):
+                tensors[name] = tensors[name][:320]
+            elif name.endswith("down_proj.weight"):
+                tensors[name] = tensors[name][:, :320]
+
+    source = write_checkpoint(change=change)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 320}))
+    tensors = load_file(export(source, tmp_path / "model", quant="fp16", group_size=128).folder / "model.safetensors")
     assert "language_model.model.layers.0.mlp.up_proj.scales" in tensors  # rows of 128
+    assert "language_model.model.layers.0.mlp.down_proj.scales" not in tensors  # rows of 320
+    assert tensors["language_model.model.layers.0.mlp.down_proj.weight"].dtype == np.float16
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_decoder_reaches_the_measured_snr(golden: Path, tolerance: Callable, tmp_path: Path, bits: int) -> None:
+    for name in ("llava_small_reparam_tied", "llava_small_train_untied"):
+        result = export(golden / name, tmp_path / name, quant="fp16", decoder_bits=bits)
+        assert result.verification.decoder.snr_db > tolerance(f"decoder_{bits}_snr_db")
+
+
+def test_shortfall_is_written_only_when_allowed_and_then_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODER_FLOOR_DB, "fp16", 150.0)
+    result = export(out=tmp_path / "model", quant="fp16", allow_shortfall=True)
+    manifest = json.loads((result.folder / "fastvlm.json").read_text())
+    assert any("the floor is 150 dB" in note for note in manifest["notes"])
+    assert not result.verification.passed
+
+
+def test_config_names_what_clients_size_by(write_checkpoint: Callable, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000]
+
+    source = write_checkpoint(change=cut)
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (source / "config.json").write_text(json.dumps(config))
+    exported = export(source, tmp_path / "model", quant="fp16").folder / "config.json"
+    assert json.loads(exported.read_text())["vocab_size"] == 1000
+    assert json.loads(exported.read_text())["rope_theta"] == 5e5
+
+
+def test_weights_that_int8_would_spoil_stay_float16(write_checkpoint: Callable, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:  # FastViT's initial layer scale: int8's float16 scales would be zero
+            if name.endswith("network.10.0.layer_scale_2"):
+                tensors[name][:] = 1e-5
+
+    plain = export(write_checkpoint(), tmp_path / "plain")
+    result = export(write_checkpoint(change=change), tmp_path / "model")
+    assert result.verification.encoder.snr_db > 33
+    counts = [inspect(r.folder).compressed_weights for r in (plain, result)]
+    assert counts[1] == counts[0] - 1
+
+
+def test_errors_of_files_that_are_read_do_not_blame_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "/data/checkpoint/model.safetensors")
+
+    monkeypatch.setattr(exporter, "write_weights", unreadable)
+    with pytest.raises(PermissionError):
+        export(out=tmp_path / "model", quant="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacement_that_was_killed_halfway_is_undone(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export(out=out, quant="fp16")
+    before = contents(out)
+    out.rename(tmp_path / ".model.replaced-999999999")
+    output.remove_abandoned(out)
+    assert contents(out) == before
+
+
+def test_export_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    export(out=".", quant="fp16")
+    assert (here / "fastvlm.json").is_file()
 
 
 def test_image_size_is_carried_through(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastvlm.export.coreml import convert_encoder
-from fastvlm.export.rewrite import STREAM_LIMIT, features_and_maxima, rewrite, stream_scales
+from fastvlm.export.rewrite import STREAM_LIMIT, EngineRepMixerBlock, rewrite, stream_maxima, stream_scales
+from fastvlm.models.errors import WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.fastvit_config import FastViTConfig
 from fastvlm.models.mlprogram import census, max_rank, read_package
@@ -77,12 +78,38 @@ def test_rescaling_brings_a_stream_beyond_float16_into_range() -> None:
     network = encoder().reparameterize()
     for block in network.network[4]:  # stage 2 writes its stream with fc2: make it huge
         block.layer_scale *= 40_000
-    features, maxima = features_and_maxima(network, images(256))
-    assert torch.equal(features, network(images(256)))
+    expected = network(images(256))
+    maxima = stream_maxima(network, [images(256)])
     assert maxima[2] > 65504
     scales = stream_scales(maxima)
     assert scales[0] == scales[1] == 1
     assert maxima[2] * scales[2] <= STREAM_LIMIT < 2 * maxima[2] * scales[2]
+    rewritten = rewrite(network, 256, scales)
+    seen: list[float] = []
+    for module in rewritten:
+        if isinstance(module, EngineRepMixerBlock):
+            module.register_forward_hook(lambda _, inputs, output: seen.append(float(output.abs().max())))
+    assert relative_error(rewritten(images(256)), expected) < 1e-5
+    assert max(seen) <= STREAM_LIMIT  # and it is the network that runs, not only the arithmetic of scales
+
+
+def test_streams_that_are_not_finite_are_refused() -> None:
+    network = encoder()
+    network.network[4][0].layer_scale[0] = float("inf")
+    with pytest.raises(WeightsError, match="computes NaN or infinite values"):
+        stream_maxima(network, [images(256)])
+
+
+def test_every_write_into_the_stream_is_seen() -> None:
+    """A token mixer's output passes only half a block further on: it counts all the same."""
+    network = encoder()
+    block = network.network[7][0]
+    block.convffn.fc2.weight.zero_()
+    block.convffn.fc2.bias.zero_()
+    whole = stream_maxima(network, [images(256)])[3]
+    block.layer_scale_2.fill_(1)
+    block.convffn.fc2.bias.fill_(-1e6)  # the block's end is now of another size than its middle
+    assert stream_maxima(network, [images(256)])[3] > 1e5 > whole
 
 
 def test_stream_scales_are_powers_of_two_at_most_one() -> None:

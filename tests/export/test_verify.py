@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastvlm.export.exporter import export
+from fastvlm.export.model_folder import file_table
 from fastvlm.export.verify import verify
 from fastvlm.models.errors import FastVLMError, ModelFolderError, VerificationError
 
@@ -27,9 +28,55 @@ def copy(exported: Path, tmp_path: Path) -> Path:
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Changes tensors, and signs the manifest anew: as if export itself had written them so."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    sign(folder)
+
+
+def sign(folder: Path, **recipe: object) -> None:
+    manifest = json.loads((folder / "fastvlm.json").read_text())
+    manifest["files"] = file_table(folder)
+    manifest["recipe"] |= recipe
+    (folder / "fastvlm.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin"])
+def test_one_flipped_bit_is_seen(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[-100] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=f"does not match its manifest in {name}"):
+        verify(copy, "random:tiny")
+
+
+def test_package_of_another_export_is_seen(copy: Path, tmp_path: Path) -> None:
+    other = export(out=tmp_path / "other", quant="fp16").folder
+    shutil.rmtree(copy / "fastvithd.mlpackage")
+    shutil.copytree(other / "fastvithd.mlpackage", copy / "fastvithd.mlpackage")
+    with pytest.raises(ModelFolderError, match="from different exports"):
+        verify(copy, "random:tiny")
+
+
+def test_decoder_beyond_float16_fails(copy: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        layer = "language_model.model.layers.2.mlp"
+        for part in ("scales", "biases"):  # as large as float16 holds, and undone behind the product
+            tensors[f"{layer}.up_proj.{part}"] *= np.float16(60_000)
+            tensors[f"{layer}.down_proj.{part}"] /= np.float16(60_000)
+
+    edit_weights(copy, change)
+    result = verify(copy, "random:tiny")
+    assert result.decoder_largest_layer == 2
+    assert any("decoder layer 2 reaches" in failure for failure in result.failures)
+
+
+@pytest.mark.parametrize("image_size", [None, "256", 100])
+def test_odd_recipes_are_one_line(copy: Path, image_size: object) -> None:
+    sign(copy, image_size=image_size)
+    with pytest.raises(FastVLMError, match="image size"):
+        verify(copy, "random:tiny")
 
 
 def test_a_good_folder_passes_with_the_figures_of_its_manifest(exported: Path) -> None:

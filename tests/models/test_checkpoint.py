@@ -285,3 +285,21 @@ def test_unknown_references_say_what_there_is(reference: str, message: str) -> N
     with pytest.raises(ModelReferenceError, match=message) as caught:
         open_checkpoint(reference)
     assert isinstance(caught.value, FastVLMError)
+
+
+def test_reading_one_tensor_after_the_other_does_not_keep_them(write_checkpoint: WriteCheckpoint) -> None:
+    import mlx.core as mx
+
+    checkpoint = FolderCheckpoint(write_checkpoint(dtype=torch.bfloat16))
+    largest = max(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+    before = mx.get_active_memory()
+    for name in checkpoint.tensors:
+        mx.eval(checkpoint.read(name, "mlx").astype(mx.float32))
+    assert mx.get_active_memory() - before < 6 * largest
+
+
+def test_head_that_should_be_there_is_missed(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(WeightsError, match=r"1 missing: lm_head.weight"):
+        FolderCheckpoint(folder)

@@ -61,7 +61,8 @@ def test_package_is_compiled_once_when_it_is_opened_twice(package: Path, cache: 
 def test_copy_is_found_when_the_package_was_moved(package: Path, cache: CompiledCache, tmp_path: Path) -> None:
     compiler = FakeCompiler()
     cache.open(package, compiler)
-    moved = package.rename(tmp_path / "other.mlpackage").rename(tmp_path / "fastvithd.mlpackage")
+    (tmp_path / "elsewhere").mkdir()
+    moved = package.rename(tmp_path / "elsewhere" / package.name)
     assert not cache.open(moved, compiler).compiled_now
 
 

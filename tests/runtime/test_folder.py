@@ -21,10 +21,6 @@ def change_manifest(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "fastvlm.json").write_text(json.dumps(manifest))
 
 
-def drop_from_manifest(folder: Path, *names: str) -> None:
-    change_manifest(folder, lambda manifest: [manifest["files"].pop(name, None) for name in names])
-
-
 def test_folder_opens_when_it_is_complete(write_folder: Write) -> None:
     path = write_folder()
     folder = open_folder(str(path))

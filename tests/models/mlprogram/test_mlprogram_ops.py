@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from math import erf
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastvlm.models.mlprogram import read_package
+from fastvlm.models.errors import PackageError
+from fastvlm.models.mlprogram import model_class, read_package
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.mlprogram.ops import KINDS
 
@@ -293,14 +297,18 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def results(save_program: Callable[..., Path], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One program with all cases as outputs, run once."""
+def package(save_program: Callable[..., Path]) -> Path:
+    """One program with all cases as outputs."""
 
     def build(mb: Any, **tensors: Any) -> Any:
         return [mb.identity(x=make(mb, **tensors), name=f"case_{name}") for name, (make, _) in CASES.items()]
 
-    executor = Executor(save_program(build, INPUTS))
-    return executor.run(inputs)
+    return save_program(build, INPUTS)
+
+
+@pytest.fixture(scope="module")
+def results(package: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return Executor(package).run(inputs)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -328,3 +336,33 @@ def test_ceil_mode_pool_counts_only_what_is_there(save_program: Callable[..., Pa
     assert read_package(path).outputs[0].shape == (1, 1, 2, 2)
     found = Executor(path).run({"x": np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3)})["out"]
     np.testing.assert_allclose(found, [[[[2, 3.5], [6.5, 8]]]])
+
+
+@settings(max_examples=60, deadline=5000)
+@given(data=st.data())
+def test_any_integer_parameter_runs_or_is_one_error(
+    package: Path,
+    inputs: dict[str, np.ndarray],
+    block_of: Callable[[Any], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    """Strides of 0, axes out of range, padding of 2^31: whatever a file says, no crash and no other exception."""
+    damaged = tmp_path_factory.getbasetemp() / "integers.mlpackage"
+    shutil.copytree(package, damaged, dirs_exist_ok=True)
+    path = damaged / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    model = model_class()()
+    model.ParseFromString(path.read_bytes())
+    tensors = [o.attributes["val"].immediateValue.tensor for o in block_of(model).operations if o.type == "const"]
+    victims = [tensor.ints.values for tensor in tensors if tensor.WhichOneof("value") == "ints"]
+    values = victims[data.draw(st.integers(0, len(victims) - 1))]
+    values[data.draw(st.integers(0, len(values) - 1))] = data.draw(
+        st.sampled_from([0, -1, -2, 1, 2, 3, 7, 100, 2**31 - 1, -(2**31)])
+    )
+    path.write_bytes(model.SerializeToString())
+    try:
+        found = Executor(damaged).run(inputs)
+    except PackageError as error:
+        assert "\n" not in str(error)
+    else:
+        assert set(found) == {f"case_{name}" for name in CASES}

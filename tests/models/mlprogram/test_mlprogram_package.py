@@ -90,7 +90,9 @@ def test_absurdly_large_manifest_is_not_read(copy: Path) -> None:
         read_package(copy)
 
 
-@pytest.mark.parametrize("target", ["../../outside.mlmodel", "/etc/hostname", "nul\0", 7, "../Data/../Manifest.json"])
+@pytest.mark.parametrize(
+    "target", ["../../outside.mlmodel", "/etc/hostname", "nul\0", "two\nlines", 7, "../Data/../Manifest.json"]
+)
 def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
     manifest = json.loads((copy / "Manifest.json").read_text())
     manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = target
