@@ -41,8 +41,6 @@ def generate_command(
     from ..runtime.fastvlm import load
 
     model = load(folder, vision=vision)
-    for text in model.notes:
-        note(text)
     stream = model.stream(
         image or None,
         sys.stdin.read() if prompt == "-" else prompt,
@@ -72,6 +70,8 @@ def generate_command(
         sys.stdout.write("\n")
         sys.stdout.flush()
         sys.stderr.write(timing_lines(stream.generation.timings))
+        for text in model.notes:  # last, where it is not scrolled past
+            note(text)
 
 
 def as_dict(generation: Generation, notes: tuple[str, ...]) -> dict[str, object]:

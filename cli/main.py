@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from types import FrameType
@@ -15,6 +16,7 @@ from .doctor import doctor_command
 from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
+from .progress import one_line
 from .verify import verify_command
 
 app = typer.Typer(
@@ -48,6 +50,9 @@ def options(
 
 def main() -> NoReturn:
     """Runs the command line. Exit code 0: success; 1: an error, told in one line; 2: wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -64,7 +69,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     sys.exit(code)
 
 

@@ -48,9 +48,18 @@ class StageProgress:
         sys.stderr.flush()
 
 
+MAX_LINE = 600
+
+
 def note(text: str) -> None:
     """A remark for the user that is no result."""
-    sys.stderr.write(f"note: {text}\n")
+    sys.stderr.write(f"note: {one_line(text)}\n")
+
+
+def one_line(text: str) -> str:
+    """`text`, which may quote a stranger's file, on one line of bounded length and without control characters."""
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
 
 
 def megabytes(count: int) -> str:

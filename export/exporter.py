@@ -120,7 +120,7 @@ def export(
         decoder=DecoderScheme(decoder_bits, group_size, quantize_embeddings),
         image_size=checkpoint.config.image_size if image_size is None else image_size,
     )
-    destination = (Path(out) if out is not None else default_destination(checkpoint, recipe)).expanduser().absolute()
+    destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)
     check_destination(destination, force=force)
     check_language_tensors(checkpoint)
     tokenizer = export_tokenizer(checkpoint.tokenizer_files())

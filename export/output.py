@@ -24,6 +24,8 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         OutputError: the destination exists (without `force`), cannot be written, or the disk is full.
     """
+    # `m/gone/../../m` would name another place once folders are made on the way.
+    destination = Path(os.path.abspath(destination))  # noqa: PTH100 - resolve() would follow a link at the end
     check_destination(destination, force=force)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
@@ -33,6 +35,7 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):  # some writers make files that only their owner can read
             path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
+        check_destination(destination, force=force)  # another export may have finished meanwhile
         publish(partial, destination)
     except OSError as reason:
         if reason.filename is not None and not is_output(Path(reason.filename), partial):

@@ -106,7 +106,7 @@ def verify(
 def saved_recipe(folder: Path) -> Mapping[str, Any]:
     """What the manifest says of the export. Raises ModelFolderError when it does not say enough to verify it."""
     recipe = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("recipe")
-    if not isinstance(recipe, Mapping) or recipe.get("quant") not in ENCODER_FLOOR_DB:
+    if not isinstance(recipe, Mapping) or str(recipe.get("quant")) not in ENCODER_FLOOR_DB:
         raise ModelFolderError(f"{folder / MANIFEST_NAME} does not name its recipe: export the model again")
     if not isinstance(recipe.get("image_size"), int):
         raise ModelFolderError(f"{folder / MANIFEST_NAME} names no image size: export the model again")

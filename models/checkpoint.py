@@ -10,11 +10,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .config import FastVLMConfig
 from .errors import CheckpointError, ConfigError, WeightsError
 from .json_file import read_json_object
+
+if TYPE_CHECKING:
+    from ._mlx import mx
 
 Framework = Literal["pt", "mlx"]
 Shape = tuple[int, ...]
@@ -93,13 +96,9 @@ class FolderCheckpoint:
 
     def read(self, name: str, framework: Framework) -> Any:
         file = self._files[name]
-        if framework == "mlx":  # safetensors' own MLX reader goes through numpy, which has no bfloat16
-            from ._mlx import mx
-
+        if framework == "mlx":
             # Opened anew each time: an open file's arrays stay in memory, once evaluated, as long as it is kept.
-            tensors = mx.load(str(file))
-            assert isinstance(tensors, dict)
-            return tensors[name]
+            return load_lazily(file)[name]
         return self._torch_file(file).get_tensor(name)
 
     def digest(self) -> str:
@@ -148,6 +147,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes in a safetensors file. Raises WeightsError when it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if file.exists() and not file.is_file():
+        raise WeightsError(f"{file} is no regular file")
     try:
         with safe_open(file, framework="numpy") as stream:
             slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
@@ -159,6 +160,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise WeightsError(
             f"{file} is not a whole safetensors file ({detail}): truncated or corrupt, fetch it again"
         ) from None
+
+
+def load_lazily(file: Path) -> dict[str, mx.array]:
+    """MLX arrays by name, each read from the file when it is first evaluated. Raises WeightsError.
+
+    (safetensors' own MLX reader goes through numpy, which has no bfloat16.)
+    """
+    from ._mlx import mx
+
+    try:
+        tensors = mx.load(str(file))
+    except RuntimeError as reason:  # an unsupported dtype, or a damaged file
+        raise WeightsError(f"{file} cannot be read: {str(reason).splitlines()[0]}") from None
+    assert isinstance(tensors, dict)
+    return tensors
 
 
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], what: str) -> None:

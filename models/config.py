@@ -20,7 +20,8 @@ PATCH_SIZE = 64
 
 MAX_IMAGE_SIZE = 2048
 MAX_DIMENSION = 2**20
-"""No real width, depth or vocabulary comes near; beyond it a file is corrupt or hostile."""
+MAX_LAYERS = 1000
+"""No real width, vocabulary or depth comes near; beyond them a file is corrupt or hostile."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Qwen2Config:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "vocab_size", "max_position_embeddings"):  # fmt: skip
             value = getattr(self, name)
-            if not 0 < value <= MAX_DIMENSION:
-                raise ConfigError(f"config.json: {name} should be between 1 and {MAX_DIMENSION}; found {value}")
+            most = MAX_LAYERS if name == "num_hidden_layers" else MAX_DIMENSION
+            if not 0 < value <= most:
+                raise ConfigError(f"config.json: {name} should be between 1 and {most}; found {value!r:.40}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -128,6 +130,10 @@ class FastVLMConfig:
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
+        if self.tokenizer_model_max_length < 1:
+            raise ConfigError(
+                f"config.json: tokenizer_model_max_length should be positive; found {self.tokenizer_model_max_length}"
+            )
         if self.image_aspect_ratio not in ("pad", "crop"):
             raise ConfigError(
                 f"config.json: image_aspect_ratio should be 'pad' or 'crop'; found {self.image_aspect_ratio!r:.80}"

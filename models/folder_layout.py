@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import read_header
+from .checkpoint import load_lazily, read_header
 from .errors import ModelFolderError
 from .json_file import read_json_object
 
@@ -37,14 +37,10 @@ def saved_weights(folder: Path) -> dict[str, mx.array]:
         ModelFolderError: there are no weights, or the index names other files than there are.
         WeightsError: a file is damaged.
     """
-    from ._mlx import mx
-
     weights: dict[str, mx.array] = {}
     for file in _weight_files(folder):
         read_header(file)  # MLX would only notice a truncated file when it reads the last tensor
-        loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        weights.update(loaded)
+        weights.update(load_lazily(file))
     return weights
 
 
@@ -54,7 +50,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise ModelFolderError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: it has no decoder")
         return [folder / WEIGHTS_NAME]
     weight_map = read_json_object(folder / INDEX_NAME, ModelFolderError).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ModelFolderError(f"{folder / INDEX_NAME} should map tensor names to files in the folder ('weight_map')")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(names))]

@@ -47,7 +47,7 @@ def field(values: Mapping[str, Any], key: str, kind: type[T], default: T | None 
         if default is None:
             raise ConfigError(f"config.json lacks {key!r}, which a FastVLM checkpoint must name")
         return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return kind(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"config.json: {key!r} should be of type {kind.__name__}; found {value!r:.80}")

@@ -38,6 +38,9 @@ UPRIGHT = {
 """EXIF orientation -> what brings the image upright. (ImageOps.exif_transpose also rewrites the metadata, and fails on
 damaged ones.)"""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
+"""What Pillow decodes itself: others would start programs (EPS: Ghostscript) or are no pictures of today."""
+
 STRIP_PIXELS = 2**22
 """Of the padded square, resized at a time: 16 MiB in Pillow's four bytes per pixel."""
 
@@ -58,7 +61,7 @@ def open_image(image: ImageSource) -> Image.Image:
                 image = _from_array(image)
             if isinstance(image, Image.Image):
                 return _upright_rgb(image, name)
-            with _stream(image, name) as stream, Image.open(stream) as opened:
+            with _stream(image, name) as stream, Image.open(stream, formats=_formats()) as opened:
                 return _upright_rgb(opened, name)
     except ImageError:
         raise
@@ -120,6 +123,12 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def _formats() -> list[str]:
+    """`FORMATS`, but for those that this Pillow was built without."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _name(image: Any) -> str:

@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-STAND_IN = re.compile("\ue000(\\d+)\ue001")
+STAND_IN = re.compile("\ue000([0-9]{1,6})\ue001")
 """Private-use characters, which no template holds."""
 
 
@@ -108,8 +108,8 @@ class PromptEncoder:
             yield rendered[end : match.start()]
             end = match.end()
             if match["content"] is None:
-                table, token = self._tokenizer.control_tokens, match["token"]
-                yield table[token if token in table else token.strip()]
+                assert match.lastgroup is not None
+                yield self._tokenizer.control_tokens[match[match.lastgroup]]
                 continue
             for part in contents[int(match["content"])]:
                 yield self._image_token_index if part is None else part
@@ -159,10 +159,10 @@ def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches a stand-in or a control token, the longest first, with the blanks that the token swallows."""
     tokens = sorted(tokenizer.added_tokens, key=lambda token: -len(token.content))
     written = [
-        ("\\s*" if token.lstrip else "") + re.escape(token.content) + ("\\s*" if token.rstrip else "")
-        for token in tokens
+        ("\\s*" if token.lstrip else "") + f"(?P<t{i}>{re.escape(token.content)})" + ("\\s*" if token.rstrip else "")
+        for i, token in enumerate(tokens)
     ]
-    return re.compile("|".join(["\ue000(?P<content>\\d+)\ue001", f"(?P<token>{'|'.join(written) or '(?!)'})"]))
+    return re.compile("|".join(["\ue000(?P<content>[0-9]{1,6})\ue001", *written]))
 
 
 def _render_qwen2(messages: Sequence[dict[str, str]]) -> str:
@@ -207,9 +207,11 @@ def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
     def tojson(value: Any, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
+    # Not optimized: constants would be folded, and 'a' * 10**10 computed, outside the sandbox's checks.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
     )
+    del environment.globals["lipsum"]
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -217,6 +219,8 @@ def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
         compiled = environment.from_string(template)
     except jinja2.TemplateSyntaxError as reason:
         raise ConfigError(f"the chat template is malformed at line {reason.lineno}: {reason.message}") from None
+    except (RecursionError, ValueError, MemoryError) as reason:
+        raise ConfigError(f"the chat template cannot be compiled: {type(reason).__name__}") from None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: text for name in names if (text := tokenizer.special_token_text(name)) is not None}
     return lambda messages: compiled.render(messages=messages, add_generation_prompt=True, tools=None, **tokens)

@@ -42,7 +42,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as reason:
             raise PromptError(f"the prompt is not valid Unicode at character {reason.start}: {reason.reason}") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as reason:  # the library raises plain Exception
+            raise PromptError(f"the tokenizer cannot encode the prompt: {str(reason).splitlines()[0]}") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for: none for hidden control tokens and for ids past the vocabulary."""
@@ -104,6 +107,8 @@ def _load(path: Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as reason:  # the library raises plain Exception
         raise ConfigError(f"{path} is no tokenizer: {str(reason).splitlines()[0]}") from None
+    if not isinstance(tokenizer.model, tokenizers.models.BPE):
+        raise ConfigError(f"{path} should hold a BPE tokenizer, as Qwen2's is; found {type(tokenizer.model).__name__}")
     if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
         raise ConfigError(f"{path} should hold a byte-level tokenizer, as Qwen2's is; found {tokenizer.decoder}")
     tokenizer.no_truncation()

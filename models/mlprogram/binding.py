@@ -110,5 +110,11 @@ class Parameters:
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """Copy a constant into a tensor: float16 and float32 become float32, other types stay."""
+    """Copy a constant into a tensor: float16 and float32 become float32, other types stay.
+
+    Raises:
+        PackageError: the constant holds texts.
+    """
+    if array.dtype.kind not in "biuf":
+        raise PackageError(f"expected a constant of numbers, found {array.dtype}; export the model again")
     return torch.from_numpy(np.array(array, dtype=np.float32 if array.dtype.kind == "f" else None, order="C"))

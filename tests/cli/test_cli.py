@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,3 +209,17 @@ def test_reader_that_has_enough_ends_generation_quietly(model: Path, tmp_path: P
     assert done.returncode == 0
     assert b"Error" not in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_strangers_texts_reach_the_terminal_tame(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    manifest = json.loads((copy / "fastvlm.json").read_text())
+    manifest["notes"] = ["\x1b[2J\x07 hello\nerror: forged " + "x" * 5000]
+    (copy / "fastvlm.json").write_text(json.dumps(manifest))
+    done = fastvlm("generate", copy, "-p", "hi", "--max-tokens", 1, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "\x1b" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("note:")]
+    assert "\\x1b[2J" in line
+    assert len(line) < 700
+    assert not any(line.startswith("error") for line in done.stderr.splitlines())

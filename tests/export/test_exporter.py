@@ -373,3 +373,26 @@ def test_stream_beyond_float16_is_rescaled_and_said(
     with pytest.raises(VerificationError, match="overflows float16, first at"):
         export(source, tmp_path / "plain", quant="fp16")
     assert not (tmp_path / "plain").exists()
+
+
+def test_roundabout_names_do_not_lose_an_existing_export(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export(out=out, quant="fp16")
+    before = contents(out)
+    roundabout = out / "gone" / ".." / ".." / "model"
+    with pytest.raises(OutputError, match="pass --force"):
+        export(out=roundabout, quant="int8")
+    assert contents(out) == before
+    export(out=out / ".." / "model", quant="int8", force=True)
+    assert contents(out) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_negative_variances_are_refused(write_checkpoint: Callable, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("network.0.0.convffn.conv.bn.running_var"))
+        tensors[name] *= -1
+
+    with pytest.raises(WeightsError, match="NaN or infinite"):
+        export(write_checkpoint(change=change), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

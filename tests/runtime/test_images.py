@@ -188,7 +188,7 @@ def test_image_error_in_one_line_when_there_is_no_picture(source: object, messag
 
 @pytest.mark.parametrize("failure", [struct.error("bad\nheader"), IndexError(), SyntaxError("broken"), MemoryError()])
 def test_image_error_when_a_decoder_fails_in_its_own_way(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise failure
 
     monkeypatch.setattr(Image, "open", fail)
