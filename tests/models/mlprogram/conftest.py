@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,29 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.mlprogram.spec import model_class
-
-TOLERANCES = {
-    # key: (value, reason and what was measured); all relative to the largest value
-    "op_float32": (2e-6, "float32 sums in another order than numpy's; measured 2.4e-7"),
-    "encoder_float16_weights": (1e-3, "weights rounded to float16; measured 2.7e-4"),
-    "encoder_float16_results": (4e-3, "every result rounded to float16 too; measured 1.3e-3"),
-}
-
-
-@pytest.fixture(scope="session")
-def tolerance() -> Callable[[str], float]:
-    return lambda key: TOLERANCES[key][0]
 
 
 @pytest.fixture(scope="session")
 def ct() -> ModuleType:
-    """coremltools, without its remarks on versions and missing Mac libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import coremltools
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    return coremltools
+    return import_coremltools()
 
 
 Builder = Callable[..., Any]
