@@ -38,10 +38,9 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print text, token ids and timings as JSON.")] = False,
 ) -> None:
     """Answer a prompt about an image: text to stdout as it comes, timings to stderr."""
-    from ..runtime.fastvlm import load
+    from ..runtime.fastvlm import load, prepare
 
-    model = load(folder, vision=vision)
-    stream = model.stream(
+    request = prepare(
         image or None,
         sys.stdin.read() if prompt == "-" else prompt,
         system=system,
@@ -56,6 +55,8 @@ def generate_command(
         ignore_eos=ignore_eos,
         fit=fit,
     )
+    model = load(folder, vision=vision)
+    stream = model.answer(request)
     try:
         for piece in stream:
             if not as_json:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -56,9 +56,46 @@ class Request:
     images: tuple[Image.Image, ...]
     """Decoded, upright, RGB."""
     messages: tuple[Message, ...]
-    fit: Fit
+    fit: Fit | None
+    """None: as the model was trained."""
     options: GenerationOptions
     image_open_ms: float
+
+
+def prepare(
+    image: ImageSource | Sequence[ImageSource] | None,
+    prompt: str,
+    *,
+    system: str | None = None,
+    fit: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> Request:
+    """A request, with its options checked and its images opened: what can go wrong before a model is loaded.
+
+    `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
+    marks an image's place; without a mark the images stand before the text. `fit` (`pad` or `crop`) and `system`
+    default to what the model was trained with.
+
+    Raises:
+        UsageError: an option is out of range.
+        ImageError: an image cannot be opened.
+    """
+    sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    options = options_from(stop, max_tokens, ignore_eos, sampling)
+    if fit not in (None, "pad", "crop"):
+        raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
+    clock = LapClock()
+    images = tuple(open_image(source) for source in _as_list(image))
+    messages = _messages(prompt, system, len(images))
+    return Request(images, messages, cast("Fit | None", fit), options, image_open_ms=clock.lap_ms())
 
 
 @dataclass(frozen=True)
@@ -112,48 +149,24 @@ class FastVLM:
         return cls(opened, encoder, language, tokenizer, load_ms)
 
     def generate(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Generation:
-        """The whole answer; `options` as for `stream`."""
+        """The whole answer; `options` are those of `prepare`."""
         stream = self.stream(image, prompt, **options)
         for _ in stream:
             pass
         return stream.generation
 
-    def stream(
-        self,
-        image: ImageSource | Sequence[ImageSource] | None,
-        prompt: str,
-        *,
-        system: str | None = None,
-        fit: str | None = None,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-    ) -> Stream:
-        """The answer in pieces, computed while they are read.
-
-        `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
-        marks an image's place; without a mark the images stand before the text. `fit` (`pad` or `crop`) and `system`
-        default to what the model was trained with.
+    def stream(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Stream:
+        """The answer in pieces, computed while they are read. `options` are those of `prepare`.
 
         Raises:
             UsageError: an option is out of range.
             ImageError: an image cannot be opened.
             PromptError: (while reading) the prompt does not fit the images or the context.
-            PackageError, WeightsError: (while reading) the encoder or the decoder gives no finite numbers.
         """
-        sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        options = options_from(stop, max_tokens, ignore_eos, sampling)
-        clock = LapClock()
-        images = tuple(open_image(source) for source in _as_list(image))
-        request = Request(
-            images, _messages(prompt, system, len(images)), self._fit(fit), options, image_open_ms=clock.lap_ms()
-        )
+        return self.answer(prepare(image, prompt, **options))
+
+    def answer(self, request: Request) -> Stream:
+        """The answer to a request from `prepare`."""
         return Stream(self._answer(request))
 
     def _answer(self, request: Request) -> Generator[str, None, Generation]:
@@ -180,8 +193,8 @@ class FastVLM:
         clock, stages_ms = LapClock(), {}
         prompt = self._prompts.encode(request.messages)
         length = self._checked_length(prompt, len(request.images))
-        size = self.encoder.image_size
-        pixel_values = [to_pixel_values(preprocess(image, size, request.fit)) for image in request.images]
+        size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
+        pixel_values = [to_pixel_values(preprocess(image, size, fit)) for image in request.images]
         stages_ms["preprocess_ms"] = clock.lap_ms()
         image_features = [self.encoder.encode(values) for values in pixel_values]
         stages_ms["encode_ms"] = clock.lap_ms()
@@ -229,14 +242,6 @@ class FastVLM:
             for segment in prompt.segments()
         ]
         return mx.concatenate(parts, axis=1)  # (1, L, D)
-
-    def _fit(self, fit: str | None) -> Fit:
-        fit = fit or self.config.image_aspect_ratio
-        if fit == "pad":
-            return "pad"
-        if fit == "crop":
-            return "crop"
-        raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
 
 
 def _check_finite(logits: mx.array) -> None:

@@ -223,3 +223,11 @@ def test_strangers_texts_reach_the_terminal_tame(model: Path, tmp_path: Path) ->
     assert "\\x1b[2J" in line
     assert len(line) < 700
     assert not any(line.startswith("error") for line in done.stderr.splitlines())
+
+
+def test_bad_requests_are_told_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()  # loading would fail on this
+    assert_one_line_error(fastvlm("generate", copy, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
+    assert_one_line_error(fastvlm("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "temperature")
+    assert_one_line_error(fastvlm("generate", copy, "-p", "x", cwd=tmp_path), "model.safetensors is missing")
