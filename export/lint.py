@@ -1,6 +1,6 @@
 """What keeps a program from the Neural Engine, or makes it slow there, told from the saved package alone.
 
-The rules are what coremltools, Apple's guidance and measurements of others say (COREML rules: shapes, ranks, types,
+The rules are what coremltools, Apple's guidance and measurements of others say (of shapes, ranks, types and
 operations). They prove that a program is *eligible*; only a compute plan on a Mac proves where it runs.
 """
 

@@ -1,6 +1,6 @@
 """A source checkpoint: its config and its tensors, each read from the file only when it is asked for.
 
-Safetensors only, single-file or sharded, memory-mapped. The layout is told from the content (FORMATS: config.json's
+Safetensors only, single-file or sharded, memory-mapped. The layout is told from the content (config.json's
 `model_type` and the tensors' names), never from the folder's name.
 """
 
