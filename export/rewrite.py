@@ -96,23 +96,23 @@ class EngineHead(nn.Module):
         return x.reshape(self.shape).transpose(1, 2)  # (1, N, C)
 
 
-def rewrite(encoder: FastViT, image_size: int, stream_scales: Sequence[float] | None = None) -> nn.Sequential:
+def rewrite(encoder: FastViT, image_size: int, scales: Sequence[float] | None = None) -> nn.Sequential:
     """A network equal to `encoder` for `images` (1, 3, S, S) float32 in 0..1, giving `image_features` (1, N, C).
 
     `encoder` is reparameterized in place first; convolutions that need no fold are shared with it, not copied.
-    Inside stage k the residual stream is `stream_scales[k]` times the original's: with powers of two that is exact,
+    Inside stage k the residual stream is `scales[k]` times the original's: with powers of two that is exact,
     and it keeps a stream that passes float16's range inside it.
     """
     encoder.reparameterize()
-    scales = iter(stream_scales or [1.0] * len(encoder.config.depths))
+    stage_scales = iter(scales or [1.0] * len(encoder.config.depths))
     parts: list[nn.Module] = [conv_gelu(folded(block)) for block in encoder.patch_embed]
     grid = image_size // 4  # the stem's strides
-    scale_in, scale = 1.0, next(scales)
+    scale_in, scale = 1.0, next(stage_scales)
     for part in encoder.network:
         if isinstance(part, Downsampling):
             grid //= 2
             parts += [conv_gelu(rescaled(folded(part.proj[0]), scale_in, 1.0)), conv_gelu(folded(part.proj[1]))]
-            scale_in, scale = 1.0, next(scales)
+            scale_in, scale = 1.0, next(stage_scales)
         elif isinstance(part, PositionConv):
             parts.append(rescaled(part.reparam_conv, scale_in, scale))
             scale_in = scale

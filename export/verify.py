@@ -91,12 +91,12 @@ def verify(
         ModelFolderError: the folder is incomplete.
         VerificationError: an output is not finite, or of another shape than the checkpoint's.
     """
+    from ..models.fastvit import FastViT
+
     folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against)
     recipe = saved_recipe(folder)
     on_stage("compare files with the manifest")
     check_hashes(folder)
-    from ..models.fastvit import FastViT
-
     images = verification_images(recipe["image_size"])
     on_stage("run the checkpoint's encoder")
     features = reference_features(FastViT.from_checkpoint(checkpoint), images)
