@@ -118,9 +118,13 @@ PROCESSOR_CONFIG = {
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file under `folder`, by its path there, but for the manifest."""
+    """Size and sha256 of every file under `folder`, by its path there, but for the manifest.
+
+    Hidden files do not count: the Finder leaves its own in each folder that is looked at.
+    """
     table = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME):
+    paths = (path for path in folder.rglob("[!.]*") if path.is_file() and path.name != MANIFEST_NAME)
+    for path in sorted(paths):
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         table[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}

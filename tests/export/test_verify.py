@@ -51,6 +51,15 @@ def test_one_flipped_bit_is_seen(copy: Path, name: str) -> None:
         verify(copy, "random:tiny")
 
 
+def test_what_the_finder_leaves_is_passed_over_and_other_strays_are_not(copy: Path) -> None:
+    (copy / ".DS_Store").write_bytes(b"\0")
+    (copy / "fastvithd.mlpackage" / ".DS_Store").write_bytes(b"\0")
+    assert verify(copy, "random:tiny").passed
+    (copy / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match="does not match its manifest in model.safetensors.index.json"):
+        verify(copy, "random:tiny")
+
+
 def test_package_of_another_export_is_seen(copy: Path, tmp_path: Path) -> None:
     other = export(out=tmp_path / "other", quant="fp16").folder
     shutil.rmtree(copy / "fastvithd.mlpackage")
