@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .apple_layout import APPLE_ENCODER_PREFIX as APPLE_ENCODER_PREFIX
 from .config import FastVLMConfig
 from .errors import CheckpointError, ConfigError, WeightsError
 from .json_file import read_json_object
+from .safetensors_header import TensorInfo as TensorInfo
+from .safetensors_header import read_header as read_header
 
 if TYPE_CHECKING:
     from ._mlx import mx
@@ -25,15 +27,6 @@ Shape = tuple[int, ...]
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 MAX_LISTED_NAMES = 6
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    shape: Shape
-    dtype: str
-    """Safetensors' name of it: `BF16`, `F16`, `F32`, `I64` ..."""
 
 
 class Checkpoint(Protocol):
@@ -141,25 +134,6 @@ class FolderCheckpoint:
             return False
         head, table = (self.read(name, "pt") for name in names)
         return bool((head[:64] == table[:64]).all()) and bool((head == table).all())
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes in a safetensors file. Raises WeightsError when it is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    if file.exists() and not file.is_file():
-        raise WeightsError(f"{file} is no regular file")
-    try:
-        with safe_open(file, framework="numpy") as stream:
-            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
-            return {name: TensorInfo(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except FileNotFoundError:
-        raise WeightsError(f"{file} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as reason:
-        detail = str(reason).splitlines()[0]
-        raise WeightsError(
-            f"{file} is not a whole safetensors file ({detail}): truncated or corrupt, fetch it again"
-        ) from None
 
 
 def load_lazily(file: Path) -> dict[str, mx.array]:
@@ -275,8 +249,6 @@ def _check_layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         f"found model_type {config.get('model_type')!r:.40} and tensors such as {_listed(sorted(tensors)[:3])}"
     )
 
-
-APPLE_ENCODER_PREFIX = "model.vision_tower.vision_tower.model."
 
 OTHER_LAYOUTS = {
     "Hugging Face native (fast_vlm)": "model.vision_tower.timm_model.",

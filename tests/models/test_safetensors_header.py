@@ -1,0 +1,110 @@
+"""Safetensors headers from strangers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fastvlm.models.errors import WeightsError
+from fastvlm.models.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
+
+WHOLE = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+}
+
+
+def write(path: Path, header: Any, data: int = 32, length: int | None = None) -> Path:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content) if length is None else length) + content + bytes(data))
+    return path
+
+
+def changed(name: str = "b", **fields: Any) -> dict[str, Any]:
+    return {**WHOLE, name: {**WHOLE[name], **fields}}
+
+
+def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
+    tensors = {"x.weight": np.zeros((3, 5), np.float16), "y": np.zeros((), np.int64), "empty": np.zeros((0, 2))}
+    save_file(tensors, tmp_path / "f", metadata={"format": "pt"})
+    assert read_header(tmp_path / "f") == {
+        "x.weight": TensorInfo((3, 5), "F16"),
+        "y": TensorInfo((), "I64"),
+        "empty": TensorInfo((0, 2), "F64"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "message"),
+    [
+        (WHOLE, {"data": 31}, r"take 32 bytes, and 31 are there"),
+        (WHOLE, {"data": 33}, r"take 32 bytes, and 33 are there"),
+        (WHOLE, {"length": 2**63}, r"header should have 9223372036854775808 bytes"),
+        (WHOLE, {"length": 0}, "no JSON object"),
+        (b" " * 20, {}, "no JSON object"),
+        (b'{"a": 1', {}, "not valid JSON"),
+        (b'{"a": NaN}', {}, "NaN is not a JSON number"),
+        (b"{" * 5000, {}, "not valid JSON"),
+        (json.dumps(WHOLE).encode()[:-1] + b', "a": {}}', {}, "the key 'a' comes twice"),
+        (changed(data_offsets=[20, 28]), {}, "'b' begins at byte 20 of the data instead of 24"),
+        (changed(data_offsets=[25, 33]), {"data": 33}, "begins at byte 25"),
+        (changed(data_offsets=[-8, 0]), {}, "data_offsets"),
+        (changed(data_offsets=[32, 24]), {}, "data_offsets"),
+        (changed(data_offsets=[24]), {}, "data_offsets"),
+        (changed(data_offsets=[24, 10**30]), {}, "data_offsets"),
+        (changed(dtype="F32"), {}, r"'b' of F32 \[4\] takes 16 bytes; it has 8"),
+        (changed(dtype="object"), {}, "has the dtype 'object'"),
+        (changed(dtype=["F32"]), {}, "has the dtype"),
+        (changed(shape=[2, 2, 2]), {}, "takes 16 bytes; it has 8"),
+        (changed(shape=[-2, -2]), {}, r"has the shape \[-2, -2\]"),
+        (changed(shape=[4.0]), {}, "has the shape"),
+        (changed(shape=[True, 4]), {}, "has the shape"),
+        (changed(shape=[1] * 9), {}, "has the shape"),
+        (changed(shape="4"), {}, "has the shape"),
+        (changed(more=1), {}, "should have dtype, shape and data_offsets"),
+        ({**WHOLE, "c": None}, {}, "should have dtype"),
+        ({**WHOLE, "__metadata__": {"format": 1}}, {}, "__metadata__"),
+    ],
+)
+def test_weights_error_when_a_header_cannot_be_trusted(
+    tmp_path: Path, header: Any, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(WeightsError, match=rf"(?s)not a whole safetensors file .*{message}"):
+        read_header(write(tmp_path / "f", header, **options))
+
+
+def test_weights_error_when_a_header_is_huge_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", 100_000_000))
+        stream.truncate(200_000_000)  # sparse: takes no disk
+    with pytest.raises(WeightsError, match=f"100000000 bytes, where {MAX_HEADER_BYTES} are the most"):
+        read_header(file)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_what_is_accepted_is_what_the_library_accepts(tmp_path: Path, data: st.DataObject) -> None:
+    """Never another error than ours, and never a file that safetensors itself refuses or reads otherwise."""
+    content = bytearray(write(tmp_path / "f", WHOLE).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 33))
+        content[place] = data.draw(st.sampled_from(b'0123456789[]{},:"-e. ' + bytes([0, 255])))
+    (tmp_path / "f").write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    try:
+        found = read_header(tmp_path / "f")
+    except WeightsError:
+        return
+    with safe_open(tmp_path / "f", framework="numpy") as stream:
+        assert {name: tuple(stream.get_slice(name).get_shape()) for name in found} == {
+            name: info.shape for name, info in found.items()
+        }
