@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from .checkpoint import Shape
+from collections.abc import Iterable
+
 from .config import FastVLMConfig
+
+Shape = tuple[int, ...]
+
+APPLE_ENCODER_PREFIX = "model.vision_tower.vision_tower.model."
 
 SAVED_PREFIXES = (
     ("model.mm_projector.", "multi_modal_projector.linear_"),
@@ -15,10 +20,18 @@ SAVED_PREFIXES = (
 
 def saved_name(apple_name: str) -> str:
     """What the exported folder calls a decoder or projector tensor of Apple's layout."""
-    for apple, saved in SAVED_PREFIXES:
-        if apple_name.startswith(apple):
-            return saved + apple_name.removeprefix(apple)
-    raise KeyError(apple_name)
+    name = renamed(apple_name, SAVED_PREFIXES)
+    if name == apple_name:
+        raise KeyError(apple_name)
+    return name
+
+
+def renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """`name` with the first prefix that it begins with replaced; a name with none of them as it is."""
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def language_shapes(config: FastVLMConfig, embedding_rows: int | None = None) -> dict[str, Shape]:

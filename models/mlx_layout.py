@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .checkpoint import APPLE_ENCODER_PREFIX, Shape
+from .apple_layout import APPLE_ENCODER_PREFIX, Shape
 
 ENCODER_PREFIX = "vision_tower.vision_model."
 HEAD_PROJECTION = "head.proj"
