@@ -15,6 +15,7 @@ from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError, VerificationError
 from ..models.folder_layout import CONFIG_NAME, saved_weights
 from ..models.json_file import read_json_object
+from ..models.kv_cache import KVCache
 from ..models.language import load_language, quantized_layers, settled_config
 from ..models.layerwise import (
     LayerwiseDecoder,
@@ -26,7 +27,6 @@ from ..models.layerwise import (
     run_layerwise,
     saved_reader,
 )
-from ..models.qwen2 import KVCache
 from ..quant.metrics import Agreement, compare, kl_divergence
 from ..quant.prompts import probe_prompt
 from ..quant.weight_audit import WeightAudit

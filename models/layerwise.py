@@ -16,8 +16,9 @@ from ._mlx import mx, nn
 from .apple_layout import language_shapes, saved_name
 from .checkpoint import Checkpoint
 from .config import FastVLMConfig
+from .kv_cache import KVCache
 from .language import EMBEDDING, HEAD, Projector, dequantized
-from .qwen2 import Block, KVCache
+from .qwen2 import Block
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,60 +11,11 @@ from typing import NamedTuple
 
 from ._mlx import mx, nn, on_cpu
 from .config import Qwen2Config
-
-CACHE_STEP = 256
-"""Positions by which a full cache grows: each growth copies it once."""
+from .errors import UsageError
+from .kv_cache import KV_BITS, KVCache, Padding, QuantizedKVCache
 
 CPU_QUERY_BLOCK = 64
 """Queries that the CPU attends with at a time (measured: 32 to 96 are alike, 256 is a third slower)."""
-
-
-class KVCache:
-    """Keys and values of one layer for the positions seen so far.
-
-    The buffers are (B, num_key_value_heads, capacity, head_dim); the first `offset` positions of them are in use.
-    `capacity` positions are allocated at once when it is given; past it the cache grows in steps of 256.
-    """
-
-    def __init__(self, capacity: int = 0) -> None:
-        self.offset = 0
-        self.capacity = capacity
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends (B, H, L, head_dim) keys and values; all of them so far, (B, H, offset, head_dim)."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        if self.keys is None or self.offset > self.keys.shape[2]:
-            self._grow(keys, values, start)
-        assert self.keys is not None and self.values is not None
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
-
-    def trim(self, count: int) -> None:
-        """Forgets the last `count` positions, so that others can be written in their place."""
-        if not 0 <= count <= self.offset:
-            raise ValueError(f"cannot forget {count} of {self.offset} positions")
-        self.offset -= count
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (self.keys, self.values) if buffer is not None)
-
-    def _grow(self, keys: mx.array, values: mx.array, used: int) -> None:
-        if self.offset > self.capacity:
-            self.capacity = -(-self.offset // CACHE_STEP) * CACHE_STEP
-        self.keys = _enlarged(self.keys, keys, used, self.capacity)
-        self.values = _enlarged(self.values, values, used, self.capacity)
-
-
-def _enlarged(buffer: mx.array | None, like: mx.array, used: int, capacity: int) -> mx.array:
-    """A buffer of `capacity` positions with the heads and dtype of `like` that begins with the `used` of `buffer`."""
-    B, heads, _, head_dim = like.shape
-    kept = [] if buffer is None else [buffer[..., :used, :]]
-    rest = mx.zeros((B, heads, capacity - (used if kept else 0), head_dim), like.dtype)
-    return mx.concatenate([*kept, rest], axis=2)  # (B, heads, capacity, head_dim)
 
 
 class Attention(nn.Module):
@@ -86,17 +37,18 @@ class Attention(nn.Module):
     def mixed(self, x: mx.array, cache: KVCache) -> mx.array:
         """(B, L, D) at the positions that follow those in the cache -> what `o_proj` reads, (B, L, D)."""
         B, L, D = x.shape
-        offset = cache.offset
+        offset = cache.positions
         queries = self._rotated(self._heads(self.q_proj(x), self.num_attention_heads), offset)
         keys = self._rotated(self._heads(self.k_proj(x), self.num_key_value_heads), offset)
         values = self._heads(self.v_proj(x), self.num_key_value_heads)
         keys, values = cache.update(keys, values)
-        out = self._attend(queries, keys, values)
+        out = self._attend(queries, keys, values, cache.padding)
         return out.transpose(0, 2, 1, 3).reshape(B, L, D)
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Causal attention of L queries, the last of which stands at the last of the keys."""
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, padding: Padding | None = None) -> mx.array:
+        """Causal attention of L queries, the last of which stands at the last of the keys; L is 1 with `padding`."""
         L, length = queries.shape[2], keys.shape[2]
+        assert padding is None or L == 1
         # The CPU has no fused kernel: it computes masked scores as well, and its exp is slow. Blocks skip half of them.
         block = CPU_QUERY_BLOCK if on_cpu() else L
         outs = []
@@ -109,7 +61,7 @@ class Attention(nn.Module):
                     keys[:, :, :seen],
                     values[:, :, :seen],
                     scale=self.scale,
-                    mask="causal" if stop - start > 1 else None,  # aligned to the last key
+                    mask="causal" if stop - start > 1 else padding and padding.seen(length),  # aligned to the last key
                 )
             )
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)  # (B, heads, L, head_dim)
@@ -118,7 +70,7 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         return x.reshape(B, L, count, self.head_dim).transpose(0, 2, 1, 3)  # (B, heads, L, head_dim)
 
-    def _rotated(self, x: mx.array, offset: int) -> mx.array:
+    def _rotated(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
 
 
@@ -219,6 +171,14 @@ class Qwen2(nn.Module):
         """(B, L) ids -> (B, L, D)."""
         return self.model.embed_tokens(ids)
 
-    def make_cache(self, capacity: int = 0) -> list[KVCache]:
-        """An empty cache per layer, with room for `capacity` positions at once."""
-        return [KVCache(capacity) for _ in self.model.layers]
+    def make_cache(self, capacity: int = 0, kv_bits: int | None = None) -> list[KVCache]:
+        """An empty cache per layer, with room for `capacity` positions at once; in 8 bits where `kv_bits` is 8.
+
+        Raises:
+            UsageError: another number of bits, or heads that hold no whole groups.
+        """
+        if kv_bits not in (None, KV_BITS):
+            raise UsageError(f"kv_bits should be {KV_BITS}, or left out; found {kv_bits!r:.40}")
+        if kv_bits is None:
+            return [KVCache(capacity) for _ in self.model.layers]
+        return [QuantizedKVCache(self.config.head_dim, capacity) for _ in self.model.layers]

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..models._mlx import mx, nn
+from ..models.kv_cache import KVCache
 from ..models.language import EMBEDDING, HEAD
 from ..models.layerwise import LayerwiseDecoder, Prompt, embedded, layer_prefix, named_parameters
 from ..models.quantization import Affine
-from ..models.qwen2 import Block, KVCache
+from ..models.qwen2 import Block
 from .affine_groups import Packed, fitted
 from .decoder_scheme import DecoderScheme
 from .gptq import Feedback, Hessian, gptq

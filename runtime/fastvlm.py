@@ -15,8 +15,8 @@ from ..models._mlx import mx, on_cpu
 from ..models.errors import PromptError, WeightsError
 from ..models.folder_layout import IMAGE_TOKEN
 from ..models.images import Fit, ImageSource, preprocess, to_pixel_values
+from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide, load_language
-from ..models.qwen2 import KVCache
 from .encoders import Shapes, VisionEncoder, open_encoder
 from .feature_cache import FeatureCache
 from .folder import ModelFolder, open_folder

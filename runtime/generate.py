@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import UsageError
-from ..models.qwen2 import KVCache, Qwen2
+from ..models.kv_cache import KVCache
+from ..models.qwen2 import Qwen2
 from .sampling import Sampler, SamplingOptions, id_on_host
 from .timings import Clock, Timings
 from .tokenizer import TextStream, Tokenizer
@@ -67,7 +68,7 @@ def prefill(decoder: Qwen2, inputs_embeds: mx.array, cache: list[KVCache]) -> mx
     last = (L - 1) // PREFILL_CHUNK * PREFILL_CHUNK
     for start in range(0, last, PREFILL_CHUNK):
         decoder.extend(inputs_embeds[:, start : start + PREFILL_CHUNK], cache)
-        mx.eval([(layer.keys, layer.values) for layer in cache])
+        mx.eval([layer.buffers for layer in cache])
     return decoder(inputs_embeds[:, last:], cache)[:, -1]  # (B, V)
 
 

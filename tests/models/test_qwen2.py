@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from fastvlm.models import qwen2
 from fastvlm.models._mlx import mx
 from fastvlm.models.config import Qwen2Config
-from fastvlm.models.qwen2 import CACHE_STEP, KVCache, Qwen2, silu
+from fastvlm.models.kv_cache import CACHE_STEP, KVCache
+from fastvlm.models.qwen2 import Qwen2, silu
 
 CONFIG = Qwen2Config(
     hidden_size=48,

@@ -1,0 +1,170 @@
+"""Keys and values of the positions that a decoder has seen: kept, forked, quantized, and put together into batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from ._mlx import mx
+from .errors import UsageError
+
+CACHE_STEP = 256
+"""Positions by which a full cache grows: each growth copies it once."""
+
+KV_BITS = 8
+"""The only quantization of keys and values: fewer bits cost answers."""
+
+KV_GROUPS = (64, 32)
+"""Values that share a scale, the coarsest first."""
+
+
+class Padding:
+    """Positions at the beginning of each row of a batch that hold nothing, so that all rows end together."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = tuple(counts)
+        self._counts = mx.array(self.counts, mx.int32)
+        self._length = -1
+        self._seen = self._counts
+
+    def positions(self, offset: int) -> mx.array:
+        """(B,) the place, in its own row, of what is written at `offset`."""
+        return offset - self._counts
+
+    def seen(self, length: int) -> mx.array:
+        """(B, 1, 1, length) true where a row holds something. Made once per step, for all layers."""
+        if length != self._length:
+            self._length = length
+            self._seen = (mx.arange(length) >= self._counts[:, None])[:, None, None]  # (B, 1, 1, length)
+        return self._seen
+
+
+class KVCache:
+    """Keys and values of one layer for the positions seen so far.
+
+    The buffers are (B, num_key_value_heads, capacity, head_dim); the first `offset` positions of them are in use.
+    `capacity` positions are allocated at once when it is given; past it the cache grows in steps of 256.
+
+    Attributes:
+        padding: of a batch whose rows differ in length; None where every row is full.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.offset = 0
+        self.capacity = capacity
+        self.padding: Padding | None = None
+        self.buffers: list[mx.array] = []
+
+    @property
+    def positions(self) -> int | mx.array:
+        """Where the next token stands in its sequence: one place for all rows, or (B,)."""
+        return self.offset if self.padding is None else self.padding.positions(self.offset)
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends (B, H, L, head_dim) keys and values; all of them so far, (B, H, offset, head_dim)."""
+        parts = self._stored(keys, values)
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        if not self.buffers or self.offset > self.buffers[0].shape[2]:
+            self._grow(parts, start)
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            buffer[..., start : self.offset, :] = part
+        return self._read([buffer[..., : self.offset, :] for buffer in self.buffers])
+
+    def trim(self, count: int) -> None:
+        """Forgets the last `count` positions, so that others can be written in their place."""
+        if not 0 <= count <= self.offset:
+            raise ValueError(f"cannot forget {count} of {self.offset} positions")
+        self.offset -= count
+
+    def fork(self, capacity: int = 0) -> KVCache:
+        """A cache with the same content and room for `capacity` positions; neither sees what the other appends."""
+        twin = copy.copy(self)
+        twin.capacity = capacity
+        twin.buffers = [buffer[..., : self.offset, :] for buffer in self.buffers]
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """What the buffers take in for keys and values: (B, H, L, anything) each."""
+        return [keys, values]
+
+    def _read(self, buffers: list[mx.array]) -> tuple[mx.array, mx.array]:
+        keys, values = buffers
+        return keys, values
+
+    def _grow(self, parts: Sequence[mx.array], used: int) -> None:
+        if self.offset > self.capacity:
+            self.capacity = -(-self.offset // CACHE_STEP) * CACHE_STEP
+        kept = [buffer[..., :used, :] for buffer in self.buffers] or [part[..., :0, :] for part in parts]
+        self.buffers = [_padded(buffer, right=self.capacity - used) for buffer in kept]
+
+
+class QuantizedKVCache(KVCache):
+    """A KVCache that keeps 8 bits per number, affine in groups along head_dim; what it gives back is dequantized.
+
+    Raises:
+        UsageError: `head_dim` holds no whole groups.
+    """
+
+    def __init__(self, head_dim: int, capacity: int = 0) -> None:
+        super().__init__(capacity)
+        self.group_size = next((size for size in KV_GROUPS if head_dim % size == 0), 0)
+        if not self.group_size:
+            raise UsageError(
+                f"the keys and values of this model cannot be kept in {KV_BITS} bits: its heads have {head_dim} "
+                f"channels, and groups have {KV_GROUPS[-1]}; leave kv_bits out"
+            )
+
+    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Packed words, scales and biases of the keys, then of the values."""
+        return [*self._quantized(keys), *self._quantized(values)]
+
+    def _read(self, buffers: list[mx.array]) -> tuple[mx.array, mx.array]:
+        return self._dequantized(buffers[:3]), self._dequantized(buffers[3:])
+
+    def _quantized(self, x: mx.array) -> Sequence[mx.array]:
+        return mx.quantize(x, group_size=self.group_size, bits=KV_BITS)
+
+    def _dequantized(self, parts: Sequence[mx.array]) -> mx.array:
+        return mx.dequantize(*parts, group_size=self.group_size, bits=KV_BITS)
+
+
+def stacked(caches: Sequence[KVCache], room: int) -> KVCache:
+    """One cache with the rows of all, aligned at their ends, and room for `room` positions more."""
+    offset = max(cache.offset for cache in caches)
+    batch = caches[0].fork(offset + room)
+    batch.offset = offset
+    batch.buffers = [
+        mx.concatenate(
+            [_padded(buffer[..., : cache.offset, :], offset - cache.offset, room) for cache, buffer in rows], axis=0
+        )
+        for rows in zip(*([(cache, buffer) for buffer in cache.buffers] for cache in caches), strict=True)
+    ]  # (rows, H, offset + room, anything)
+    batch.padding = Padding([offset - cache.offset + count for cache in caches for count in _padding_counts(cache)])
+    return batch
+
+
+def selected(cache: KVCache, rows: Sequence[int]) -> KVCache:
+    """The `rows` of a batch, without the positions that are padding in each of them."""
+    counts = [_padding_counts(cache)[row] for row in rows]
+    shared = min(counts)
+    chosen = cache.fork(cache.capacity)
+    chosen.offset = cache.offset - shared
+    index = mx.array(rows)
+    chosen.buffers = [buffer[index][..., shared : cache.offset, :] for buffer in cache.buffers]
+    chosen.padding = Padding([count - shared for count in counts])
+    return chosen
+
+
+def _padding_counts(cache: KVCache) -> tuple[int, ...]:
+    return cache.padding.counts if cache.padding else (0,) * cache.buffers[0].shape[0]
+
+
+def _padded(buffer: mx.array, left: int = 0, right: int = 0) -> mx.array:
+    """(B, H, left + L + right, anything), zeros beside the L positions of `buffer`."""
+    B, heads, _, width = buffer.shape
+    sides = [mx.zeros((B, heads, count, width), buffer.dtype) for count in (left, right)]
+    return mx.concatenate([sides[0], buffer, sides[1]], axis=2)
