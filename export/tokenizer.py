@@ -9,7 +9,9 @@ from typing import Any
 
 from ..models.errors import ConfigError
 from ..models.folder_layout import IMAGE_TOKEN
+from ..models.json_file import parse_json_object
 from ..models.tokenizer_json import added_token, byte_level_bpe
+from ..models.tokenizer_load import MAX_TOKENIZER_BYTES, load_tokenizer
 
 COPIED_FILES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -110,12 +112,7 @@ def slow_added_tokens(source: Mapping[str, bytes], config: Mapping[str, Any]) ->
 
 def check_loadable(tokenizer: Mapping[str, Any]) -> None:
     """Raises ConfigError unless the `tokenizers` library takes it, with every added token at its id."""
-    from tokenizers import Tokenizer
-
-    try:
-        loaded = Tokenizer.from_str(json.dumps(tokenizer))
-    except Exception as reason:  # the library raises bare Exception
-        raise ConfigError(f"tokenizer.json cannot be loaded: {str(reason).splitlines()[0]}") from None
+    loaded = load_tokenizer(json.dumps(tokenizer).encode(), "tokenizer.json")
     for token in tokenizer["added_tokens"]:
         found = loaded.token_to_id(token["content"])
         if found != token["id"]:  # the library renumbers ids that leave a gap
@@ -126,13 +123,9 @@ def check_loadable(tokenizer: Mapping[str, Any]) -> None:
 
 
 def parsed(source: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(source[name])
-    except (ValueError, RecursionError) as reason:
-        raise ConfigError(f"{name} is not valid JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} should hold a JSON object; found {type(value).__name__}")
-    return value
+    if len(source[name]) > MAX_TOKENIZER_BYTES:
+        raise ConfigError(f"{name} has {len(source[name])} bytes; {MAX_TOKENIZER_BYTES} are the most")
+    return parse_json_object(source[name], name)
 
 
 def _is_added_token(token: Any) -> bool:

@@ -6,13 +6,15 @@ import codecs
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from ..models.errors import ConfigError, PromptError
-from ..models.json_file import read_json_object
+from ..models.json_file import read_bounded, read_json_object
 from ..models.tokenizer_json import byte_symbols
+from ..models.tokenizer_load import MAX_TOKENIZER_BYTES, library_error, load_tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer:
@@ -44,8 +46,8 @@ class Tokenizer:
             raise PromptError(f"the prompt is not valid Unicode at character {reason.start}: {reason.reason}") from None
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        except Exception as reason:  # the library raises plain Exception
-            raise PromptError(f"the tokenizer cannot encode the prompt: {str(reason).splitlines()[0]}") from None
+        except BaseException as reason:
+            raise library_error(reason, PromptError, "the tokenizer cannot encode the prompt") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for: none for hidden control tokens and for ids past the vocabulary."""
@@ -103,14 +105,7 @@ def _load(path: Path) -> tokenizers.Tokenizer:
         raise ConfigError(
             f"{path} does not exist; a model folder holds the tokenizer that its decoder was trained with"
         )
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as reason:  # the library raises plain Exception
-        raise ConfigError(f"{path} is no tokenizer: {str(reason).splitlines()[0]}") from None
-    if not isinstance(tokenizer.model, tokenizers.models.BPE):
-        raise ConfigError(f"{path} should hold a BPE tokenizer, as Qwen2's is; found {type(tokenizer.model).__name__}")
-    if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
-        raise ConfigError(f"{path} should hold a byte-level tokenizer, as Qwen2's is; found {tokenizer.decoder}")
+    tokenizer = load_tokenizer(read_bounded(path, ConfigError, MAX_TOKENIZER_BYTES), str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

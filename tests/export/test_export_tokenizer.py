@@ -119,7 +119,7 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
         ({"tokenizer.json": b"[]"}, "should hold a JSON object"),
         ({"tokenizer.json": b"{}"}, "'added_tokens' with ids"),
         ({"tokenizer.json": b'{"added_tokens": [{"id": "x"}], "model": {"vocab": {}}}'}, "'added_tokens' with ids"),
-        ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "cannot be loaded"),
+        ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "is no tokenizer"),
         ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "should map tokens to ids"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"\xff"}, "not UTF-8"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "names no added tokens"),

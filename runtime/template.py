@@ -1,0 +1,293 @@
+"""Chat templates: programs from strangers, run in jinja2's sandbox within bounds of time, memory and output.
+
+jinja2's sandbox keeps a template from reaching Python, but not from `'x' * 10**10`, endless loops or
+`tojson(indent=10**9)`. So here only the filters, functions and methods that chat templates need exist; every value made
+on the way is weighed; and each turn of a loop, call, operation and output draws on a budget of characters and time.
+What users wrote is not among what a template handles (see `prompt.py`), so that the bounds can be narrow.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
+
+from ..models.errors import ConfigError, PromptError
+
+MAX_TEMPLATE_CHARACTERS = 64 * 1024
+"""The longest of well-known models' templates have about 20,000."""
+MAX_NESTING = 100
+MAX_WEIGHT = 50_000
+"""Characters and elements of one value."""
+MAX_DEPTH = 32
+"""Of lists in lists."""
+MAX_SPENT = 4_000_000
+"""Characters and elements that one rendering may make in all: some 32 MB at worst."""
+MAX_SECONDS = 2.0
+"""Of processor time; a template takes a millisecond."""
+MAX_BITS = 4096
+STEP = 50
+"""What a turn or a call costs, beside what it makes."""
+CLOCK_STEP = 20_000
+"""What is spent between two looks at the clock, which may take 10 us each."""
+
+FILTERS = (
+    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last", "length",
+    "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort", "string",
+    "title", "trim", "unique", "upper",
+)  # fmt: skip
+METHODS: dict[type, frozenset[str]] = {
+    str: frozenset(
+        "capitalize count endswith find index isalnum isalpha isdigit islower isspace isupper join lower lstrip "
+        "partition removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith strip "
+        "title upper".split()
+    ),
+    dict: frozenset(("get", "items", "keys", "values")),
+    list: frozenset(("count", "index")),
+    tuple: frozenset(("count", "index")),
+    LoopContext: frozenset(("changed", "cycle")),
+}
+"""What may be called of each type: nothing that pads or formats to a width."""
+
+REFUSED = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.Block)
+"""What speaks of other templates, of which there are none."""
+
+
+class ExcessError(PromptError):
+    """A template that asks for more than the bounds."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the model's chat template {what}: it is broken or hostile; do not use this model as it is")
+
+
+class ChatTemplate:
+    """A compiled template. Rendering is safe from several threads.
+
+    Raises:
+        ConfigError: it is malformed, too long, or uses what chat templates do not need.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_TEMPLATE_CHARACTERS:
+            raise ConfigError(f"the chat template has {len(text)} characters; {MAX_TEMPLATE_CHARACTERS} are the most")
+        environment = _Environment()
+        try:
+            tree = _Bounds().visit(environment.parse(text))
+            environment.literal_characters = _literal_characters(tree)
+            code = environment.compile(tree)
+        except jinja2.TemplateSyntaxError as reason:
+            raise ConfigError(f"the chat template is malformed at line {reason.lineno}: {reason.message}") from None
+        except (SyntaxError, RecursionError, ValueError, MemoryError) as reason:  # of the Python that jinja2 writes
+            raise ConfigError(f"the chat template cannot be compiled: {type(reason).__name__}") from None
+        self._environment = environment
+        self._template = environment.template_class.from_code(environment, code, environment.make_globals(None), None)
+
+    def render(self, **variables: Any) -> str:
+        """Raises PromptError (by the template, or beyond the bounds), or whatever a template that is wrong leads to."""
+        self._environment.begin()
+        return self._template.render(**variables)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Hugging Face's settings (block trimming, loop controls) and our bounds."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self) -> None:
+        # Not optimized, and a `finalize` that wants the context: else constants are computed while compiling.
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            optimized=False,
+            finalize=_finalize,
+        )
+        self.literal_characters = 0
+        self._spent = threading.local()
+        kept = {name: self._weighing(self.filters[name]) for name in FILTERS}
+        own = {"join": self.joined, "replace": self.replaced, "tojson": self.tojson, "safe": lambda text: text}
+        self.filters = {**kept, **{name: self._weighing(own[name]) for name in own}}
+        self.filters |= {"_turns": self._turns, "_weighed": self.weighed, "_concat": self.joined}
+        self.globals = {
+            "range": self.globals["range"],
+            "namespace": Namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+
+    def begin(self) -> None:
+        """A new budget for this thread."""
+        self._spent.characters, self._spent.look = 0, CLOCK_STEP
+        self._spent.until = time.thread_time() + MAX_SECONDS
+
+    def spend(self, characters: int) -> None:
+        self._spent.characters += characters
+        if self._spent.characters > MAX_SPENT:
+            raise ExcessError(f"makes more than {MAX_SPENT} characters")
+        if self._spent.characters > self._spent.look:
+            self._spent.look = self._spent.characters + CLOCK_STEP
+            if time.thread_time() > self._spent.until:
+                raise ExcessError(f"takes more than {MAX_SECONDS:g} s")
+
+    def weighed(self, value: Any) -> Any:
+        """`value`, which others may not grow with: a generator becomes a list."""
+        if isinstance(value, Iterator):
+            value = list(itertools.islice(value, MAX_WEIGHT + 1))
+        self.spend(STEP + _weight(value))
+        return value
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        self.spend(STEP)
+        if isinstance(obj, Macro):
+            self.spend(self.literal_characters)
+        elif isinstance(owner, str) and name == "join":
+            return self.joined(*args, d=owner)
+        elif isinstance(owner, str) and name == "replace":
+            return self.replaced(owner, *args)
+        elif not any(obj is known for known in self.globals.values()) and name not in METHODS.get(type(owner), ()):
+            raise PromptError(f"the chat template calls {name or type(obj).__name__!r:.40}, which templates may not")
+        result = super().call(context, obj, *args, **kwargs)
+        return result if isinstance(result, Namespace) else self.weighed(result)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            raise PromptError("the chat template formats a text with %, which templates may not")
+        if operator == "*" and _bits(left) + _bits(right) > MAX_BITS:
+            raise ExcessError("computes a huge number")
+        for many, times in ((left, right), (right, left)):
+            if operator == "*" and isinstance(many, str | list | tuple) and isinstance(times, int):
+                _within(len(many) * times)
+        if operator == "**" and _bits(left) * (abs(right) if isinstance(right, int) else 1) > MAX_BITS:
+            raise ExcessError("computes a huge number")
+        return self.weighed(super().call_binop(context, operator, left, right))
+
+    def joined(self, value: Iterable[Any], d: Any = "") -> str:
+        """The texts of `value`, with `d` between them."""
+        texts, between = [str(part) for part in itertools.islice(value, MAX_WEIGHT + 1)], str(d)
+        _within(sum(map(len, texts)) + len(between) * len(texts))
+        return self.weighed(between.join(texts))
+
+    def replaced(self, text: Any, old: str, new: str, count: int | None = None) -> str:
+        text = str(text)
+        times = text.count(old) if count is None or count < 0 else min(count, text.count(old))
+        _within(len(text) + times * len(new))
+        return self.weighed(text.replace(old, new, times))
+
+    def tojson(self, value: Any, indent: int | None = None, **options: Any) -> str:
+        if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
+            raise ExcessError(f"indents JSON by {str(indent)!r:.20}")
+        allowed = {key: options[key] for key in ("sort_keys", "ensure_ascii", "separators") if key in options}
+        if any(len(str(text)) > 8 for text in allowed.get("separators") or ()):
+            raise ExcessError("separates JSON by long texts")
+        return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **allowed})
+
+    def _weighing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # keeps what says that it takes the context
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, Namespace) for value in (*args, *kwargs.values())):
+                raise PromptError("the chat template filters a namespace, which templates may not")
+            return self.weighed(function(*args, **kwargs))
+
+        return filtered
+
+    def _turns(self, values: Iterable[Any], literals: int) -> Iterator[Any]:
+        """The turns of a loop whose body writes `literals` characters itself."""
+        for value in values:
+            self.spend(STEP + literals)
+            yield value
+
+
+class _Bounds(NodeTransformer):
+    """Puts the budget into a template's tree: where it loops, and where it makes values that no call goes through."""
+
+    _depth = 0
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(node, REFUSED) or (isinstance(node, nodes.For) and node.recursive):
+            kind = "recursive loop" if isinstance(node, nodes.For) else type(node).__name__.lower()
+            raise ConfigError(f"the chat template holds a {kind}, which templates may not")
+        self._depth += 1
+        if self._depth > MAX_NESTING:
+            raise ConfigError(f"the chat template is nested more than {MAX_NESTING} deep")
+        literals = nodes.Const(_literal_characters(node)) if isinstance(node, nodes.For) else None
+        self.generic_visit(node)
+        self._depth -= 1
+        if literals is not None and isinstance(node, nodes.For):
+            node.iter = _filter(node.iter, "_turns", literals)
+        elif isinstance(node, nodes.Concat):
+            return _filter(nodes.List(node.nodes), "_concat")
+        literal = isinstance(node, nodes.List | nodes.Tuple | nodes.Dict) and getattr(node, "ctx", "load") == "load"
+        part = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        return _filter(node, "_weighed") if literal or part else node
+
+
+def _filter(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+    made = nodes.Filter(node, name, list(args), [], None, None)
+    return made.set_lineno(getattr(node, "lineno", 0) or 0)
+
+
+def _literal_characters(node: nodes.Node) -> int:
+    return sum(len(text.data) for text in node.find_all(nodes.TemplateData))
+
+
+@pass_context
+def _finalize(context: Any, value: Any) -> Any:
+    """What is put out for a value."""
+    if isinstance(value, Undefined):
+        return value
+    environment = context.environment
+    return environment.weighed(value if isinstance(value, str) else str(environment.weighed(value)))
+
+
+def _weight(value: Any, depth: int = 0) -> int:
+    """Characters and elements in `value`, counted as often as they are reached. Raises ExcessError past the bounds."""
+    weight = 0
+    if isinstance(value, str):
+        weight = len(value)
+    elif isinstance(value, dict | list | tuple):
+        if depth > MAX_DEPTH:
+            raise ExcessError(f"nests values more than {MAX_DEPTH} deep")
+        _within(len(value))
+        for part in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+            weight += 1 + (len(part) if isinstance(part, str) else _weight(part, depth + 1))
+            if weight > MAX_WEIGHT:
+                break
+    elif isinstance(value, Namespace):
+        raise PromptError("the chat template uses a namespace as a value, which templates may not")
+    elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ExcessError("computes a huge number")
+    _within(weight)
+    return weight
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 0
+
+
+def _within(weight: int) -> None:
+    if weight > MAX_WEIGHT:
+        raise ExcessError(f"makes a value of more than {MAX_WEIGHT} characters")
+
+
+def _raise_exception(message: Any) -> None:
+    raise PromptError(f"the chat template refuses these messages: {message}")
+
+
+def _strftime_now(form: str) -> str:
+    if len(form) > MAX_DEPTH or not re.fullmatch(r"(?:[^%]|%-?[A-Za-z%])*", form):  # a width could be of gigabytes
+        raise PromptError(f"the chat template writes the date as {form!r:.40}, which templates may not")
+    return datetime.now().strftime(form)
