@@ -1,32 +1,36 @@
 """A source checkpoint: its config and its tensors, each read from the file only when it is asked for.
 
 Safetensors only, single-file or sharded, memory-mapped. The layout is told from the content (config.json's
-`model_type` and the tensors' names), never from the folder's name.
+`model_type` and the tensors' names), never from the folder's name; whatever it is, names, shapes and config fields are
+those of Apple's LLaVA layout here.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .apple_layout import APPLE_ENCODER_PREFIX as APPLE_ENCODER_PREFIX
 from .config import FastVLMConfig
-from .errors import CheckpointError, ConfigError, WeightsError
+from .errors import CheckpointError, WeightsError
 from .json_file import read_json_object
 from .safetensors_header import TensorInfo as TensorInfo
 from .safetensors_header import read_header as read_header
+from .source_layouts import open_source
+from .tensor_views import Framework as Framework
+from .tokenizer_json import image_token_id, with_plain_template
+from .weight_files import listed, tensor_files, what_is_there
 
 if TYPE_CHECKING:
     from ._mlx import mx
 
-Framework = Literal["pt", "mlx"]
 Shape = tuple[int, ...]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-MAX_LISTED_NAMES = 6
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+HEAD = "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
 
 
 class Checkpoint(Protocol):
@@ -59,7 +63,7 @@ class Checkpoint(Protocol):
 
 
 class FolderCheckpoint:
-    """A checkpoint folder in Apple's LLaVA layout.
+    """A checkpoint folder in Apple's LLaVA layout, or in one that is read as if it were (`source_layouts`).
 
     Raises:
         CheckpointError: the folder is no such checkpoint, or of a layout that is not read here.
@@ -74,38 +78,46 @@ class FolderCheckpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; a checkpoint is one with config.json and *.safetensors")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} holds no config.json, so it is no checkpoint; {_what_is_there(folder)}")
-        self.config_dict = read_json_object(folder / "config.json")
-        self._files = _tensor_files(folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        for file in dict.fromkeys(self._files.values()):
-            self.tensors.update((name, info) for name, info in read_header(file).items() if self._files[name] == file)
-        _check_layout(folder, self.config_dict, self.tensors)
+            raise CheckpointError(f"{folder} holds no config.json, so it is no checkpoint; {what_is_there(folder)}")
+        raw_config = read_json_object(folder / "config.json")
+        self._files = tensor_files(folder)
+        self._source = open_source(folder, raw_config, self._headers())
+        self.layout = self._source.layout
+        self.config_dict = self._source.config
+        self.tensors = {name: view.info for name, view in self._source.views.items()}
         generation = folder / "generation_config.json"
         config = FastVLMConfig.from_dict(
             self.config_dict, read_json_object(generation) if generation.is_file() else None
         )
-        self.config, self.notes = self._settle_tied_embeddings(config)
+        self.config, tied = settle_tied_embeddings(config, self.config_dict, self.tensors, self.read)
+        self.notes = (*self._source.notes, *tied, *vocabulary_notes(self.config, self.tensors), *self._image_notes())
 
     def read(self, name: str, framework: Framework) -> Any:
+        return self._source.views[name].read(self._read_raw, framework)
+
+    def digest(self) -> str:
+        """sha256 over config.json and every weight file, in the order of their names."""
+        return file_digest([self.folder / "config.json", *sorted(set(self._files.values()))])
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                 "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+        files = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
+        return with_plain_template(files)
+
+    def _headers(self) -> dict[str, TensorInfo]:
+        """Every tensor by its name in the files."""
+        found: dict[str, TensorInfo] = {}
+        for file in dict.fromkeys(self._files.values()):
+            found.update((name, info) for name, info in read_header(file).items() if self._files[name] == file)
+        return found
+
+    def _read_raw(self, name: str, framework: Framework) -> Any:
         file = self._files[name]
         if framework == "mlx":
             # Opened anew each time: an open file's arrays stay in memory, once evaluated, as long as it is kept.
             return load_lazily(file)[name]
         return self._torch_file(file).get_tensor(name)
-
-    def digest(self) -> str:
-        """sha256 over config.json and every weight file, in the order of their names."""
-        digest = hashlib.sha256()
-        for file in [self.folder / "config.json", *sorted(set(self._files.values()))]:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                 "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
-        return {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
 
     def _torch_file(self, file: Path) -> Any:
         """An open weight file, memory-mapped."""
@@ -115,25 +127,62 @@ class FolderCheckpoint:
             self._open_files[file] = safe_open(file, framework="pt")
         return self._open_files[file]
 
-    def _settle_tied_embeddings(self, config: FastVLMConfig) -> tuple[FastVLMConfig, tuple[str, ...]]:
-        """`tie_word_embeddings` is sometimes wrong: an `lm_head` that differs from `embed_tokens` means untied."""
-        if "lm_head.weight" not in self.tensors and self.config_dict.get("tie_word_embeddings") is False:
-            raise WeightsError(
-                "1 missing: lm_head.weight, since config.json says tie_word_embeddings=false; fetch it again"
-            )
-        tied = "lm_head.weight" not in self.tensors or self._lm_head_repeats_embeddings()
-        if tied == config.decoder.tie_word_embeddings:
-            return config, ()
-        state = "ties them" if tied else "does not"
-        note = f"config.json says tie_word_embeddings={not tied}, but the checkpoint {state}: the weights decide"
-        return config.with_tied_embeddings(tied), (note,)
+    def _image_notes(self) -> tuple[str, ...]:
+        """Where config.json and the tokenizer disagree about the id of `<image>`."""
+        said, file = self.config.image_token_index, self.folder / "tokenizer.json"
+        if said is None or said < 0 or not file.is_file():
+            return ()
+        found = image_token_id(read_json_object(file))
+        if found is None or found == said:
+            return ()
+        return (f"config.json says image_token_index={said}, but tokenizer.json has <image> at {found}: it decides",)
 
-    def _lm_head_repeats_embeddings(self) -> bool:
-        names = ("lm_head.weight", "model.embed_tokens.weight")
-        if names[1] not in self.tensors or self.tensors[names[0]] != self.tensors[names[1]]:
-            return False
-        head, table = (self.read(name, "pt") for name in names)
-        return bool((head[:64] == table[:64]).all()) and bool((head == table).all())
+
+def settle_tied_embeddings(
+    config: FastVLMConfig,
+    config_dict: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str, Framework], Any],
+) -> tuple[FastVLMConfig, tuple[str, ...]]:
+    """`tie_word_embeddings` is sometimes wrong: an `lm_head` that differs from `embed_tokens` means untied.
+
+    Raises:
+        WeightsError: there is no head, though the config asks for one.
+    """
+    if HEAD not in tensors and config_dict.get("tie_word_embeddings") is False:
+        raise WeightsError(f"1 missing: {HEAD}, since config.json says tie_word_embeddings=false; fetch it again")
+    tied = HEAD not in tensors or _head_repeats_embeddings(tensors, read)
+    if tied == config.decoder.tie_word_embeddings:
+        return config, ()
+    state = "ties them" if tied else "does not"
+    note = f"config.json says tie_word_embeddings={not tied}, but the checkpoint {state}: the weights decide"
+    return config.with_tied_embeddings(tied), (note,)
+
+
+def _head_repeats_embeddings(tensors: Mapping[str, TensorInfo], read: Callable[[str, Framework], Any]) -> bool:
+    if TABLE not in tensors or tensors[HEAD] != tensors[TABLE]:
+        return False
+    head, table = (read(name, "pt") for name in (HEAD, TABLE))
+    return bool((head[:64] == table[:64]).all()) and bool((head == table).all())
+
+
+def vocabulary_notes(config: FastVLMConfig, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Where config.json names another vocabulary than the embedding table has rows."""
+    if TABLE not in tensors or len(tensors[TABLE].shape) != 2:
+        return ()  # the comparison of all tensors will tell
+    rows, said = tensors[TABLE].shape[0], config.decoder.vocab_size
+    if rows == said:
+        return ()
+    return (f"config.json says vocab_size={said}, but embed_tokens has {rows} rows: the weights decide",)
+
+
+def file_digest(files: Iterable[Path]) -> str:
+    """sha256 over the sha256 of each file, in hex."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_lazily(file: Path) -> dict[str, mx.array]:
@@ -161,7 +210,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], wha
         if tuple(expected[name]) != tuple(found[name])
     ]
     faults = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
         if names
     ]
@@ -176,85 +225,6 @@ def tensors_under(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, T
 
 def shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape]:
     return {name: info.shape for name, info in tensors.items()}
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
-    return ", ".join(names[:MAX_LISTED_NAMES]) + more
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Raises CheckpointError or WeightsError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed_files(folder, read_json_object(index, WeightsError).get("weight_map"))
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no *.safetensors, so it is no checkpoint; {_what_is_there(folder)}")
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(files)} *.safetensors files without model.safetensors.index.json: "
-            "fetch the index, or leave the one file that counts"
-        )
-    return dict.fromkeys(read_header(files[0]), files[0])
-
-
-def _indexed_files(folder: Path, weight_map: Any) -> dict[str, Path]:
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(
-            f"{folder}/model.safetensors.index.json should map tensor names to file names ('weight_map')"
-        )
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise WeightsError(f"{folder}/model.safetensors.index.json names a file outside the folder: {name!r:.80}")
-    headers = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
-    absent = sorted(tensor for tensor, file in weight_map.items() if tensor not in headers[file])
-    unlisted = sorted({tensor for header in headers.values() for tensor in header} - weight_map.keys())
-    if absent or unlisted:
-        raise WeightsError(
-            f"model.safetensors.index.json and the shards disagree on {len(absent) + len(unlisted)} tensors: "
-            f"{_listed(absent + unlisted)}; fetch the checkpoint again"
-        )
-    return {tensor: folder / file for tensor, file in weight_map.items()}
-
-
-def _what_is_there(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        return (
-            f"found the pickle {pickles[0]}, which can run foreign code when it is opened: convert it first, with "
-            "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')`"
-        )
-    return f"found {_listed(names)}" if names else "the folder is empty"
-
-
-def _check_layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises CheckpointError unless this is Apple's LLaVA layout, naming the layout that was found instead."""
-    if any(name.startswith(APPLE_ENCODER_PREFIX) for name in tensors):
-        if config.get("model_type") != "llava_qwen2":
-            raise ConfigError(
-                f"config.json: model_type should be 'llava_qwen2'; found {config.get('model_type')!r:.80}"
-            )
-        return
-    for layout, prefix in OTHER_LAYOUTS.items():
-        if any(name.startswith(prefix) for name in tensors):
-            raise CheckpointError(
-                f"{folder} is a checkpoint in the {layout} layout, which is not read yet: "
-                "pass the Apple LLaVA checkpoint that it was made from"
-            )
-    raise CheckpointError(
-        f"{folder} is no FastVLM checkpoint in Apple's LLaVA layout: no tensor starts with {APPLE_ENCODER_PREFIX!r}; "
-        f"found model_type {config.get('model_type')!r:.40} and tensors such as {_listed(sorted(tensors)[:3])}"
-    )
-
-
-OTHER_LAYOUTS = {
-    "Hugging Face native (fast_vlm)": "model.vision_tower.timm_model.",
-    "mlx-vlm": "vision_tower.vision_model.",
-    "exported model folder": "language_model.model.",
-}
 
 
 def iter_float_tensors(checkpoint: Checkpoint, names: Iterable[str], framework: Framework) -> Iterator[tuple[str, Any]]:

@@ -11,18 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
 
+from .tokenizer_json import CHAT_TEMPLATE as CHAT_TEMPLATE
 from .tokenizer_json import added_token, byte_level_bpe, byte_symbols
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 IMAGE_TOKEN_ROOM = 1
 """Ids kept free behind the special tokens: export adds `<image>` there."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 WORDS = """
     system user assistant You Describe What How Where Is Are The There image picture

@@ -1,9 +1,25 @@
-"""The content of a Qwen2 `tokenizer.json`."""
+"""The content of a Qwen2 `tokenizer.json`, and the chat template that comes with it."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .errors import ConfigError
+from .json_file import parse_json_object
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""FastVLM's training prompt (`qwen_2`), whose messages have a text for content."""
+
+CONTENT_LIST = re.compile(r"selectattr\(\s*['\"]type['\"]|\[\s*['\"]type['\"]\s*\]|\.type\b")
+"""What templates do that only take content in parts (`[{"type": "image"}, {"type": "text", "text": ...}]`)."""
 
 # What pieces a text is cut into before merging (Qwen2's `tokenizer.json`).
 PIECES = (
@@ -59,3 +75,38 @@ def added_token(token_id: int, content: str) -> dict[str, Any]:
         "normalized": False,
         "special": True,
     }
+
+
+def image_token_id(tokenizer: Mapping[str, Any]) -> int | None:
+    """The id of `<image>` in a `tokenizer.json`, or None where it has none."""
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, Mapping) and token.get("content") == "<image>" and isinstance(token.get("id"), int):
+            return token["id"]
+    return None
+
+
+def with_plain_template(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Tokenizer files whose chat template takes texts.
+
+    Hugging Face's FastVLM template goes through the parts of a message's content and writes nothing for a text. It is
+    replaced by the training prompt, which is what it writes for one image and a text.
+
+    Raises:
+        ConfigError: `tokenizer_config.json` is malformed.
+    """
+    files = dict(files)
+    if _takes_only_parts(files.get("chat_template.jinja", b"").decode("utf-8", "replace")):
+        files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    content = files.get("tokenizer_config.json")
+    if content is not None and b"chat_template" in content:
+        settings = parse_json_object(content, "tokenizer_config.json", ConfigError)
+        template = settings.get("chat_template")
+        if isinstance(template, str) and _takes_only_parts(template):
+            settings["chat_template"] = CHAT_TEMPLATE
+            files["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2).encode()
+    return files
+
+
+def _takes_only_parts(template: str) -> bool:
+    return bool(CONTENT_LIST.search(template)) and "is string" not in template

@@ -194,13 +194,19 @@ def test_folders_that_are_no_checkpoints_are_told_apart(tmp_path: Path, write_ch
     [
         ("model.vision_tower.timm_model.stem.0.weight", "Hugging Face"),
         ("vision_tower.vision_model.stem.weight", "mlx-vlm"),
-        ("language_model.model.norm.weight", "exported model folder"),
     ],
 )
-def test_other_layouts_are_named(tmp_path: Path, tensor: str, layout: str) -> None:
+def test_config_of_another_layout_is_told(tmp_path: Path, tensor: str, layout: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=layout):
+    with pytest.raises(ConfigError, match=f"model_type should be .*{layout}.*found None"):
+        FolderCheckpoint(tmp_path)
+
+
+def test_unknown_layout_is_named_with_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.layers.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors .*model.layers.0"):
         FolderCheckpoint(tmp_path)
 
 
