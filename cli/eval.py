@@ -27,7 +27,7 @@ def eval_command(
     ] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the file's images are.")] = None,
     limit: Annotated[int, typer.Option(help="Ask this many questions; 0: all of a file.")] = 2000,
-    vision: Annotated[str | None, typer.Option(help="coreml or reference. Default: coreml on a Mac.")] = None,
+    vision: Annotated[str | None, typer.Option(help="coreml, reference or mlx. Default: what fits.")] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt. Default: the chat template's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer. Default: what the data needs.")] = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier --json to compare with.")] = None,

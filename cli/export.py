@@ -19,9 +19,18 @@ def export_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint folder, tiny, or random:0.5b, :1.5b, :7b.")
     ] = DEFAULT_MODEL,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="Where the encoder goes: apple, a Core ML package; mlx, beside the decoder, for MLX clients."
+        ),
+    ] = "apple",
     quant: Annotated[
         str | None,
-        typer.Option(help="Encoder weights: fp16, int8, pal8, pal6, pal4, int4, mixed or w8a8. Default: int8."),
+        typer.Option(
+            help="Encoder weights: fp16, int8, pal8, pal6, pal4, int4, mixed or w8a8. Default: int8. "
+            "With --layout mlx: bf16 (default) or fp32."
+        ),
     ] = None,
     min_snr: Annotated[
         float | None, typer.Option(metavar="DB", help="Of mixed: the SNR of image_features to keep. Default: 40.")
@@ -84,6 +93,7 @@ def export_command(
         result = export(
             model,
             out,
+            layout=layout,
             quant=quant,
             min_snr=min_snr,
             max_bytes=max_bytes,
@@ -112,14 +122,14 @@ def export_command(
 
 
 def summary(result: Export, seconds: float) -> str:
-    encoder_bytes = sum(entry["bytes"] for name, entry in result.files.items() if ".mlpackage/" in name)
     encoder, decoder = result.verification.encoder.output, result.verification.decoder
+    other_bytes = result.total_bytes - result.encoder_bytes
     return "\n".join(
         (
             f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
             f"next to {result.checkpoint} in float32:",
-            f"  encoder {megabytes(encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
-            f"  decoder {megabytes(result.total_bytes - encoder_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
+            f"  encoder {megabytes(result.encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
+            f"  decoder {megabytes(other_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
             f"{decoder.logits.same_argmax:.0%} of greedy tokens agree",
         )
     )

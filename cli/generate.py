@@ -34,7 +34,7 @@ def generate_command(
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; repeat for several.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end, for measurements.")] = False,
     fit: Annotated[str | None, typer.Option(help="pad or crop to a square. Default: as the model was trained.")] = None,
-    vision: Annotated[str | None, typer.Option(help="coreml or reference. Default: coreml on a Mac.")] = None,
+    vision: Annotated[str | None, typer.Option(help="coreml, reference or mlx. Default: what fits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, token ids and timings as JSON.")] = False,
 ) -> None:
     """Answer a prompt about an image: text to stdout as it comes, timings to stderr."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import prod
@@ -21,10 +21,11 @@ from ..quant.calibration import ImageSet, calibration_images, folder_images
 from ..quant.decoder import check_language_tensors, saved_tensors
 from ..quant.decoder_scheme import DecoderScheme, decoder_scheme
 from ..quant.decoder_sensitivity import mixed_bits
-from ..quant.encoder_scheme import encoder_scheme
+from ..quant.encoder_scheme import EncoderScheme, encoder_scheme
 from ..quant.prompts import calibration_prompts
 from ..quant.schemes import BLOCKWISE
 from .interface import interface_for
+from .mlx_encoder import beside_encoder, encoder_bytes, mlx_scheme, read_encoder
 from .model_folder import (
     PROCESSOR_CONFIG,
     exported_config,
@@ -58,6 +59,7 @@ class Export:
     trained: bool
     notes: tuple[str, ...]
     verification: Verification
+    encoder_bytes: int
     files: dict[str, dict[str, Any]]
     """Size (`bytes`) and `sha256` of each file, by its path in the folder."""
 
@@ -81,6 +83,7 @@ def export(
     model: str | Path = DEFAULT_MODEL,
     out: str | Path | None = None,
     *,
+    layout: str = "apple",
     quant: str | None = None,
     min_snr: float | None = None,
     max_bytes: str | int | None = None,
@@ -104,6 +107,8 @@ def export(
 
     `model` is a checkpoint folder in Apple's layout, `tiny`, `random:SIZE`; `out` defaults to a folder named after it.
     The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
+    `layout` is `apple`, a Core ML package, or `mlx`: the encoder stands beside the decoder, for clients that run it in
+    MLX; `quant` is then bf16 or fp32, and what is about the package does not apply.
     `quant` is int8 by default; `mixed` keeps `min_snr` (dB, 40 by default) or `max_bytes`. `recipe_file`, an exported
     folder or its `fastvlm.json`, does again what that export did: it settles the encoder's and the decoder's weights.
     `io` (`float32`, `float16`, `image`), `target` (`ios17`, `ios18`) and `with_projector` are the package's border: see
@@ -116,7 +121,8 @@ def export(
             checkpoint (`VerificationError`). Nothing is left behind.
     """
     checkpoint = open_checkpoint(model)
-    scheme, border = encoder_scheme(quant, min_snr, max_bytes), Border(io, target, with_projector)
+    border = Border(io, target, with_projector)
+    scheme = scheme_for(layout, quant, min_snr, max_bytes, {**asdict(border), "recipe": recipe_file})
     recipe = Recipe(
         encoder=scheme,
         decoder=decoder_scheme(
@@ -136,8 +142,11 @@ def export(
     tokenizer = export_tokenizer(checkpoint.tokenizer_files())
     check_space(destination, bytes_needed(checkpoint, recipe))
     with new_folder(destination, force=force) as folder:
-        encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
-        check_lint(folder / PACKAGE_NAME, allow_lint)
+        if recipe.has_package:
+            encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
+            check_lint(folder / PACKAGE_NAME, allow_lint)
+        else:
+            encoder = read_encoder(checkpoint, recipe, calibration, on_stage)
         recipe = replace(recipe, encoder=replace(recipe.encoder, weights=encoder.plan))
         recipe = replace(recipe, decoder=write_decoder(folder, checkpoint, recipe, encoder, tokenizer, on_stage))
         write_configs(folder, checkpoint, recipe, tokenizer)
@@ -156,10 +165,26 @@ def export(
             trained=is_trained(checkpoint),
             notes=(*checkpoint.notes, *encoder.notes, *verification.encoder.notes, *verification.failures),
             verification=verification,
+            encoder_bytes=encoder_bytes(folder),
             files=file_table(folder),
         )
         write_json(folder / MANIFEST_NAME, manifest(checkpoint, recipe, encoder, result))
     return result
+
+
+def scheme_for(
+    layout: str,
+    quant: str | None,
+    min_snr: float | None,
+    max_bytes: str | int | None,
+    of_package: Mapping[str, object],
+) -> EncoderScheme:
+    """How the encoder is stored. Raises UsageError when options contradict each other or the layout."""
+    if layout == "apple":
+        return encoder_scheme(quant, min_snr, max_bytes)
+    if layout != "mlx":
+        raise UsageError(f"--layout should be apple or mlx; found {layout!r:.40}")
+    return mlx_scheme(quant, {**of_package, "min_snr": min_snr, "max_bytes": max_bytes})
 
 
 def write_decoder(
@@ -178,7 +203,8 @@ def write_decoder(
     if scheme.is_unsettled:
         scheme = scheme.with_layers(mixed_bits(checkpoint, scheme, prompts, on_stage))
     on_stage("write the decoder's weights")
-    write_weights(folder, saved_tensors(checkpoint, scheme, prompts))
+    tensors = saved_tensors(checkpoint, scheme, prompts)
+    write_weights(folder, tensors if recipe.has_package else beside_encoder(encoder.tensors, tensors))
     return scheme
 
 

@@ -8,11 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..models.checkpoint import Checkpoint
 from ..models.config import PATCH_SIZE
-from ..models.errors import OutputError
 from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from ..quant.decoder_scheme import DecoderScheme
 
@@ -20,36 +17,31 @@ if TYPE_CHECKING:
     from ..models._mlx import mx
 
 MAX_SHARD_BYTES = 2 * 2**30
-"""A shard is in memory twice while it is written."""
+"""A shard is in memory until it is written."""
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> None:
-    """`model.safetensors`, or shards with `model.safetensors.index.json` where there is more than one.
+    """`model.safetensors`, or shards with `model.safetensors.index.json` where there is more than one."""
+    from ..models._mlx import mx
 
-    Raises:
-        OutputError: a file could not be written whole.
-    """
     shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
+    pending: dict[str, mx.array] = {}
     size = 0
     for name, tensor in tensors:
         if pending and size + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append(_write_shard(folder, len(shards), pending))
             pending, size = {}, 0
-        pending[name] = np.array(tensor, copy=False)
+        mx.eval(tensor)  # lets go of what it was made from
+        pending[name] = tensor
         size += tensor.nbytes
     shards.append(_write_shard(folder, len(shards), pending))
     _name_shards(folder, shards)
 
 
-def _write_shard(folder: Path, index: int, tensors: dict[str, np.ndarray]) -> list[str]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+def _write_shard(folder: Path, index: int, tensors: Mapping[str, mx.array]) -> list[str]:
+    from .safetensors_file import write_safetensors
 
-    try:
-        save_file(tensors, _shard_path(folder, index), metadata={"format": "mlx"})
-    except SafetensorError as reason:
-        raise OutputError(f"the decoder's weights cannot be written: {str(reason).splitlines()[0]}") from reason
+    write_safetensors(_shard_path(folder, index), tensors, {"format": "mlx"})
     return list(tensors)
 
 

@@ -40,10 +40,16 @@ class Recipe:
     def quant(self) -> str:
         return self.encoder.quant
 
+    @property
+    def has_package(self) -> bool:
+        """Whether the encoder becomes a Core ML package; it does not with `--layout mlx`."""
+        return "layout" not in self.encoder.as_dict()
+
     def as_dict(self) -> dict[str, Any]:
         settings = asdict(self)
         del settings["encoder"], settings["interface"]
-        return {**self.encoder.as_dict(), **settings, **asdict(self.interface)}
+        border = asdict(self.interface) if self.has_package else {}
+        return {**self.encoder.as_dict(), **settings, **border}
 
 
 def replayed(recipe: Recipe, file: str | Path, border: Border, contradicts: object, *, keep_size: bool) -> Recipe:

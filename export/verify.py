@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .verify_encoder import EncoderReference, EncoderVerification
 
 ENCODER_FLOOR_DB = {"fp16": 50.0, "pal8": 35.0, "int8": 30.0, "pal6": 22.0, "int4": 12.0, "pal4": 12.0, "mixed": 12.0,
-                    "w8a8": 22.0}  # fmt: skip
+                    "w8a8": 22.0, "bf16": 30.0, "fp32": 90.0}  # fmt: skip
 """SNR of `image_features` below which a package falls short: below what the trained `tiny` keeps (51 dB at fp16, 32 at
 int8, 26 at pal6 and w8a8, 14 at pal4), which is less than what the small reference encoders do."""
 DECODER_FLOOR_DB = {16: 45.0, 8: 25.0, 6: 15.0, 5: 10.0, 4: 6.0}
@@ -171,6 +171,8 @@ def verify_features(
     from .projector import projected
     from .verify_encoder import verify_encoder
 
+    if recipe.get("layout") == "mlx":
+        return verify_mlx(folder, checkpoint, images, reference, recipe, on_stage)
     on_stage("run the saved package")
     scales = recipe["stream_scales"]
     network = rebuilt(checkpoint, recipe)
@@ -179,6 +181,26 @@ def verify_features(
     del network
     on_stage("run the saved decoder")
     return Verification(encoder, encoder_floor_db(recipe), verify_decoder(folder, checkpoint, reference.features[0]))
+
+
+def verify_mlx(
+    folder: Path,
+    checkpoint: Checkpoint,
+    images: Sequence[np.ndarray],
+    reference: EncoderReference,
+    recipe: Mapping[str, Any],
+    on_stage: Callable[[str], None],
+) -> Verification:
+    """`verify_features` for a folder that holds its encoder in MLX."""
+    from ..models.fastvit import FastViT
+    from .mlx_encoder import verify_mlx_encoder
+
+    on_stage("run the saved encoder")
+    encoder = FastViT.from_checkpoint(checkpoint)
+    found = verify_mlx_encoder(folder, images, reference, encoder, str(recipe["quant"]))
+    del encoder
+    on_stage("run the saved decoder")
+    return Verification(found, encoder_floor_db(recipe), verify_decoder(folder, checkpoint, reference.features[0]))
 
 
 def rebuilt(checkpoint: Checkpoint, recipe: Mapping[str, Any]) -> nn.Module:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from .recipe import Recipe
 from .rewrite import branch_convolutions, rewrite, stream_maxima, stream_scales
 from .verify_encoder import EncoderReference, encoder_reference, reference_features
 
+if TYPE_CHECKING:
+    from ..models._mlx import mx
+
 
 @dataclass(frozen=True)
 class WrittenEncoder:
@@ -44,6 +47,8 @@ class WrittenEncoder:
     """Power of two by which each stage's residual stream was scaled; 1 where it fits float16 as it is."""
     int8_inputs: dict[str, np.float16]
     """Of w8a8: the scale of each convolution's input."""
+    tensors: Iterable[tuple[str, mx.array]] = ()
+    """Of `--layout mlx`: what `model.safetensors` holds of the encoder, in place of a package."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .apple_layout import renamed
 from .checkpoint import load_lazily, read_header
 from .errors import ModelFolderError
 from .json_file import read_json_object
+from .mlx_layout import ENCODER_PREFIX
 
 if TYPE_CHECKING:
     from ._mlx import mx
@@ -24,6 +26,8 @@ a client that projects itself fails over the name at once, and not later over a 
 IMAGE_TOKEN = "<image>"
 """The token that stands for an image, in prompts and in the exported tokenizer."""
 
+CLIENT_PREFIXES = (("multi_modal_projector.linear_", "mm_projector."),)
+"""Our prefix -> mlx-vlm's, where they differ."""
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -40,11 +44,46 @@ def saved_weights(folder: Path) -> dict[str, mx.array]:
         ModelFolderError: there are no weights, or the index names other files than there are.
         WeightsError: a file is damaged.
     """
+    weights = _all_weights(folder)
+    return {own_name(name): weights[name] for name in weights if not name.startswith(ENCODER_PREFIX)}
+
+
+def saved_encoder(folder: Path) -> dict[str, mx.array]:
+    """The tensors of the encoder in MLX by their names without the tower's prefix; none where there is a package.
+
+    Raises as `saved_weights`.
+    """
+    weights = _all_weights(folder)
+    return {name.removeprefix(ENCODER_PREFIX): weights[name] for name in weights if name.startswith(ENCODER_PREFIX)}
+
+
+def has_mlx_encoder(folder: Path) -> bool:
+    """Whether the folder holds the encoder in MLX, beside the decoder; only headers are read.
+
+    Raises:
+        WeightsError: a file is damaged.
+    """
+    if not any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        return False
+    return any(name.startswith(ENCODER_PREFIX) for file in _weight_files(folder) for name in read_header(file))
+
+
+def _all_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in _weight_files(folder):
         read_header(file)  # MLX would only notice a truncated file when it reads the last tensor
         weights.update(load_lazily(file))
     return weights
+
+
+def client_name(saved_name: str) -> str:
+    """What mlx-vlm calls a tensor of decoder or projector: so it stands beside an encoder in MLX."""
+    return renamed(saved_name, CLIENT_PREFIXES)
+
+
+def own_name(client_name: str) -> str:
+    """The other way round."""
+    return renamed(client_name, tuple((client, own) for own, client in CLIENT_PREFIXES))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..models._coremltools import import_coremltools
 from ..models.config import PATCH_SIZE, FastVLMConfig
 from ..models.errors import MachineError, PackageError, UsageError
-from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME
+from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
 from ..models.mlprogram import Program, read_package
 from ..models.mlprogram.feed import inputs_for
 from .compiled_cache import CompiledCache, Compiler, Predict
@@ -22,6 +22,9 @@ from .compiled_cache import CompiledCache, Compiler, Predict
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
+
+
+VISION_NAMES = ("coreml", "reference", "mlx")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class VisionEncoder(Protocol):
     """What turns pixels into features.
 
     Attributes:
-        name: `coreml` or `reference`.
+        name: `coreml`, `reference` or `mlx`.
         image_size: side of the square that it takes, in pixels.
         projected: whether the package holds the projector, so that its features are what the decoder takes in.
         compile_ms: time of the first use of the package on this machine's engine; 0 when that was earlier.
@@ -65,18 +68,30 @@ class VisionEncoder(Protocol):
 def open_encoder(package: Path, vision: str | None, shapes: Shapes) -> VisionEncoder:
     """The package on the back end `vision`; None takes Core ML on a Mac and the reference executor elsewhere.
 
+    Where there is no package, the folder holds the encoder in MLX, and `mlx` is the one back end.
+
     Raises:
-        UsageError: no such back end.
+        UsageError: no such back end, or not for this folder.
         MachineError: this machine has not got it.
         PackageError: the package cannot be read or compiled.
     """
+    in_mlx = not package.is_dir() and has_mlx_encoder(package.parent)
+    if vision in VISION_NAMES and in_mlx != (vision == "mlx"):
+        held = (
+            "holds its encoder in MLX: leave vision out, or use 'mlx'" if in_mlx else "has a package: leave out 'mlx'"
+        )
+        raise UsageError(f"vision {vision!r} does not fit {package.parent}, which {held}")
+    if vision == "mlx" or (in_mlx and vision is None):
+        from .mlx_encoder import MLXEncoder
+
+        return MLXEncoder(package.parent, shapes)
     if vision is None:
         vision = "coreml" if sys.platform == "darwin" else "reference"
     if vision == "coreml":
         return CoreMLEncoder(package, shapes, CoreMLTools())
     if vision == "reference":
         return ReferenceEncoder(package, shapes)
-    raise UsageError(f"vision should be 'coreml' or 'reference'; found {vision!r:.40}")
+    raise UsageError(f"vision should be 'coreml', 'reference' or 'mlx'; found {vision!r:.40}")
 
 
 class ReferenceEncoder:

@@ -15,6 +15,7 @@ from ..models.folder_layout import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     PACKAGE_NAME,
+    has_mlx_encoder,
     saved_weights,
 )
 from ..models.json_file import read_json_object
@@ -61,7 +62,8 @@ def open_folder(path: str | Path) -> ModelFolder:
     manifest = read_json_object(path / MANIFEST_NAME, ModelFolderError) if (path / MANIFEST_NAME).is_file() else None
     if manifest is not None:
         _check_files(path, manifest)
-    if not (path / CONFIG_NAME).is_file() or not (path / PACKAGE_NAME).is_dir():
+    has_encoder = (path / PACKAGE_NAME).is_dir() or has_mlx_encoder(path)
+    if not (path / CONFIG_NAME).is_file() or not has_encoder:
         missing = PACKAGE_NAME if (path / CONFIG_NAME).is_file() else CONFIG_NAME
         raise ModelFolderError(f"{path} holds no {missing}, so it is no model folder; make one with `fastvlm export`")
     generation = path / GENERATION_CONFIG_NAME

@@ -204,7 +204,7 @@ def test_back_end_follows_the_machine_when_none_is_named(
 
 
 def test_usage_error_when_no_such_back_end_exists() -> None:
-    with pytest.raises(UsageError, match="'coreml' or 'reference'; found 'cuda'"):
+    with pytest.raises(UsageError, match="'reference' or 'mlx'; found 'cuda'"):
         open_encoder(Path("p"), "cuda", SHAPES)
 
 
