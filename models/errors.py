@@ -5,11 +5,14 @@
     ├── ModelReferenceError   MODEL names nothing that can be opened
     ├── CheckpointError       a source checkpoint is not what it should be
     │   ├── ConfigError       config.json or a tokenizer file: missing, malformed, contradictory
-    │   └── WeightsError      tensors: unreadable, missing, unexpected, of a wrong shape, not finite
+    │   ├── WeightsError      tensors: unreadable, missing, unexpected, of a wrong shape, not finite
+    │   └── AdapterError      a LoRA adapter cannot be merged into a checkpoint
+    ├── DownloadError         something cannot be fetched, or is not what it should be
     ├── PackageError          a .mlpackage cannot be read or run
     ├── ModelFolderError      an exported folder is incomplete or does not match its manifest
     ├── ImageError            an image cannot be opened
     ├── DataSetError          a data set to evaluate on cannot be read
+    ├── ReportError           an earlier report is not what this tool wrote
     ├── PromptError           a prompt cannot be turned into tokens for this model
     ├── OutputError           the result cannot be written
     ├── VerificationError     an export falls short of the checkpoint that it came from
@@ -45,6 +48,14 @@ class WeightsError(CheckpointError):
     """Tensors are unreadable, missing, unexpected, of a wrong shape or not finite."""
 
 
+class AdapterError(CheckpointError):
+    """A LoRA adapter cannot be merged into a checkpoint: malformed, or made for another."""
+
+
+class DownloadError(FastVLMError):
+    """Something cannot be fetched, or is not what it should be."""
+
+
 class PackageError(FastVLMError):
     """A `.mlpackage` cannot be read or run."""
 
@@ -59,6 +70,10 @@ class ImageError(FastVLMError):
 
 class DataSetError(FastVLMError):
     """A data set to evaluate on cannot be read, or lacks answers or images."""
+
+
+class ReportError(FastVLMError):
+    """An earlier report, to compare with, is not what this tool wrote."""
 
 
 class PromptError(FastVLMError):

@@ -12,13 +12,22 @@ DEFAULT_MODEL = TINY = "tiny"
 TINY_FOLDER = Path(__file__).with_name("tiny") / "checkpoint"
 
 
-def open_checkpoint(reference: str | Path) -> Checkpoint:
-    """The checkpoint that MODEL names.
+def open_checkpoint(reference: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+    """The checkpoint that MODEL names, with the LoRA adapter in the folder `adapter` merged into it.
 
     Raises:
         ModelReferenceError: nothing of that name can be opened.
-        CheckpointError: the folder is there, but is no checkpoint that can be read.
+        CheckpointError: the folder is there, but is no checkpoint that can be read, or the adapter is not for it.
     """
+    checkpoint = _open(reference)
+    if adapter is None:
+        return checkpoint
+    from .adapter import AdaptedCheckpoint
+
+    return AdaptedCheckpoint(checkpoint, Path(adapter).expanduser())
+
+
+def _open(reference: str | Path) -> Checkpoint:
     from .random_checkpoint import DECODERS, RandomCheckpoint  # brings numpy, which no start-up needs
 
     text = str(reference)
