@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.checkpoint import Checkpoint
 from ..models.config import PATCH_SIZE
+from ..models.file_digest import sample_sha256, sha256
 from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
 from ..quant.decoder_scheme import DecoderScheme
 
@@ -110,16 +110,18 @@ PROCESSOR_CONFIG = {
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file under `folder`, by its path there, but for the manifest.
+    """Size, sha256 and sampled sha256 of every file under `folder`, by its path there, but for the manifest.
 
     Hidden files do not count: the Finder leaves its own in each folder that is looked at.
     """
     table = {}
     paths = (path for path in folder.rglob("[!.]*") if path.is_file() and path.name != MANIFEST_NAME)
     for path in sorted(paths):
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        table[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        table[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+            "sample_sha256": sample_sha256(path),
+        }
     return table
 
 

@@ -100,10 +100,13 @@ def verify(
     folder: str | Path,
     against: str | Path,
     *,
+    adapter: str | Path | None = None,
     images: str | Path | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Compares an exported folder with the checkpoint that it should come from, on a folder of `images` or on ours.
+
+    `adapter` is the folder of the LoRA adapter that was merged into it.
 
     Raises:
         ModelFolderError: the folder is incomplete.
@@ -113,7 +116,7 @@ def verify(
     from ..models.fastvit import FastViT
     from .verify_encoder import encoder_reference
 
-    folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against)
+    folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against, adapter)
     recipe = saved_recipe(folder)
     on_stage("compare files with the manifest")
     check_hashes(folder)
@@ -150,12 +153,17 @@ def check_hashes(folder: Path) -> None:
     found = file_table(folder)
     if not isinstance(listed, dict):
         raise ModelFolderError(f"{folder / MANIFEST_NAME} lists no files: export the model again")
-    changed = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    changed = sorted(name for name in listed.keys() | found.keys() if not _same(listed.get(name), found.get(name)))
     if changed:
         raise ModelFolderError(
             f"{folder} does not match its manifest in {', '.join(changed[:4])}: damaged, or from different exports; "
             "export the model again"
         )
+
+
+def _same(listed: Any, found: Any) -> bool:
+    entries = isinstance(listed, dict) and isinstance(found, dict)
+    return entries and all(listed.get(key) == found[key] for key in ("bytes", "sha256"))
 
 
 def verify_features(

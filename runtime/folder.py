@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError
+from ..models.file_digest import sample_sha256, sha256
 from ..models.folder_layout import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -27,6 +28,9 @@ NO_MANIFEST_NOTE = f"the folder has no {MANIFEST_NAME}: its files could not be c
 UNTRAINED_NOTE = "the weights are not trained: the text means nothing"
 
 MAX_LISTED_FAULTS = 4
+
+SAMPLED_LATER = object()
+"""In place of the sample in manifests of versions that took none."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,11 @@ class ModelFolder:
         return saved_weights(self.path)
 
 
-def open_folder(path: str | Path) -> ModelFolder:
+def open_folder(path: str | Path, *, verify_hashes: bool = False) -> ModelFolder:
     """The model folder at `path`.
+
+    Sizes and samples of the files are always compared with the manifest, so that parts of different exports are not
+    mixed; every byte is with `verify_hashes`, which takes about a second per gigabyte.
 
     Raises:
         ModelFolderError: there is none, it is incomplete, or files differ from the manifest.
@@ -61,7 +68,9 @@ def open_folder(path: str | Path) -> ModelFolder:
         raise ModelFolderError(f"{path} is not a folder; a model folder is what `fastvlm export` writes")
     manifest = read_json_object(path / MANIFEST_NAME, ModelFolderError) if (path / MANIFEST_NAME).is_file() else None
     if manifest is not None:
-        _check_files(path, manifest)
+        _check_files(path, manifest, verify_hashes)
+    elif verify_hashes:
+        raise ModelFolderError(f"{path} has no {MANIFEST_NAME} to verify its files by: export the model again")
     has_encoder = (path / PACKAGE_NAME).is_dir() or has_mlx_encoder(path)
     if not (path / CONFIG_NAME).is_file() or not has_encoder:
         missing = PACKAGE_NAME if (path / CONFIG_NAME).is_file() else CONFIG_NAME
@@ -82,8 +91,8 @@ def _notes(manifest: Mapping[str, Any] | None, trained: bool) -> tuple[str, ...]
     return notes or (() if trained else (UNTRAINED_NOTE,))
 
 
-def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises ModelFolderError unless every file of the manifest is there with its size."""
+def _check_files(path: Path, manifest: Mapping[str, Any], verify_hashes: bool) -> None:
+    """Raises ModelFolderError unless every file of the manifest is there with its size and what it holds."""
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ModelFolderError(
             f"{path / MANIFEST_NAME} has format {manifest.get('format')!r:.40}, this version reads {MANIFEST_FORMAT}: "
@@ -92,7 +101,7 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     files = manifest.get("files")
     if not isinstance(files, Mapping):
         raise ModelFolderError(f"{path / MANIFEST_NAME} lists no files: export the model again")
-    faults = list(_file_faults(path, files))
+    faults = list(_file_faults(path, files, verify_hashes))
     if faults:
         more = f" and {len(faults) - MAX_LISTED_FAULTS} more" if len(faults) > MAX_LISTED_FAULTS else ""
         raise ModelFolderError(
@@ -101,14 +110,18 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def _file_faults(path: Path, files: Mapping[str, Any]) -> Iterator[str]:
+def _file_faults(path: Path, files: Mapping[str, Any], verify_hashes: bool) -> Iterator[str]:
     for name, entry in files.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             yield f"{name!r:.80} lies outside the folder"
             continue
-        size = entry.get("bytes") if isinstance(entry, Mapping) else None
+        listed = entry if isinstance(entry, Mapping) else {}
         file = path / name
         if not file.is_file():
             yield f"{name} is missing"
-        elif file.stat().st_size != size:
-            yield f"{name} has {file.stat().st_size} bytes instead of {size}"
+        elif file.stat().st_size != listed.get("bytes"):
+            yield f"{name} has {file.stat().st_size} bytes instead of {listed.get('bytes')!r:.40}"
+        elif listed.get("sample_sha256", SAMPLED_LATER) not in (SAMPLED_LATER, sample_sha256(file)):
+            yield f"{name} is from another export, or damaged"
+        elif verify_hashes and listed.get("sha256") != sha256(file):
+            yield f"{name} has another sha256"

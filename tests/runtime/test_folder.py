@@ -10,6 +10,7 @@ import pytest
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ConfigError, ModelFolderError, WeightsError
+from fastvlm.models.file_digest import sample_sha256
 from fastvlm.runtime.folder import NO_MANIFEST_NOTE, UNTRAINED_NOTE, open_folder
 
 Write = Callable[..., Path]
@@ -172,3 +173,38 @@ def test_weights_error_when_a_file_is_cut_short(write_folder: Write) -> None:
     (path / "model.safetensors").write_bytes(content[:-1])
     with pytest.raises(WeightsError, match="truncated or corrupt"):
         open_folder(path).weights()
+
+
+def test_parts_of_two_exports_are_told_apart_when_their_sizes_are_the_same(write_folder: Write) -> None:
+    """As encoder and decoder of two checkpoints that were exported with one recipe are."""
+    path = write_folder()
+    manifest = json.loads((path / "fastvlm.json").read_text())
+    manifest["files"]["model.safetensors"]["sample_sha256"] = sample_sha256(path / "model.safetensors")
+    (path / "fastvlm.json").write_text(json.dumps(manifest))
+    open_folder(path, verify_hashes=True)
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-4:] = bytes(4)
+    (path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors is from another export, or damaged; copy it again"):
+        open_folder(path)
+
+
+def test_every_byte_is_compared_when_it_is_asked_for(write_folder: Write) -> None:
+    path = write_folder()
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (path / "model.safetensors").write_bytes(weights)
+    open_folder(path)  # the manifest of this fixture holds no samples
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors has another sha256"):
+        open_folder(path, verify_hashes=True)
+    (path / "fastvlm.json").unlink()
+    with pytest.raises(ModelFolderError, match="has no fastvlm.json to verify its files by"):
+        open_folder(path, verify_hashes=True)
+
+
+def test_sample_sees_size_and_both_ends_of_a_file(tmp_path: Path) -> None:
+    seen = set()
+    for content in (b"", b"a", bytes(10**6), bytes(10**6 + 1), b"x" + bytes(10**6 - 1), bytes(10**6 - 1) + b"x"):
+        (tmp_path / "f").write_bytes(content)
+        seen.add(sample_sha256(tmp_path / "f"))
+    assert len(seen) == 6
