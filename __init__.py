@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .export.bundle.write import bundle as bundle
     from .export.exporter import export as export
     from .export.verify import verify as verify
     from .models.errors import FastVLMError as FastVLMError
@@ -28,6 +29,7 @@ PUBLIC = {
     "FastVLM": ".runtime.fastvlm",
     "FastVLMError": ".models.errors",
     "Generation": ".runtime.generate",
+    "bundle": ".export.bundle.write",
     "evaluate": ".runtime.evaluation.run",
     "export": ".export",
     "load": ".runtime.fastvlm",

@@ -11,6 +11,8 @@ import typer
 
 from .._version import __version__
 from ..models.errors import FastVLMError
+from .bench import bench_command
+from .bundle import bundle_command
 from .doctor import doctor_command
 from .eval import eval_command
 from .export import export_command
@@ -30,8 +32,10 @@ app = typer.Typer(
 app.command("export")(export_command)
 app.command("generate")(generate_command)
 app.command("eval")(eval_command)
+app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
+app.command("bundle")(bundle_command)
 app.command("doctor")(doctor_command)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..models.errors import OutputError
@@ -18,15 +19,25 @@ FULL_BELOW_BYTES = 8 * 2**20
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
+def new_folder(
+    destination: Path,
+    *,
+    force: bool,
+    check: Callable[[Path], None] | None = None,
+    finish: Callable[[Path, Path], None] | None = None,
+) -> Iterator[Path]:
     """A temporary folder beside `destination` that takes its name when the block ends well, and is removed otherwise.
+
+    `check(destination)`, in place of `check_destination`, raises when something is in the way;
+    `finish(partial, destination)`, in place of `publish`, gives what was written its name.
 
     Raises:
         OutputError: the destination exists (without `force`), cannot be written, or the disk is full.
     """
     # `m/gone/../../m` would name another place once folders are made on the way.
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - resolve() would follow a link at the end
-    check_destination(destination, force=force)
+    check = check or functools.partial(check_destination, force=force)
+    check(destination)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +46,8 @@ def new_folder(destination: Path, *, force: bool) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):  # some writers make files that only their owner can read
             path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())
-        check_destination(destination, force=force)  # another export may have finished meanwhile
-        publish(partial, destination)
+        check(destination)  # another export may have finished meanwhile
+        (finish or publish)(partial, destination)
     except OSError as reason:
         if reason.filename is not None and not is_output(Path(reason.filename), partial):
             raise  # of a file that was read

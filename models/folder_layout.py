@@ -65,12 +65,12 @@ def has_mlx_encoder(folder: Path) -> bool:
     """
     if not any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
         return False
-    return any(name.startswith(ENCODER_PREFIX) for file in _weight_files(folder) for name in read_header(file))
+    return any(name.startswith(ENCODER_PREFIX) for file in weight_files(folder) for name in read_header(file))
 
 
 def _all_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         read_header(file)  # MLX would only notice a truncated file when it reads the last tensor
         weights.update(load_lazily(file))
     return weights
@@ -86,7 +86,8 @@ def own_name(client_name: str) -> str:
     return renamed(client_name, tuple((client, own) for own, client in CLIENT_PREFIXES))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold decoder, projector and, in MLX, the encoder. Raises ModelFolderError."""
     if not (folder / INDEX_NAME).is_file():
         if not (folder / WEIGHTS_NAME).is_file():
             raise ModelFolderError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: it has no decoder")

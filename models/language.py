@@ -111,7 +111,7 @@ def settled_config(
     expected = _with_rows_found(expected_shapes(config), weights)
     rows = expected[f"{EMBEDDING}.weight"][0]
     if quantization is not None:
-        expected = _quantized_shapes(expected, quantized, quantization)
+        expected = quantized_shapes(expected, quantized, quantization)
     check_tensors(expected, {name: weight.shape for name, weight in weights.items()}, "language side")
     _check_dtypes(weights, quantized)
     return replace(config, decoder=replace(config.decoder, vocab_size=rows))
@@ -181,7 +181,7 @@ def _with_rows_found(expected: dict[str, Shape], weights: Mapping[str, mx.array]
     return expected
 
 
-def _quantized_shapes(
+def quantized_shapes(
     expected: Mapping[str, Shape], quantized: set[str], quantization: Quantization
 ) -> dict[str, Shape]:
     """`expected` with each quantized layer's weight packed into 32-bit words, and its scales and biases."""

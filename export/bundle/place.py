@@ -1,0 +1,151 @@
+"""Where a bundle goes: a folder of its own, one that holds an earlier bundle, an app's checkout, or a zip file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...models.errors import OutputError
+from ...models.folder_layout import PACKAGE_NAME
+from ...models.json_file import read_json_object
+from ..output import publish
+from .contract import Contract
+
+BUNDLE_MANIFEST = "fastvlm-bundle.json"
+MANIFEST_FORMAT = 1
+APP_FOLDERS = ("app/FastVLM", "FastVLM")
+"""Where `FastVLM.swift` lies in a checkout of ml-fastvlm, and in its `app`; the model goes into `model` there."""
+
+MAX_OTHERS = 200
+"""Files of others in a model's folder. Where there are more, it is the folder of something else."""
+
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+ZIP_MODE = 0o644 << 16
+
+
+def bundle_folder(to: Path, contract: Contract) -> Path:
+    """The folder that is meant by `--to`: in a checkout of the app, the one that its model lies in."""
+    for name in APP_FOLDERS if contract.layout == "apple" else ():
+        if (to / name / "FastVLM.swift").is_file():
+            return to / name / "model"
+    return to
+
+
+def earlier_files(folder: Path) -> dict[str, str]:
+    """sha256 by name of an earlier bundle's files. Raises OutputError when its manifest is malformed."""
+    manifest = folder / BUNDLE_MANIFEST
+    if not manifest.is_file():
+        return {}
+    files = read_json_object(manifest, OutputError).get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise OutputError(f"{manifest} is damaged: remove it and the files of the bundle, or choose another folder")
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    return inside and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+
+
+def check_place(folder: Path, contract: Contract) -> None:
+    """Raises OutputError when something that is no earlier bundle's is in the way: before anything is written."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} exists and is no folder: choose another one")
+    if not folder.is_dir():
+        return
+    earlier = earlier_files(folder)
+    for name, digest in earlier.items():
+        file = folder / name
+        if file.is_file() and sha256(file) != digest:
+            raise OutputError(f"{file} was changed since it was bundled: keep a copy elsewhere and remove it first")
+    mine = {PACKAGE_NAME, "tokenizer.json", "model.safetensors", *contract.rules}
+    others = other_files(folder, earlier)
+    taken = sorted(str(file) for file in others if file.parts[0] in mine)
+    if taken:
+        raise OutputError(
+            f"{folder / taken[0]} is not of an earlier bundle and is in the way: move it, or choose another folder"
+        )
+    if len(others) > MAX_OTHERS:
+        raise OutputError(f"{folder} holds {len(others)} other files: name a folder of its own inside it")
+
+
+def other_files(folder: Path, earlier: Mapping[str, str]) -> list[Path]:
+    """Files and links in `folder`, relative to it, that are of no earlier bundle."""
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in {*earlier, BUNDLE_MANIFEST}:
+            found.append(name)
+        if len(found) > MAX_OTHERS:
+            break
+    return found
+
+
+def publish_beside_others(partial: Path, folder: Path) -> None:
+    """Gives the bundle its name; what others have in a folder that it replaces is carried along as it is."""
+    if folder.is_dir():
+        for name in other_files(folder, earlier_files(folder)):
+            target = partial / name
+            if target.exists() or target.is_symlink():
+                raise OutputError(f"{folder / name} is not of an earlier bundle and is in the way: move it first")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            carry(folder / name, target)
+    publish(partial, folder)
+
+
+def carry(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where a file system has no such links."""
+    if source.is_symlink():
+        target.symlink_to(source.readlink())
+        return
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_zip(file: Path) -> None:
+    """Raises OutputError unless `file` is absent or an earlier bundle's zip."""
+    if not file.exists() and not file.is_symlink():
+        return
+    if not file.is_file() or not is_bundle_zip(file):
+        raise OutputError(f"{file} exists and is no bundle's zip: choose another name")
+
+
+def is_bundle_zip(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return BUNDLE_MANIFEST in archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def publish_zip(partial: Path, file: Path) -> None:
+    """`partial`'s content as a zip: sorted, stored, of one time, so that equal bundles give equal bytes."""
+    temporary = partial.with_name(f"{partial.name}.zip")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for path in sorted(paths(partial)):
+                entry = zipfile.ZipInfo(path.relative_to(partial).as_posix(), ZIP_TIME)
+                entry.external_attr = ZIP_MODE
+                with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
+                    shutil.copyfileobj(source, target, 2**20)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def paths(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,124 @@
+"""The tensors that a client's model has, from what its `config.json` says, and whether the files hold just those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...models.apple_layout import language_shapes, saved_name
+from ...models.config import FastVLMConfig, Qwen2Config
+from ...models.errors import FastVLMError, ModelFolderError
+from ...models.fastvit_config import FastViTConfig
+from ...models.folder_layout import CLIENT_PREFIXES, weight_files
+from ...models.mlx_layout import ENCODER_PREFIX, HEAD_PROJECTION
+from ...models.quantization import Quantization
+from ...models.safetensors_header import TensorInfo, read_header
+from .contract import Contract
+
+Shape = tuple[int, ...]
+
+FLOATS = ("BF16", "F16", "F32")
+PACKED = "U32"
+MAX_LISTED = 5
+
+
+def saved_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """What every weight file's header says. Raises ModelFolderError or WeightsError."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        header = read_header(file)
+        twice = sorted(tensors.keys() & header.keys())
+        if twice:
+            raise ModelFolderError(f"{file.name} holds {twice[0]!r:.80} once more")
+        tensors.update(header)
+    return tensors
+
+
+def tensor_faults(folder: Path, config: Mapping[str, Any], contract: Contract) -> Iterator[str]:
+    """Names, shapes and types in which the weight files differ from the client's model, which loads them strictly."""
+    from ...models.language import quantized_shapes
+
+    try:
+        found = saved_tensors(folder)
+        expected = expected_shapes(config, contract)
+        quantization = quantization_of(config)
+    except FastVLMError as reason:
+        yield str(reason)
+        return
+    quantized = {name.removesuffix(".scales") for name in found if name.endswith(".scales")}
+    if quantized and quantization is None:
+        yield f"config.json names no 'quantization', but {sorted(quantized)[0]} has .scales"
+        return
+    if quantization is not None:
+        expected = quantized_shapes(expected, quantized, quantization)
+    yield from named("missing", expected.keys() - found.keys())
+    yield from named("that the client has no place for", found.keys() - expected.keys())
+    for name in sorted(expected.keys() & found.keys()):
+        yield from _tensor_faults(name, found[name], expected[name], quantized)
+
+
+def named(what: str, names: set[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        yield f"{len(names)} tensors {what}: {', '.join(sorted(names)[:MAX_LISTED])}{more}"
+
+
+def _tensor_faults(name: str, info: TensorInfo, shape: Shape, quantized: set[str]) -> Iterator[str]:
+    if tuple(info.shape) != shape:
+        yield f"{name} should be of shape {list(shape)}; found {list(info.shape)}"
+    layer = name.removesuffix(".weight")
+    wanted = (PACKED,) if layer != name and layer in quantized else FLOATS
+    if info.dtype not in wanted:
+        yield f"{name} should hold {' or '.join(wanted)}; found {info.dtype}"
+
+
+def expected_shapes(config: Mapping[str, Any], contract: Contract) -> dict[str, Shape]:
+    """Shape by name of every tensor of the client's model, unquantized. Raises ConfigError or WeightsError."""
+    language = {saved_name(name): shape for name, shape in language_shapes(language_config(config)).items()}
+    ((own, _),) = CLIENT_PREFIXES
+    shapes = {name.replace(own, contract.projector): shape for name, shape in language.items()}
+    if contract.layout == "mlx":
+        encoder = contract.encoder or encoder_config(config["vision_config"])
+        shapes.update(encoder_shapes(encoder, config["vision_config"]["projection_dim"]))
+    return shapes
+
+
+def language_config(config: Mapping[str, Any]) -> FastVLMConfig:
+    """What the clients read of the language side, with their defaults."""
+    tied = config.get("tie_word_embeddings")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "vocab_size")  # fmt: skip
+    decoder = Qwen2Config(**{name: config[name] for name in names}, tie_word_embeddings=tied is not False)
+    return FastVLMConfig(
+        decoder, config["mm_hidden_size"], image_size=1024, image_aspect_ratio="pad", eos_token_ids=(),
+        image_token_index=None, tokenizer_model_max_length=1,
+    )  # fmt: skip
+
+
+def encoder_config(vision: Mapping[str, Any]) -> FastViTConfig:
+    """The encoder that `vision_config` describes. Raises WeightsError when it describes none."""
+    out_channels = int(vision["embed_dims"][-1] * vision["cls_ratio"])
+    return FastViTConfig(
+        depths=tuple(vision["layers"]),
+        embed_dims=tuple(vision["embed_dims"]),
+        mlp_ratios=tuple(vision["mlp_ratios"]),
+        token_mixers=tuple(vision["token_mixers"]),
+        pos_emb_kernels=tuple(None if shape is None else shape[0] for shape in vision["pos_embs_shapes"]),
+        out_channels=out_channels,
+        se_channels=out_channels // 16,  # in the clients' code
+    )
+
+
+def encoder_shapes(config: FastViTConfig, projection_dim: int) -> dict[str, Shape]:
+    from ...models._mlx import nn
+    from ...models.fastvit_mlx import FastViTMLX
+
+    parameters = dict(nn.utils.tree_flatten(FastViTMLX(config).parameters()))
+    shapes = {ENCODER_PREFIX + name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    return {**shapes, ENCODER_PREFIX + HEAD_PROJECTION: (config.out_channels, projection_dim)}
+
+
+def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+    quantization = config.get("quantization")
+    return None if quantization is None else Quantization.from_dict(quantization)
