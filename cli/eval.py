@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .interrupt import Interrupted
+from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def eval_command(
     from ..runtime.evaluation.run import EvaluationRun
     from ..runtime.fastvlm import load
 
-    check_outputs(json_file, plot, samples)
+    check(json_file, plot, samples)
     old = None if compare is None else read_evaluation(compare)
     questions = open_data(data, limit, task, images)
     run = EvaluationRun(load(folder, vision), questions, system, max_tokens)
@@ -64,9 +64,6 @@ def eval_command(
         raise interrupted
 
 
-STDOUT = Path("-")
-
-
 def ask(run: Any, count: int) -> Interrupted | None:
     """Runs to the end, or to a Ctrl-C, which is returned: what has been measured is shown first."""
     try:
@@ -78,17 +75,12 @@ def ask(run: Any, count: int) -> Interrupted | None:
     return None
 
 
-def check_outputs(json_file: Path | None, plot: Path | None, samples: Path | None) -> None:
+def check(json_file: Path | None, plot: Path | None, samples: Path | None) -> None:
     """What would fail only after minutes of work. Raises UsageError, MachineError."""
-    from ..models.errors import UsageError
     from ..runtime.evaluation.plot import require_matplotlib
 
-    for path in (json_file, plot, samples):
-        if path is not None and path != STDOUT and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise UsageError(f"{path} cannot be written: it is a folder, or the folder for it does not exist")
-    for path in (plot, samples):
-        if path is not None and path.suffix.lower() != ".png":
-            raise UsageError(f"pictures are written as PNG: name a file that ends in .png, not {path.name!r:.60}")
+    check_outputs(json_file)
+    check_pictures(plot, samples)
     if plot is not None:
         require_matplotlib()
 
@@ -150,8 +142,7 @@ def write(
         report = evaluation.as_dict()
         if comparison:
             report["comparison"] = comparison.as_dict()
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        sys.stdout.write(text) if json_file == STDOUT else json_file.write_text(text, encoding="utf-8")
+        write_text(json_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if plot is not None and evaluation.answers:
         from ..runtime.evaluation.plot import accuracy_figure
 

@@ -20,10 +20,10 @@ COLUMNS = 2
 BAR_COLOUR, ALL_COLOUR = "#3b6ea8", "#274768"
 
 
-def require_matplotlib() -> None:
-    """Raises MachineError unless matplotlib is installed."""
+def require_matplotlib(instead: str = "--samples") -> None:
+    """Raises MachineError, which names what to use `instead`, unless matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MachineError('--plot needs matplotlib: pip install "fastvlm[plot]", or use --samples, which does not')
+        raise MachineError(f'--plot needs matplotlib: pip install "fastvlm[plot]", or use {instead}, which does not')
 
 
 def accuracy_figure(evaluation: Evaluation) -> Figure:
@@ -53,7 +53,7 @@ def draw_bars(axes: Axes, evaluation: Evaluation) -> None:
     axes.barh(places, shares, xerr=np.clip([low, high], 0, None), color=colours, height=0.62, ecolor="#555", capsize=3)
     for place, share, row in zip(places, shares, rows.values(), strict=True):
         axes.text(103, place, f"{share:.1f}%\n{row.n:,}", va="center", fontsize=8, color="#333")
-    axes.set_yticks(places, [_plain(kind) for kind in rows])
+    axes.set_yticks(places, [plain(kind) for kind in rows])
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("accuracy in percent, with its 95% interval; number of questions")
@@ -93,10 +93,10 @@ def _title(evaluation: Evaluation) -> str:
     scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
     weights = "" if evaluation.folder["trained"] else ", random weights"
     partial = "" if evaluation.complete else f" (partial, of {evaluation.data.count:,})"
-    path = _plain(str(evaluation.folder["path"]))
+    path = plain(str(evaluation.folder["path"]))
     return f"{path}{scheme}{weights}: {evaluation.data.name}, {len(evaluation.answers):,} questions{partial}"
 
 
-def _plain(text: str) -> str:
-    """A stranger's text, short and without the signs that matplotlib reads as formulas."""
-    return "".join(c for c in text if c.isprintable())[-60:].replace("$", r"\$")
+def plain(text: str, most: int = 60) -> str:
+    """A stranger's text, its last `most` characters, without the signs that matplotlib reads as formulas."""
+    return "".join(c for c in text if c.isprintable())[-most:].replace("$", r"\$")

@@ -1,0 +1,170 @@
+"""`fastvlm bench`"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
+from .outputs import STDOUT, check_outputs, check_pictures, write_text
+from .progress import StageProgress, note
+
+if TYPE_CHECKING:
+    from ..runtime.benchmark.comparison import Comparison
+    from ..runtime.benchmark.report import Benchmark
+    from ..runtime.benchmark.run import Case
+
+
+def bench_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER...", help="Exported folders; or MODEL as `export` takes it, exported for this."),
+    ],
+    image: Annotated[Path | None, typer.Option("--image", "-i", metavar="F", help="Default: a sample.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: Describe the image.")] = None,
+    runs: Annotated[int, typer.Option(help="Answers that count, in each process.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Answers after the first, cold one that do not count.")] = 2,
+    processes: Annotated[int, typer.Option(help="New processes for each row: two are the least to compare.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Of a MODEL: export and measure at these sizes.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(help="Of a MODEL: encoder weights, as `export` takes them.")] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Lengthen the prompt to these positions, the image included.")
+    ] = None,
+    vision: Annotated[str | None, typer.Option(help="coreml or reference. Default: coreml on a Mac.")] = None,
+    compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier --json to compare with.")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="PCT", help="Exit 1 if TTFT is slower by more, beyond noise.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="F", help="Write the report here; `-` prints it.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="Write the tables here too.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="F.png", help="Draw the stages as stacked bars (matplotlib).")
+    ] = None,
+) -> None:
+    """Measure the time to first token by stage, tokens per second, memory and sizes."""
+    from ..runtime.benchmark.comparison import compare as compared
+    from ..runtime.benchmark.markdown import report
+    from ..runtime.benchmark.reading import read_benchmark
+    from ..runtime.benchmark.run import benchmark
+    from ..runtime.benchmark.workload import PROMPT, SAMPLE, Workload
+
+    check_outputs(json_file, markdown)
+    check_picture(plot)
+    lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
+    workload = Workload(image or SAMPLE, prompt or PROMPT, max_tokens, runs, warmup)
+    old = None if compare is None else read_benchmark(compare)
+    with StageProgress() as progress, exported(models, sizes, quant, progress) as cases:
+        found = benchmark(cases, workload, prompt_tokens=lengths, processes=processes, vision=vision, on_stage=progress)
+    comparison = compared(found, old) if old else None
+    text = "\n".join(report(found, comparison)) + "\n"
+    if json_file != STDOUT:
+        typer.echo(text, nl=False)
+    for remark in dict.fromkeys(remark for one in found.configurations for remark in one.notes):
+        note(remark)
+    write(found, comparison, text, json_file, markdown, plot)
+    if comparison and fail_above is not None and 100 * comparison.slowdown > fail_above:
+        note(f"TTFT is slower by {comparison.slowdown:.1%}, more than {fail_above:g} %")
+        raise typer.Exit(1)
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """`256,512` -> (256, 512)."""
+    try:
+        found = tuple(int(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        found = (0,)
+    if any(number < 1 for number in found) or (text is not None and not found):
+        raise typer.BadParameter(f"should be whole numbers with commas between, such as 256,512; found {text!r:.60}",
+                                 param_hint=option)  # fmt: skip
+    return tuple(dict.fromkeys(found))
+
+
+def check_picture(plot: Path | None) -> None:
+    """Raises UsageError, MachineError."""
+    from ..runtime.evaluation.plot import require_matplotlib
+
+    check_pictures(plot)
+    if plot is not None:
+        require_matplotlib("--markdown")
+
+
+@contextmanager
+def exported(
+    models: Sequence[str], sizes: Sequence[int], quant: str | None, on_stage: StageProgress
+) -> Iterator[list[Case]]:
+    """What is to be measured; a MODEL is exported for as long as the block runs.
+
+    Raises:
+        UsageError: a size or scheme is asked of a folder that has another.
+        FastVLMError: a MODEL cannot be exported.
+    """
+    from ..export.exporter import export
+    from ..runtime.benchmark.run import Case
+
+    cases = []
+    with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
+        for model in models:
+            if is_exported(model):
+                cases.append(folder_case(Path(model).expanduser(), sizes, quant))
+                continue
+            for size in sizes or (None,):
+                name = Path(model).name if Path(model).exists() else model
+                label = " ".join([name, quant or "int8", *([f"{size} px"] if size else [])])
+                folder = Path(scratch) / str(len(cases))
+                export(model, folder, quant=quant, image_size=size, on_stage=on_stage)
+                cases.append(Case(label, folder))
+        yield cases
+
+
+def is_exported(model: str) -> bool:
+    """Whether it is an exported folder; else it is for `export` to say what it is."""
+    folder = Path(model).expanduser()
+    return (folder / MANIFEST_NAME).is_file() or (folder / PACKAGE_NAME).is_dir()
+
+
+def folder_case(folder: Path, sizes: Sequence[int], quant: str | None) -> Case:
+    """Raises UsageError when something else is asked for than the folder is."""
+    from ..models.errors import UsageError
+    from ..runtime.benchmark.run import case_of
+    from ..runtime.folder import open_folder
+
+    found = open_folder(folder).config.image_size
+    if quant is not None or any(size != found for size in sizes):
+        raise UsageError(
+            f"{folder} was exported for {found} pixels, which cannot be changed: give --image-size and --quant with a "
+            "MODEL (tiny, random:0.5b, a checkpoint), or export other folders and give them all"
+        )
+    return case_of(folder)
+
+
+def write(
+    found: Benchmark,
+    comparison: Comparison | None,
+    text: str,
+    json_file: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+) -> None:
+    """Report, tables and picture, where they are asked for."""
+    if json_file is not None:
+        whole: dict[str, Any] = found.as_dict()
+        if comparison:
+            whole["comparison"] = comparison.as_dict()
+        write_text(json_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    if markdown is not None:
+        write_text(markdown, text)
+    if plot is not None:
+        from ..runtime.benchmark.plot import figure_of_benchmark
+
+        figure_of_benchmark(found).savefig(plot, dpi=144)

@@ -1,0 +1,1 @@
+"""How long an answer takes: what is measured, kept as JSON, compared and drawn. See `report.py` for the words."""

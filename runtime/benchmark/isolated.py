@@ -1,0 +1,77 @@
+"""Measuring in a process of its own: the first answer is cold, and the peak of memory is this folder's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...models import errors
+from ...models.errors import FastVLMError, MachineError
+from .measure import Measured, measure
+from .reading import configuration_from
+from .workload import Workload
+
+COMMAND = (sys.executable, "-P", "-m", __name__)
+"""-P: a folder here that is named like a module must not take its place."""
+
+
+def measure_isolated(
+    folder: Path, workload: Workload, *, prompt_tokens: int | None = None, vision: str | None = None
+) -> Measured:
+    """`measure` in a new process.
+
+    Raises:
+        FastVLMError: what `measure` raises there.
+        MachineError: the process ended without a result.
+    """
+    order = {
+        "folder": str(folder.absolute()),
+        "workload": {**vars(workload), "image": str(workload.image.absolute())},
+        "prompt_tokens": prompt_tokens,
+        "vision": vision,
+    }
+    done = subprocess.run(COMMAND, input=json.dumps(order), capture_output=True, text=True, check=False)
+    try:
+        result: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise MachineError(_end_of(done)) from None
+    if "error" in result:
+        raise getattr(errors, result["error"], FastVLMError)(result["message"])
+    return Measured(configuration_from(result["configuration"]), result["environment"])
+
+
+def _end_of(done: subprocess.CompletedProcess[str]) -> str:
+    """What became of a process that gave no result."""
+    if done.returncode == -signal.SIGKILL:
+        advice = "close other programs, or use a smaller model"
+        return f"the process that measured was killed, perhaps for want of memory: {advice}"
+    said = done.stderr.strip().splitlines() or ["it said nothing"]
+    return f"the process that measured ended with exit code {done.returncode}: {said[-1]}"
+
+
+def main() -> None:
+    """Reads the order from stdin and writes the result to stdout, to which nothing else can write."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent, which ends this process
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    json.dump(_result(json.load(sys.stdin)), out)
+    out.close()
+
+
+def _result(order: dict[str, Any]) -> dict[str, Any]:
+    values = order["workload"]
+    workload = Workload(**{**values, "image": Path(values["image"])})
+    try:
+        found = measure(order["folder"], workload, prompt_tokens=order["prompt_tokens"], vision=order["vision"])
+    except FastVLMError as reason:
+        return {"error": type(reason).__name__, "message": str(reason)}
+    return {"configuration": found.configuration.as_dict(), "environment": found.environment}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""A benchmark as Markdown that is readable before it is rendered: for a terminal, an issue, a README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ..timings import TTFT_STAGES
+from .comparison import COMPARED, MS_PER_TOKEN, Comparison
+from .machine import VERSIONS
+from .noise import Change
+from .report import TPS, TTFT, Benchmark, Configuration
+from .spread import Spread
+
+MISSING = "-"
+COLD_ROWS = (*TTFT_STAGES, TTFT)
+
+
+def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterator[str]:
+    """Lines: each configuration by stage, all of them next to each other, the machine, what changed."""
+    for one in benchmark.configurations:
+        yield from (f"**{_plain(one.label)}**: {_what(one)}", "", *stages(one), "")
+    if len(benchmark.configurations) > 1:
+        yield from (*overview(benchmark.configurations), "")
+    yield from about(benchmark)
+    if comparison:
+        yield from ("", *changes(comparison))
+
+
+def stages(one: Configuration) -> list[str]:
+    """Milliseconds of each stage, and of the whole time to first token."""
+    rows = []
+    for measure in COLD_ROWS:
+        spread = one.summary[measure]
+        name = "**TTFT**" if measure == TTFT else measure.removesuffix("_ms")
+        rows.append([name, *_percentiles(spread), _ms(one.cold(measure))])
+    if rates := one.summary.get(TPS):
+        # the rate is better the higher it is: its percentiles are told from the fast end, as those of the times are
+        rows.append(["decode, tokens/s", *(_rate(value) for value in _from_the_top(one.values(TPS), rates)),
+                     _rate(one.cold(TPS))])  # fmt: skip
+    return table(["ms", "min", "p50", "p90", "p99", "cold"], rows)
+
+
+def overview(configurations: Sequence[Configuration]) -> list[str]:
+    """A row for each configuration: medians, memory and sizes."""
+    header = ["", "TTFT, ms", "encode", "prefill", "cold TTFT", "tokens/s", "peak memory", "of MLX", "on disk"]
+    rows = [
+        [
+            _plain(one.label),
+            _ms(one.summary[TTFT].p50),
+            _ms(one.summary["encode_ms"].p50),
+            _ms(one.summary["prefill_ms"].p50),
+            _ms(one.cold(TTFT)),
+            _rate(one.summary[TPS].p50 if TPS in one.summary else None),
+            megabytes(one.peak_memory_bytes),
+            megabytes(one.mlx_peak_memory_bytes),
+            megabytes(one.total_bytes),
+        ]
+        for one in configurations
+    ]
+    return table(header, rows)
+
+
+def about(benchmark: Benchmark) -> Iterator[str]:
+    """The machine and what was asked, as a list."""
+    found, one = benchmark.environment, benchmark.configurations[0]
+    cores = f"{found.get('cores')} cores"
+    if found.get("performance_cores"):
+        cores += f" ({found['performance_cores']} of them performance cores)"
+    machine = [found.get("chip"), cores, _gigabytes(found.get("memory_bytes")), found.get("os"), found.get("power")]
+    yield f"- machine: {', '.join(_plain(str(word)) for word in machine if word)}"
+    versions = ", ".join(f"{name} {found[name]}" for name in ("fastvlm", "python", *VERSIONS) if found.get(name))
+    yield f"- versions: {_plain(versions)}"
+    threads = f", OMP_NUM_THREADS={found['threads']}" if found.get("threads") else ""
+    yield f"- vision: {one.vision}; decoder: {_plain(one.decoder)}, BLAS {found.get('blas')}{threads}"
+    asked, image = benchmark.workload, benchmark.workload.get("image") or {}
+    yield (
+        f"- asked: {_plain(repr(asked.get('prompt')))} about {_plain(str(image.get('name')))} "
+        f"({image.get('width')} x {image.get('height')}), {asked.get('max_tokens')} tokens each time"
+    )
+    yield (
+        f"- runs: {len(one.processes)} processes x {len(one.processes[0].runs)}, each after a cold answer and "
+        f"{asked.get('warmup')} to warm up; load average at the beginning {found.get('load_average', 0):.1f}"
+    )
+
+
+def changes(comparison: Comparison) -> Iterator[str]:
+    """Next to an earlier benchmark; what is not the same first."""
+    yield f"Next to the benchmark of {_plain(comparison.old_created)}:"
+    for text in comparison.warnings:
+        yield f"- not the same: {_plain(text)}"
+    for label in comparison.unmatched:
+        yield f"- only in one of the two: {_plain(label)}"
+    for label, found in comparison.changes.items():
+        rows = [_change_row(measure, found[measure]) for measure in COMPARED if measure in found]
+        yield ""
+        yield from table([_plain(label), "was, ms", "is, ms", "change", "95 % interval", "p", "verdict"], rows)
+
+
+def _change_row(measure: str, one: Change) -> list[str]:
+    name = {TTFT: "**TTFT**", MS_PER_TOKEN: "decode, per token"}.get(measure, measure.removesuffix("_ms"))
+    interval = MISSING if one.low is None or one.high is None else f"{_percent(one.low)} to {_percent(one.high)}"
+    return [name, _ms(one.old), _ms(one.new), _percent(one.ratio), interval, f"{one.p:.3f}", one.verdict]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table in columns of even width; all but the first to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def row(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return [row(lines[0]), f"|{rule}|", *map(row, lines[1:])]
+
+
+def megabytes(count: int | None) -> str:
+    return MISSING if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def _what(one: Configuration) -> str:
+    sizes = one.sizes_bytes
+    reused = f", {one.reused_tokens} of them read at load" if one.reused_tokens else ""
+    recipe: Any = one.folder.get("recipe")
+    scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
+    return (
+        f"{one.image_size} px, {one.image_tokens} image tokens{_plain(scheme)}; "
+        f"{one.prompt_tokens} prompt tokens{reused}; "
+        f"encoder {megabytes(sizes['encoder'])}, decoder {megabytes(sizes['decoder'])}; "
+        f"peak memory {megabytes(one.peak_memory_bytes)}, of MLX {megabytes(one.mlx_peak_memory_bytes)}"
+        + ("" if one.folder.get("trained") else "; random weights")
+    )
+
+
+def _percentiles(spread: Spread) -> list[str]:
+    return [_ms(spread.min), _ms(spread.p50), _ms(spread.p90), _ms(spread.p99)]
+
+
+def _from_the_top(values: Sequence[float], spread: Spread) -> tuple[float, float, float, float]:
+    """The best, the median, and the rates that 90 and 99 % of the answers reach."""
+    import numpy as np
+
+    slow, slowest = np.percentile(values, [10, 1])
+    return max(values), spread.p50, float(slow), float(slowest)
+
+
+def _ms(value: float | None) -> str:
+    """Three digits that count: 0.36, 12.3, 3,904."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _rate(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _gigabytes(count: object) -> str:
+    return f"{count / 2**30:.0f} GiB" if isinstance(count, int) else ""
+
+
+def _plain(text: str) -> str:
+    """A stranger's text on one line, with nothing that Markdown or a terminal would act on."""
+    return "".join(c if c.isprintable() and c not in "|`<>*" else "?" for c in text)[:120]

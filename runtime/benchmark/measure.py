@@ -1,0 +1,98 @@
+"""Measuring in this process: load, the cold answer, the warm-up, the runs that count."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...models.folder_layout import PACKAGE_NAME
+from ..evaluation.report import folder_facts
+from ..fastvlm import FastVLM, load
+from ..request import Request
+from ..timings import TTFT_STAGES, Clock, Timings
+from .machine import environment, peak_memory_bytes
+from .report import Configuration, Process, Run
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process has to tell."""
+
+    configuration: Configuration
+    """With this one process; its label is the folder's name."""
+    environment: dict[str, Any]
+
+
+def measure(
+    folder: str | Path, workload: Workload, *, prompt_tokens: int | None = None, vision: str | None = None
+) -> Measured:
+    """Loads the folder and measures it here: only in a new process is the first answer a cold one.
+
+    Raises:
+        FastVLMError: the folder cannot be loaded, or cannot answer.
+    """
+    from ...models._mlx import mx
+
+    surroundings = environment()  # first: the load average is that of others
+    model = load(folder, vision)
+    request = workload.request(workload.prompt) if prompt_tokens is None else workload.lengthened(model, prompt_tokens)
+    first, timings = answer(model, request)
+    for _ in range(workload.warmup):
+        answer(model, request)
+    runs = tuple(answer(model, request)[0] for _ in range(workload.runs))
+    process = Process(
+        load_ms=timings.load_ms,
+        compile_ms=timings.compile_ms,
+        cold=first if timings.cold else None,
+        peak_memory_bytes=peak_memory_bytes(),
+        mlx_peak_memory_bytes=int(mx.get_peak_memory()),
+        runs=runs,
+    )
+    return Measured(_configuration(model, timings, process), surroundings)
+
+
+def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -> tuple[Run, Timings]:
+    """One answer, for which the image is encoded anew."""
+    model.feature_cache.clear()
+    stream = model.answer(request)
+    begin = clock()
+    for _ in stream:
+        pass
+    answer_ms = 1000 * (clock() - begin)
+    timings = stream.generation.timings
+    assert timings.cached_images == 0, "a benchmark would be without the time of encoding"
+    stages = {stage: getattr(timings, stage) for stage in TTFT_STAGES}
+    run = Run(**stages, decode_tps=timings.decode_tps, generated_tokens=timings.generated_tokens, answer_ms=answer_ms)
+    return run, timings
+
+
+def _configuration(model: FastVLM, timings: Timings, process: Process) -> Configuration:
+    from ...models._mlx import mx
+
+    return Configuration(
+        label=model.folder.path.resolve().name,
+        folder=folder_facts(model.folder),
+        vision=model.encoder.name,
+        decoder=str(mx.default_device()),
+        image_size=model.config.image_size,
+        image_tokens=model.config.tokens_per_image,
+        prompt_tokens=timings.prompt_tokens,
+        reused_tokens=timings.reused_tokens,
+        sizes_bytes=sizes_bytes(model.folder.path),
+        notes=tuple(model.notes),
+        processes=(process,),
+    )
+
+
+def sizes_bytes(folder: Path) -> dict[str, int]:
+    """What the parts of a model folder take on disk: encoder (0 where it is among the weights), decoder, other."""
+    sizes = {"encoder": 0, "decoder": 0, "other": 0}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            in_package = path.relative_to(folder).parts[0] == PACKAGE_NAME
+            kind = "encoder" if in_package else "decoder" if path.suffix == ".safetensors" else "other"
+            sizes[kind] += path.stat().st_size
+    return sizes

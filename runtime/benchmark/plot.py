@@ -1,0 +1,133 @@
+"""Where the time to first token goes, as a picture. Needs matplotlib, an optional dependency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..evaluation.plot import plain
+from ..timings import TTFT_STAGES
+from .report import TTFT, Benchmark, Configuration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "preprocess": "#9aa5b1",
+    "encode": "#2f6f9f",
+    "project": "#6bbf9a",
+    "prefill": "#e08e3c",
+    "sample": "#b4536a",
+    "overhead": "#c9ced4",
+    "whole": "#d8d8d8",
+}
+"""Told apart with every common colour blindness: they differ in lightness too."""
+
+INK, FAINT = "#24292f", "#6a737d"
+ROW_INCHES, BAR = 0.52, 0.62
+LABELLED_SHARE = 0.07
+"""Of the longest bar: a part below it has no room for its number."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row: parts in milliseconds that stand end to end, and what is told of the whole."""
+
+    label: str
+    parts: dict[str, float]
+    total: float
+    high: float | None = None
+    """p90 of the whole."""
+    note: str = ""
+    measured: bool = True
+    """False: published by others, or estimated."""
+
+
+def bars_of(configurations: Sequence[Configuration]) -> list[Bar]:
+    """Each stage's median, scaled by a hair so that together they are the median of the whole."""
+    return [bar_of(one) for one in configurations]
+
+
+def bar_of(one: Configuration) -> Bar:
+    medians = {stage.removesuffix("_ms"): one.summary[stage].p50 for stage in TTFT_STAGES}
+    whole = one.summary[TTFT]
+    scale = whole.p50 / sum(medians.values())
+    cold = one.cold(TTFT)
+    note = "" if cold is None else f"cold {milliseconds(cold)}"
+    return Bar(one.label, {stage: ms * scale for stage, ms in medians.items()}, whole.p50, whole.p90, note)
+
+
+def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:
+    """Stacked bars, the longest as wide as the picture; numbers in ink, so that it also works in print."""
+    from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps figures alive
+
+    figure = Figure(figsize=(10, 1.8 + ROW_INCHES * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(max(bar.total, bar.high or 0) for bar in bars)
+    for place, bar in enumerate(reversed(bars)):
+        _draw(axes, place, bar, longest)
+    axes.set_yticks(range(len(bars)), [plain(bar.label) for bar in reversed(bars)], fontsize=10, color=INK)
+    axes.set_xlim(0, 1.24 * longest)
+    axes.set_ylim(-0.6, len(bars) - 0.4)
+    axes.set_xlabel("milliseconds to the first token (median; the whisker ends at the 90th percentile)", color=FAINT)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", colors=FAINT)
+    axes.grid(axis="x", color="#e7eaee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if subtitle:
+        figure.supxlabel(plain(subtitle, 140), x=0.012, ha="left", fontsize=8, color=FAINT)
+    _legend(figure, bars, title)
+    return figure
+
+
+def figure_of_benchmark(benchmark: Benchmark, others: Sequence[Bar] = ()) -> Figure:
+    """The configurations, and below them what others published or an estimate says."""
+    found = benchmark.environment
+    versions = f"fastvlm {found.get('fastvlm')}, MLX {found.get('mlx')}"
+    subtitle = f"{found.get('chip')}, {found.get('cores')} cores, {found.get('os')}; {versions}"
+    return figure_of([*bars_of(benchmark.configurations), *others], "Time to first token", subtitle)
+
+
+def _draw(axes: Axes, place: int, bar: Bar, longest: float) -> None:
+    left = 0.0
+    for part, ms in bar.parts.items():
+        hatch, edge = ("", "white") if bar.measured else ("////", "white")
+        axes.barh(place, ms, left=left, height=BAR, color=COLOURS[part], hatch=hatch, edgecolor=edge, linewidth=0.8,
+                  alpha=1.0 if bar.measured else 0.62)  # fmt: skip
+        if ms > LABELLED_SHARE * longest and part != "whole":
+            ink = INK if part in ("preprocess", "project", "overhead") or not bar.measured else "white"
+            axes.text(left + ms / 2, place, milliseconds(ms, unit=""), ha="center", va="center", fontsize=9, color=ink)
+        left += ms
+    end = left
+    if bar.high is not None and bar.high > left:
+        axes.plot([left, bar.high], [place, place], color=FAINT, linewidth=1.2, solid_capstyle="butt")
+        axes.plot([bar.high] * 2, [place - 0.13, place + 0.13], color=FAINT, linewidth=1.2)
+        end = bar.high
+    axes.annotate(milliseconds(bar.total), (end, place), xytext=(6, 5 if bar.note else 0), textcoords="offset points",
+                  va="center", fontsize=10, color=INK, weight="bold")  # fmt: skip
+    if bar.note:
+        axes.annotate(plain(bar.note), (end, place), xytext=(6, -7), textcoords="offset points", va="center",
+                      fontsize=8, color=FAINT)  # fmt: skip
+
+
+def _legend(figure: Figure, bars: Sequence[Bar], title: str) -> None:
+    """With the picture's title above it: matplotlib would put a title of the figure across it."""
+    from matplotlib.patches import Patch
+
+    used = [part for part in COLOURS if part != "whole" and any(part in bar.parts for bar in bars)]
+    handles = [Patch(facecolor=COLOURS[part], label=part) for part in used]
+    if not all(bar.measured for bar in bars):
+        handles.append(Patch(facecolor=COLOURS["whole"], hatch="////", edgecolor="white", label="not measured here"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9,
+                  title=plain(title), title_fontproperties={"size": 13, "weight": "bold"}, alignment="left",
+                  handlelength=1.1, handleheight=1.0, columnspacing=1.4, labelcolor=INK)  # fmt: skip
+
+
+def milliseconds(ms: float, unit: str = " ms") -> str:
+    """3 digits that count; seconds from ten of them on, where a unit tells."""
+    if unit and ms >= 10_000:
+        return f"{ms / 1000:.1f} s"
+    return f"{ms:,.0f}{unit}" if ms >= 100 else f"{ms:.1f}{unit}" if ms >= 1 else f"{ms:.2f}{unit}"

@@ -1,0 +1,90 @@
+"""A benchmark of several folders and prompt lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...models.errors import UsageError
+from .isolated import measure_isolated
+from .measure import Measured
+from .report import Benchmark, Configuration
+from .workload import Workload
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark: a folder, and how long its prompt should be (None: as worded)."""
+
+    label: str
+    folder: Path
+    prompt_tokens: int | None = None
+
+
+def benchmark(
+    folders: str | Path | Sequence[str | Path | Case],
+    workload: Workload | None = None,
+    *,
+    prompt_tokens: Sequence[int] = (),
+    processes: int = 2,
+    vision: str | None = None,
+    on_stage: OnStage = lambda _: None,
+) -> Benchmark:
+    """The time to first token of exported folders, by stage, with memory and sizes.
+
+    Each of `processes` new processes per folder (and length of `prompt_tokens`) loads it and answers
+    1 + `workload.warmup` + `workload.runs` times. The folders take turns, so that a noisy minute hits all alike.
+    `on_stage` hears what is being measured.
+
+    Raises:
+        UsageError: an option is out of range.
+        FastVLMError: a folder cannot be loaded, or cannot answer.
+    """
+    if processes < 1:
+        raise UsageError(f"processes should be a whole number from 1; found {processes}")
+    workload = workload or Workload()
+    asked = [folders] if isinstance(folders, str | Path) else list(folders)
+    cases = cases_of(asked, prompt_tokens)
+    facts = workload.as_dict()  # opens the image: a bad one is told before anything is measured
+    found: list[list[Measured]] = [[] for _ in cases]
+    for turn in range(processes):
+        for case, measured in zip(cases, found, strict=True):
+            on_stage(f"{case.label} ({turn + 1} of {processes})")
+            measured.append(measure_isolated(case.folder, workload, prompt_tokens=case.prompt_tokens, vision=vision))
+    return Benchmark(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=found[0][0].environment,
+        workload=facts,
+        configurations=tuple(merged(case.label, measured) for case, measured in zip(cases, found, strict=True)),
+    )
+
+
+def cases_of(folders: Sequence[str | Path | Case], prompt_tokens: Sequence[int] = ()) -> list[Case]:
+    """Every folder with every prompt length, under labels that tell them apart. Raises UsageError."""
+    if not folders:
+        raise UsageError("name at least one exported folder to measure")
+    given = [one if isinstance(one, Case) else case_of(Path(one).expanduser()) for one in folders]
+    names = [case.label for case in given]
+    given = [case if names.count(case.label) == 1 else replace(case, label=str(case.folder)) for case in given]
+    if not prompt_tokens:
+        return given
+    return [
+        replace(case, label=f"{case.label}, {length} tokens", prompt_tokens=length)
+        for case in given
+        for length in prompt_tokens
+    ]
+
+
+def case_of(folder: Path) -> Case:
+    """A folder under its own name."""
+    return Case(folder.resolve().name, folder)
+
+
+def merged(label: str, measured: Sequence[Measured]) -> Configuration:
+    """What several processes measured of one case."""
+    processes = tuple(process for one in measured for process in one.configuration.processes)
+    return replace(measured[0].configuration, label=label, processes=processes)
