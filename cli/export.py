@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, tiny, or random:0.5b, :1.5b, :7b.")
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder or hub id, tiny, or random:0.5b, :1.5b, :7b.")
     ] = DEFAULT_MODEL,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's or LLaVA's folder) to merge first.")
+    ] = None,
     layout: Annotated[
         str,
         typer.Option(
@@ -93,6 +96,7 @@ def export_command(
         result = export(
             model,
             out,
+            adapter=adapter,
             layout=layout,
             quant=quant,
             min_snr=min_snr,

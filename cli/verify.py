@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder.")],
     against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The LoRA adapter that was merged into the checkpoint.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder of images to compare on. Default: embedded ones.")
     ] = None,
@@ -26,7 +29,7 @@ def verify_command(
     from ..export.verify import verify
 
     with StageProgress() as progress:
-        result = verify(folder, against, images=images, on_stage=progress)
+        result = verify(folder, against, adapter=adapter, images=images, on_stage=progress)
     if as_json:
         typer.echo(json.dumps({"passed": result.passed, "failures": result.failures, **result.as_dict()}, indent=2))
     else:

@@ -15,7 +15,7 @@ from ..models.apple_layout import language_shapes
 from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
 from ..models.errors import PackageError, UsageError, VerificationError
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
-from ..models.random_checkpoint import RandomCheckpoint
+from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
 from ..quant.calibration import ImageSet, calibration_images, folder_images
 from ..quant.decoder import check_language_tensors, saved_tensors
@@ -83,6 +83,7 @@ def export(
     model: str | Path = DEFAULT_MODEL,
     out: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     layout: str = "apple",
     quant: str | None = None,
     min_snr: float | None = None,
@@ -105,7 +106,8 @@ def export(
 ) -> Export:
     """Writes the model folder of a checkpoint: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
 
-    `model` is a checkpoint folder in Apple's layout, `tiny`, `random:SIZE`; `out` defaults to a folder named after it.
+    `model` is a checkpoint folder in Apple's, Hugging Face's or mlx-vlm's layout, a hub id that was downloaded, `tiny`
+    or `random:SIZE`; `out` defaults to a folder named after it. `adapter` is the folder of a LoRA adapter to merge.
     The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
     `layout` is `apple`, a Core ML package, or `mlx`: the encoder stands beside the decoder, for clients that run it in
     MLX; `quant` is then bf16 or fp32, and what is about the package does not apply.
@@ -120,7 +122,7 @@ def export(
         FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
             checkpoint (`VerificationError`). Nothing is left behind.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, adapter)
     border = Border(io, target, with_projector)
     scheme = scheme_for(layout, quant, min_snr, max_bytes, {**asdict(border), "recipe": recipe_file})
     recipe = Recipe(
@@ -266,7 +268,7 @@ def check_lint(package: Path, allow_lint: bool) -> None:
 
 
 def is_trained(checkpoint: Checkpoint) -> bool:
-    return not isinstance(checkpoint, RandomCheckpoint)
+    return RANDOM_NOTE not in checkpoint.notes  # also with an adapter merged into it
 
 
 def default_destination(checkpoint: Checkpoint, recipe: Recipe) -> Path:
