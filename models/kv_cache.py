@@ -56,6 +56,11 @@ class KVCache:
         self.buffers: list[mx.array] = []
 
     @property
+    def rows(self) -> int:
+        """Sequences that it holds."""
+        return self.buffers[0].shape[0] if self.buffers else 0
+
+    @property
     def positions(self) -> int | mx.array:
         """Where the next token stands in its sequence: one place for all rows, or (B,)."""
         return self.offset if self.padding is None else self.padding.positions(self.offset)
@@ -75,6 +80,10 @@ class KVCache:
         if not 0 <= count <= self.offset:
             raise ValueError(f"cannot forget {count} of {self.offset} positions")
         self.offset -= count
+
+    def reserve(self, capacity: int) -> None:
+        """Has the cache grow to `capacity` positions at least, when it next grows."""
+        self.capacity = max(self.capacity, capacity)
 
     def fork(self, capacity: int = 0) -> KVCache:
         """A cache with the same content and room for `capacity` positions; neither sees what the other appends."""
@@ -129,7 +138,8 @@ class QuantizedKVCache(KVCache):
         return mx.quantize(x, group_size=self.group_size, bits=KV_BITS)
 
     def _dequantized(self, parts: Sequence[mx.array]) -> mx.array:
-        return mx.dequantize(*parts, group_size=self.group_size, bits=KV_BITS)
+        weight, scales, biases = parts
+        return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=KV_BITS)
 
 
 def stacked(caches: Sequence[KVCache], room: int) -> KVCache:
@@ -153,14 +163,14 @@ def selected(cache: KVCache, rows: Sequence[int]) -> KVCache:
     shared = min(counts)
     chosen = cache.fork(cache.capacity)
     chosen.offset = cache.offset - shared
-    index = mx.array(rows)
+    index = mx.array(list(rows))
     chosen.buffers = [buffer[index][..., shared : cache.offset, :] for buffer in cache.buffers]
     chosen.padding = Padding([count - shared for count in counts])
     return chosen
 
 
 def _padding_counts(cache: KVCache) -> tuple[int, ...]:
-    return cache.padding.counts if cache.padding else (0,) * cache.buffers[0].shape[0]
+    return cache.padding.counts if cache.padding else (0,) * cache.rows
 
 
 def _padded(buffer: mx.array, left: int = 0, right: int = 0) -> mx.array:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from typing import Any, Protocol
 from ..models.errors import OutputError, PackageError
 
 ENVIRONMENT_VARIABLE = "FASTVLM_CACHE"
+
+MAX_COPIES = 8
+"""Compiled packages that are kept, 125 MB each for FastViTHD in 8 bits: those used longest ago go first."""
+
+ABANDONED_SECONDS = 24 * 3600
+"""Age at which a workplace is what a killed process left: compiling takes seconds."""
 
 Predict = Callable[[dict[str, Any]], dict[str, Any]]
 """Arrays by input name -> arrays by output name."""
@@ -40,10 +47,14 @@ class Opened:
 
 
 class CompiledCache:
-    """Compiled packages by the hash of their content, in `folder` (the user's cache folder unless it is given)."""
+    """The last few compiled packages by the hash of their content.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    They are in `folder`: the user's cache folder unless it is given.
+    """
+
+    def __init__(self, folder: Path | None = None, max_copies: int = MAX_COPIES) -> None:
         self.folder = folder or user_cache_folder() / "compiled"
+        self._max_copies = max_copies
 
     def open(self, package: Path, compiler: Compiler) -> Opened:
         """The package, ready to run; compiled first unless a copy of the same content is there and opens.
@@ -55,9 +66,12 @@ class CompiledCache:
         place = self.place(package, compiler.version)
         if place.is_dir():
             with contextlib.suppress(Exception):  # whatever is wrong with the old copy, a new one replaces it
-                return Opened(compiler.open(place), compiled_now=False)
+                opened = Opened(compiler.open(place), compiled_now=False)
+                _mark_used(place)
+                return opened
             shutil.rmtree(place, ignore_errors=True)
         self._compile(package, place, compiler)
+        self._evict(place)
         try:
             return Opened(compiler.open(place), compiled_now=True)
         except Exception as reason:  # coremltools raises plain Exception and RuntimeError
@@ -66,6 +80,16 @@ class CompiledCache:
     def place(self, package: Path, version: str) -> Path:
         """Where the compiled copy of this content belongs."""
         return self.folder / f"{package.stem}-{package_digest(package, version)[:20]}.mlmodelc"
+
+    def _evict(self, newest: Path) -> None:
+        """Removes the copies used longest ago beyond the bound, and what killed processes left."""
+        _mark_used(newest)
+        copies = sorted(self.folder.glob("*.mlmodelc"), key=_last_used, reverse=True)
+        others = [copy for copy in copies if copy != newest]
+        now = time.time()
+        left = [path for path in self.folder.glob(".compiling-*") if now - _last_used(path) > ABANDONED_SECONDS]
+        for path in (*others[max(0, self._max_copies - 1) :], *left):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _compile(self, package: Path, place: Path, compiler: Compiler) -> None:
         """Compiles beside `place`, then renames: another process never sees half a copy."""
@@ -89,6 +113,18 @@ class CompiledCache:
                 fresh.rename(place)
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _mark_used(place: Path) -> None:
+    with contextlib.suppress(OSError):  # a cache that only others may write still serves
+        os.utime(place)
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # removed by another process meanwhile
+        return 0.0
 
 
 def package_digest(package: Path, version: str) -> str:

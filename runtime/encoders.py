@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+COMPUTE_UNITS = ("CPU_AND_NE", "CPU_ONLY", "CPU_AND_GPU", "ALL")
+"""What Core ML may run a package on: the engine first."""
+
 VISION_NAMES = ("coreml", "reference", "mlx")
 
 
@@ -65,13 +68,14 @@ class VisionEncoder(Protocol):
         """(1, 3, S, S) float32 in 0..1 -> (1, (S/64)^2, C or D) float32. Raises PackageError."""
 
 
-def open_encoder(package: Path, vision: str | None, shapes: Shapes) -> VisionEncoder:
+def open_encoder(package: Path, vision: str | None, shapes: Shapes, compute_units: str | None = None) -> VisionEncoder:
     """The package on the back end `vision`; None takes Core ML on a Mac and the reference executor elsewhere.
 
-    Where there is no package, the folder holds the encoder in MLX, and `mlx` is the one back end.
+    Where there is no package, the folder holds the encoder in MLX, and `mlx` is the one back end. `compute_units` is
+    one of COMPUTE_UNITS, for Core ML alone; None takes the first.
 
     Raises:
-        UsageError: no such back end, or not for this folder.
+        UsageError: no such back end, or not for this folder; no such compute units, or not for this back end.
         MachineError: this machine has not got it.
         PackageError: the package cannot be read or compiled.
     """
@@ -81,17 +85,28 @@ def open_encoder(package: Path, vision: str | None, shapes: Shapes) -> VisionEnc
             "holds its encoder in MLX: leave vision out, or use 'mlx'" if in_mlx else "has a package: leave out 'mlx'"
         )
         raise UsageError(f"vision {vision!r} does not fit {package.parent}, which {held}")
-    if vision == "mlx" or (in_mlx and vision is None):
+    if vision is None:
+        vision = "mlx" if in_mlx else "coreml" if sys.platform == "darwin" else "reference"
+    check_compute_units(vision, compute_units)
+    if vision == "mlx":
         from .mlx_encoder import MLXEncoder
 
         return MLXEncoder(package.parent, shapes)
-    if vision is None:
-        vision = "coreml" if sys.platform == "darwin" else "reference"
     if vision == "coreml":
-        return CoreMLEncoder(package, shapes, CoreMLTools())
+        return CoreMLEncoder(package, shapes, CoreMLTools(compute_units or COMPUTE_UNITS[0]))
     if vision == "reference":
         return ReferenceEncoder(package, shapes)
     raise UsageError(f"vision should be 'coreml', 'reference' or 'mlx'; found {vision!r:.40}")
+
+
+def check_compute_units(vision: str, compute_units: str | None) -> None:
+    """Raises UsageError unless they are Core ML's, and Core ML is what runs the package."""
+    if compute_units is None:
+        return
+    if compute_units not in COMPUTE_UNITS:
+        raise UsageError(f"compute_units should be one of {', '.join(COMPUTE_UNITS)}; found {compute_units!r:.40}")
+    if vision != "coreml":
+        raise UsageError(f"compute_units are Core ML's, and vision is {vision!r:.40} here: leave them out")
 
 
 class ReferenceEncoder:
@@ -187,19 +202,20 @@ class CoreMLTools:
     _ct: Any
     version: str
 
-    def __init__(self) -> None:
+    def __init__(self, compute_units: str = COMPUTE_UNITS[0]) -> None:
         if sys.platform != "darwin":
             raise MachineError("Core ML runs on macOS only; leave vision out, or use vision='reference'")
         import platform
 
         self.version = f"macOS {platform.mac_ver()[0]}"
         self._ct = import_coremltools()
+        self._compute_units = compute_units
 
     def compile(self, package: Path, destination: Path) -> None:
         self._ct.models.utils.compile_model(str(package), str(destination))
 
     def open(self, compiled: Path) -> Predict:
-        units = self._ct.ComputeUnit.CPU_AND_NE
+        units = self._ct.ComputeUnit[self._compute_units]
         model = self._ct.models.CompiledMLModel(str(compiled), compute_units=units)
 
         def predict(inputs: dict[str, Any]) -> dict[str, Any]:

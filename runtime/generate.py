@@ -19,7 +19,7 @@ from .tokenizer import TextStream, Tokenizer
 PREFILL_CHUNK = 2048
 """Positions per forward pass: bounds the memory that attention scores and activations take."""
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Generation:
     """Generated ids, without the prompt and without the token that stopped the answer."""
     timings: Timings
     finish_reason: FinishReason
-    """`eos`: the model ended it; `stop`: a stop text came; `length`: max_tokens or the context is used up."""
+    """`eos`: the model ended it; `stop`: a stop text came; `length`: it has max_tokens; `context`: there is no room."""
     prompt_tokens: int
 
 
@@ -92,7 +92,7 @@ def decode(
     for _ in range(count):
         while begun < count and len(pending) <= lookahead:
             token = sampler(decode_one_token(decoder, token, cache)[0])
-            mx.async_eval(token)
+            mx.async_eval(token, *sampler.state)
             pending.append(token)
             begun += 1
         yield id_on_host(pending.popleft())
@@ -106,30 +106,66 @@ def read_answer(
     clock: Clock = time.perf_counter,
 ) -> Generator[str, None, Ending]:
     """Turns ids into pieces of text until the answer ends; returns what it came to."""
-    characters, pieces = TextStream(tokenizer), StopTexts(stop)
-    ids: list[int] = []
-    text: list[str] = []
-    reason: FinishReason = "length"
-    first = last = clock()
+    reader = AnswerReader(tokenizer, eos_token_ids, stop, clock)
     for token_id in token_ids:
-        now = clock()
-        if token_id in eos_token_ids:
-            reason = "eos"
-            break
-        first, last = (first if ids else now), now
-        ids.append(token_id)
-        piece = pieces.push(characters.push(token_id))
-        if piece:
-            text.append(piece)
+        if piece := reader.push(token_id):
             yield piece
-        if pieces.found:
-            reason = "stop"
+        if reader.ended:
             break
-    if not pieces.found and (held := pieces.flush()):
-        text.append(held)
+    if held := reader.flush():
         yield held
-    tps = (len(ids) - 1) / (last - first) if len(ids) > 1 and last > first else None
-    return Ending("".join(text), tuple(ids), reason, tps)
+    return reader.ending
+
+
+class AnswerReader:
+    """Turns ids into text, one by one, and sees where the answer ends.
+
+    Attributes:
+        ended: whether an end-of-text token or a stop text has come.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: Sequence[int],
+        stop: Sequence[str],
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._characters, self._pieces = TextStream(tokenizer), StopTexts(stop)
+        self._eos_token_ids = eos_token_ids
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._reason: FinishReason = "length"
+        self._clock = clock
+        self._first = self._last = clock()
+        self.ended = False
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete with this id; often none."""
+        now = self._clock()
+        if token_id in self._eos_token_ids:
+            self._reason, self.ended = "eos", True
+            return ""
+        self._first, self._last = (self._first if self._ids else now), now
+        self._ids.append(token_id)
+        piece = self._pieces.push(self._characters.push(token_id))
+        self._text.append(piece)
+        if self._pieces.found:
+            self._reason, self.ended = "stop", True
+        return piece
+
+    def flush(self) -> str:
+        """What was held back as the beginning of a stop text, when no more ids come."""
+        held = "" if self._pieces.found else self._pieces.flush()
+        self._text.append(held)
+        return held
+
+    @property
+    def ending(self) -> Ending:
+        """What the answer has come to so far."""
+        count, seconds = len(self._ids), self._last - self._first
+        tps = (count - 1) / seconds if count > 1 and seconds > 0 else None
+        return Ending("".join(self._text), tuple(self._ids), self._reason, tps)
 
 
 class StopTexts:
@@ -169,6 +205,19 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         return self
+
+    def read(self) -> Generation:
+        """The whole answer, once its pieces have come."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Ends the answer here: nothing more is computed, and what it held is freed."""
+        try:
+            self._pieces.close()
+        except ValueError:  # "generator already executing"
+            raise UsageError("the answer is being read in another thread: it can be closed there") from None
 
     def __next__(self) -> str:
         try:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..models.errors import ConfigError, PromptError
 from ..models.folder_layout import IMAGE_TOKEN
@@ -30,6 +29,8 @@ class Message:
     role: str
     content: str
     image_count: int = 0
+    ids: tuple[int, ...] | None = None
+    """Of an answer: the ids that were generated, which its text need not be encoded to."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,22 @@ class Prompt:
 
     ids: tuple[int, ...]
     image_token_index: int
+    places: frozenset[int]
+    """Where in `ids` images stand: a model may have answered with `image_token_index`, too."""
 
     @property
     def image_count(self) -> int:
-        return self.ids.count(self.image_token_index)
+        return len(self.places)
 
     def token_count(self, tokens_per_image: int) -> int:
         """Positions that the prompt takes in the decoder."""
         return len(self.ids) + self.image_count * (tokens_per_image - 1)
 
-    def segments(self) -> Iterator[tuple[int, ...] | None]:
-        """Runs of text ids, and None for each image, in order."""
-        run: list[int] = []
-        for token_id in self.ids:
-            if token_id != self.image_token_index:
-                run.append(token_id)
-                continue
-            if run:
-                yield tuple(run)
-            run = []
-            yield None
-        if run:
-            yield tuple(run)
 
+Content = str | tuple[int, ...]
+"""Text that is to be encoded, or ids that are there."""
+
+Part = int | Content
 
 Render = Callable[[Sequence[dict[str, str]]], str]
 
@@ -97,12 +91,15 @@ class PromptEncoder:
             raise PromptError(f"the chat template cannot take these messages: {reason}") from reason
         self._check_nothing_lost(rendered, messages)
         ids: list[int] = []
+        places: list[int] = []
         for part in _joined(self._parts(rendered, contents)):
-            ids.extend([part] if isinstance(part, int) else self._tokenizer.encode(part))
-        return Prompt(tuple(ids), self._image_token_index)
+            if part == self._image_token_index:
+                places.append(len(ids))
+            ids.extend(self._tokenizer.encode(part) if isinstance(part, str) else _as_ids(part))
+        return Prompt(tuple(ids), self._image_token_index, frozenset(places))
 
-    def _parts(self, rendered: str, contents: Sequence[list[str | None]]) -> Iterator[str | int]:
-        """Text and ids in order. Both control tokens and image marks are ids."""
+    def _parts(self, rendered: str, contents: Sequence[Sequence[Content | None]]) -> Iterator[Part]:
+        """Text and ids in order. Both control tokens and image marks are ids; answers are ids together."""
         end = 0
         for match in self._pattern.finditer(rendered):
             yield rendered[end : match.start()]
@@ -124,8 +121,14 @@ class PromptEncoder:
             raise PromptError("the model's chat template writes private-use characters, which stand for messages here")
 
 
-def _content_parts(message: Message) -> list[str | None]:
-    """The text of a message, and None for each image in it. Only a user's message can hold images."""
+def _as_ids(part: int | tuple[int, ...]) -> tuple[int, ...]:
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _content_parts(message: Message) -> Sequence[Content | None]:
+    """The text or ids of a message, and None for each image in it. Only a user's message can hold images."""
+    if message.ids is not None:
+        return [message.ids]
     if message.role != "user":
         return [message.content]
     texts = message.content.split(IMAGE_TOKEN)
@@ -140,7 +143,7 @@ def _content_parts(message: Message) -> list[str | None]:
     return [part for text in texts for part in (None, text)][1:]
 
 
-def _joined(parts: Iterator[str | int]) -> Iterator[str | int]:
+def _joined(parts: Iterator[Part]) -> Iterator[Part]:
     """Adjacent texts as one, since a word may be made of both; without empty ones."""
     text = ""
     for part in parts:
@@ -194,33 +197,10 @@ def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
-    """`template` as Hugging Face renders it: sandboxed, with block trimming and loop controls."""
-    import json
-    from datetime import datetime
+    """`template` as Hugging Face renders it, within bounds: it is a stranger's program."""
+    from .template import ChatTemplate  # brings jinja2, which the built-in prompt does without
 
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise PromptError(f"the chat template refuses these messages: {message}")
-
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    # Not optimized: constants would be folded, and 'a' * 10**10 computed, outside the sandbox's checks.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], optimized=False
-    )
-    del environment.globals["lipsum"]
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        compiled = environment.from_string(template)
-    except jinja2.TemplateSyntaxError as reason:
-        raise ConfigError(f"the chat template is malformed at line {reason.lineno}: {reason.message}") from None
-    except (RecursionError, ValueError, MemoryError) as reason:
-        raise ConfigError(f"the chat template cannot be compiled: {type(reason).__name__}") from None
+    compiled = ChatTemplate(template)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {name: text for name in names if (text := tokenizer.special_token_text(name)) is not None}
     return lambda messages: compiled.render(messages=messages, add_generation_prompt=True, tools=None, **tokens)

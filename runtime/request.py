@@ -61,12 +61,18 @@ def prepare(
     if fit not in (None, "pad", "crop"):
         raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
     clock = LapClock()
-    images = tuple(open_image(source) for source in _as_list(image))
+    images = opened(image)
     messages = _messages(prompt, system, len(images))
     return Request(images, messages, cast("Fit | None", fit), options, image_open_ms=clock.lap_ms())
 
 
-def _as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:
+    """The images, decoded. Raises ImageError."""
+    return tuple(open_image(source) for source in as_list(image))
+
+
+def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    """None, one image or several as several."""
     if image is None:
         return []
     if isinstance(image, list | tuple):

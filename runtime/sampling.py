@@ -63,6 +63,11 @@ class Sampler:
         self._seen: mx.array | None = None
         self._key = mx.random.key(secrets.randbits(64) if options.seed is None else options.seed)
 
+    @property
+    def state(self) -> list[mx.array]:
+        """What the next pick depends on: to be computed before another thread goes on."""
+        return [self._key] if self._seen is None else [self._key, self._seen]
+
     def __call__(self, logits: mx.array) -> mx.array:
         """(V,) logits -> the id (1,) of the next token, not yet evaluated."""
         options = self._options

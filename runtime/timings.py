@@ -40,6 +40,9 @@ class Timings:
     cold: bool
     cached_images: int = 0
     """Images whose features were remembered from an earlier answer: `encode_ms` is without them."""
+    reused_tokens: int = 0
+    """Positions of the prompt that had been read before (its fixed beginning, or a conversation): `prefill_ms` is
+    without them."""
 
     @property
     def ttft_ms(self) -> float:

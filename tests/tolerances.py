@@ -36,6 +36,7 @@ TOLERANCES = {
     "decoder_logits_float32": Tolerance(
         1e-4, "absolute; float32 sums in another order", "2.5e-6 golden, 2.2e-5 at most"
     ),
+    "kv_8_bits": Tolerance(2e-2, "relative to the largest logit; keys and values in 8 bits, groups of 64", "?"),
     "projected_float32": Tolerance(1e-4, "absolute; two float32 matrix products", "5.8e-7"),
     "op_float32": Tolerance(2e-6, "relative to the largest; float32 sums in another order than numpy's", "2.4e-7"),
     "encoder_float16_weights": Tolerance(1e-3, "relative to the largest; weights rounded to float16", "2.7e-4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,3 +167,45 @@ def test_cache_folder_is_where_the_system_keeps_caches(tmp_path: Path, monkeypat
     monkeypatch.setenv(compiled_cache.ENVIRONMENT_VARIABLE, "~/mine")
     assert user_cache_folder() == tmp_path / "mine"
     assert CompiledCache().folder == tmp_path / "mine" / "compiled"
+
+
+def make_packages(tmp_path: Path, count: int) -> list[Path]:
+    packages = []
+    for n in range(count):
+        folder = tmp_path / f"p{n}" / "fastvithd.mlpackage"
+        folder.mkdir(parents=True)
+        (folder / "Manifest.json").write_text(f"{n}")
+        packages.append(folder)
+    return packages
+
+
+def test_copies_used_longest_ago_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1e9]
+    utime = os.utime
+    monkeypatch.setattr(compiled_cache.os, "utime", lambda path: utime(path, (now[0], now[0])))
+    cache, compiler = CompiledCache(tmp_path / "cache", max_copies=3), FakeCompiler()
+    packages = make_packages(tmp_path, 5)
+    for n in (0, 1, 2, 0, 3, 4):
+        now[0] += 10
+        cache.open(packages[n], compiler)
+    kept = [n for n in range(5) if cache.place(packages[n], compiler.version).is_dir()]
+    assert kept == [0, 3, 4]
+    assert not cache.open(packages[0], compiler).compiled_now
+
+
+def test_newest_copy_stays_when_the_bound_is_one(tmp_path: Path) -> None:
+    cache, compiler = CompiledCache(tmp_path / "cache", max_copies=1), FakeCompiler()
+    for package in make_packages(tmp_path, 2):
+        assert cache.open(package, compiler).compiled_now
+        assert not cache.open(package, compiler).compiled_now
+    assert len(list(cache.folder.iterdir())) == 1
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path, package: Path) -> None:
+    cache = CompiledCache(tmp_path / "cache")
+    old, young = cache.folder / ".compiling-old", cache.folder / ".compiling-young"
+    for folder in (old, young):
+        (folder / "half.mlmodelc").mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    cache.open(package, FakeCompiler())
+    assert (old.exists(), young.exists()) == (False, True)

@@ -17,6 +17,7 @@ from fastvlm.models.images import to_pixel_values
 from fastvlm.runtime import encoders
 from fastvlm.runtime.compiled_cache import CompiledCache
 from fastvlm.runtime.encoders import (
+    COMPUTE_UNITS,
     CoreMLEncoder,
     CoreMLTools,
     ReferenceEncoder,
@@ -194,7 +195,7 @@ def test_back_end_follows_the_machine_when_none_is_named(
     platform: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(encoders, "CoreMLTools", FakeCoreML)
+    monkeypatch.setattr(encoders, "CoreMLTools", lambda units: FakeCoreML())
     monkeypatch.setattr(encoders, "CoreMLEncoder", lambda *args: ("coreml", *args))
     monkeypatch.setattr(encoders, "ReferenceEncoder", lambda *args: ("reference", *args))
     opened = open_encoder(Path("p"), None, SHAPES)
@@ -226,6 +227,26 @@ class FakeModel:
         if "images" not in inputs:
             raise RuntimeError("E5RT failed\ndetails")
         return {"image_features": FEATURES}
+
+
+@pytest.mark.parametrize("units", COMPUTE_UNITS)
+def test_core_ml_is_asked_for_the_compute_units(units: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    coremltools = pytest.importorskip("coremltools")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(coremltools.models, "CompiledMLModel", FakeModel)
+    CoreMLTools(units).open(tmp_path / "a.mlmodelc")
+    assert FakeModel.opened[1] is coremltools.ComputeUnit[units]
+
+
+def test_compute_units_reach_core_ml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "CoreMLTools", lambda units: units)
+    monkeypatch.setattr(encoders, "CoreMLEncoder", lambda package, shapes, tools: tools)
+    assert open_encoder(Path("p"), "coreml", SHAPES) == "CPU_AND_NE"
+    assert open_encoder(Path("p"), "coreml", SHAPES, "CPU_ONLY") == "CPU_ONLY"
+    with pytest.raises(UsageError, match="one of CPU_AND_NE, .*; found 'GPU'"):
+        open_encoder(Path("p"), "coreml", SHAPES, "GPU")
+    with pytest.raises(UsageError, match="compute_units are Core ML's, and vision is 'reference'"):
+        open_encoder(Path("p"), "reference", SHAPES, "ALL")
 
 
 def test_core_ml_is_asked_for_the_neural_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastvlm.models.errors import ImageError, ModelFolderError, PackageError, Pr
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
 from fastvlm.runtime import fastvlm as runtime
 from fastvlm.runtime import request as request_module
+from fastvlm.runtime import start as start_module
 from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.folder import ModelFolder
@@ -54,8 +55,8 @@ def test_answer_repeats_when_nothing_changed(vlm: FastVLM, options: dict) -> Non
 def first_logits(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
     """Logits of the first token of an answer."""
     seen: list[np.ndarray] = []
-    original = runtime.prefill
-    monkeypatch.setattr(runtime, "prefill", lambda *args: [seen.append(np.array(x := original(*args))), x][1])
+    original = start_module.prefill
+    monkeypatch.setattr(start_module, "prefill", lambda *args: [seen.append(np.array(x := original(*args))), x][1])
 
     def run(image: object, prompt: str, **options: object) -> np.ndarray:
         vlm.generate(image, prompt, max_tokens=1, **options)
@@ -168,8 +169,10 @@ def test_answer_ends_at_a_stop_text(vlm: FastVLM) -> None:
 def test_context_bounds_prompt_and_answer_together(write_folder: Write, open_vlm: Open) -> None:
     vlm = open_vlm(write_folder(tokenizer_model_max_length=60))
     found = vlm.generate(PICTURE, "Hi", max_tokens=1000, ignore_eos=True)
-    assert found.finish_reason == "length"
+    assert found.finish_reason == "context"
     assert found.prompt_tokens + len(found.token_ids) == 60
+    room = 60 - found.prompt_tokens
+    assert vlm.generate(PICTURE, "Hi", max_tokens=room, ignore_eos=True).finish_reason == "length"
     calls = len(vlm.encoder.calls)
     with pytest.raises(PromptError, match=r"takes \d+ tokens \(3 images of 16 included\), and the context holds 60"):
         vlm.generate([PICTURE] * 3, "Hi")
@@ -183,7 +186,7 @@ def test_cache_is_not_allocated_for_a_whole_answer(vlm: FastVLM, monkeypatch: py
     capacities: list[int] = []
     decoder = vlm.language.language_model
     original = type(decoder).make_cache
-    monkeypatch.setattr(type(decoder), "make_cache", lambda self, n=0: capacities.append(n) or original(self, n))
+    monkeypatch.setattr(type(decoder), "make_cache", lambda self, n, bits: capacities.append(n) or original(self, n))
     prompt_tokens = vlm.generate(None, "Hi", max_tokens=3).prompt_tokens
     next(vlm.stream(None, "Hi", max_tokens=5000))
     assert capacities == [prompt_tokens + 3, prompt_tokens + 512]
@@ -210,7 +213,7 @@ def test_only_the_first_answer_of_a_process_is_cold(vlm: FastVLM, monkeypatch: p
 def test_stages_are_timed_where_the_work_is(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
-    class Clock(runtime.LapClock):
+    class Clock(start_module.LapClock):
         def __init__(self) -> None:
             super().__init__(lambda: now[0])
 
@@ -221,16 +224,16 @@ def test_stages_are_timed_where_the_work_is(vlm: FastVLM, monkeypatch: pytest.Mo
 
         return slow
 
-    for module in (runtime, request_module):
+    for module in (start_module, request_module):
         monkeypatch.setattr(module, "LapClock", Clock)
     for owner, name, seconds in [
         (request_module, "open_image", 1.0),
-        (runtime, "preprocess", 2.0),
+        (start_module, "preprocess", 2.0),
         (vlm._prompts, "encode", 0.5),
         (vlm.encoder, "encode", 4.0),
-        (vlm, "_project", 8.0),
-        (runtime, "prefill", 16.0),
-        (runtime, "Sampler", 32.0),
+        (vlm._starter, "_project", 8.0),
+        (start_module, "prefill", 16.0),
+        (start_module, "Sampler", 32.0),
     ]:
         monkeypatch.setattr(owner, name, slowed(getattr(owner, name), seconds))
     timings = vlm.generate([PICTURE, OTHER], "Hi", max_tokens=1).timings
@@ -243,14 +246,17 @@ def test_every_stage_ends_with_its_results_computed(vlm: FastVLM, monkeypatch: p
     """MLX is lazy: what a stage leaves undone would be timed as the next one's."""
     events: list[str] = []
 
-    class Clock(runtime.LapClock):
+    class Clock(start_module.LapClock):
         def lap_ms(self) -> float:
             events.append("lap")
             return super().lap_ms()
 
     original = mx.eval
-    for module in (runtime, request_module):
+    for module in (start_module, request_module):
         monkeypatch.setattr(module, "LapClock", Clock)
+    vlm.generate(PICTURE, "Hi", max_tokens=1)  # reads the beginning of prompts, which is kept
+    vlm.feature_cache.clear()
+    events.clear()
     monkeypatch.setattr(mx, "eval", lambda *args: events.append("eval") or original(*args))
     vlm.generate(PICTURE, "Hi", max_tokens=1)
     opened, preprocessed, encoded = ["lap"], ["lap"], ["lap"]
@@ -259,8 +265,8 @@ def test_every_stage_ends_with_its_results_computed(vlm: FastVLM, monkeypatch: p
 
 def test_sampler_knows_the_prompt_and_the_options(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple] = []
-    original = runtime.Sampler
-    monkeypatch.setattr(runtime, "Sampler", lambda *args: made.append(args) or original(*args))
+    original = start_module.Sampler
+    monkeypatch.setattr(start_module, "Sampler", lambda *args: made.append(args) or original(*args))
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 9}
     vlm.generate(PICTURE, "Hi", max_tokens=1, **given)
     options, ids = made[0]
@@ -388,7 +394,7 @@ def test_folder_is_loaded_with_all_its_parts(
 
     monkeypatch.setattr(runtime, "open_encoder", encoder)
     vlm = fastvlm.load(path, vision="reference")
-    assert opened == [(path / "fastvithd.mlpackage", "reference", Shapes(256, 512, 128))]
+    assert opened == [(path / "fastvithd.mlpackage", "reference", Shapes(256, 512, 128), None)]
     assert (vlm.trained, vlm.notes) == (False, ("random weights",))
     assert vlm.load_ms > 0
     assert vlm.generate(PICTURE, "Hi", **VARIED).token_ids == open_vlm(path).generate(PICTURE, "Hi", **VARIED).token_ids

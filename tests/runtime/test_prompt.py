@@ -122,13 +122,26 @@ def test_prompt_error_names_both_numbers_when_images_and_marks_differ(
         ask(write_tokenizer(), text, images)
 
 
-def test_segments_are_runs_of_text_and_images() -> None:
-    prompt = Prompt((1, 2, -200, 3, -200, -200), -200)
-    assert list(prompt.segments()) == [(1, 2), None, (3,), None, None]
-    assert prompt.image_count == 3
-    assert prompt.token_count(16) == 3 + 3 * 16
-    assert list(Prompt((), -200).segments()) == []
-    assert list(Prompt((-200, 7), -200).segments()) == [None, (7,)]
+def test_images_are_counted_by_their_places() -> None:
+    prompt = Prompt((1, 2, -200, 3, -200, -200), -200, frozenset({2, 4}))
+    assert prompt.image_count == 2  # the last -200 is an answer's
+    assert prompt.token_count(16) == 4 + 2 * 16
+
+
+def test_answer_in_the_history_keeps_its_ids(write_tokenizer: Write) -> None:
+    tokenizer = Tokenizer(write_tokenizer())
+    prompts = PromptEncoder(write_tokenizer(), tokenizer, 1023)
+    text = "one two"
+    usual = prompts.encode([Message("user", "Hi", 1), Message("assistant", text), Message("user", "Why?")])
+    letters = tuple(tokenizer.encode(letter)[0] for letter in text)
+    assert len(letters) > len(tokenizer.encode(text))
+    answer = (*letters, 1023)
+    kept = prompts.encode([Message("user", "Hi", 1), Message("assistant", "", ids=answer), Message("user", "Why?")])
+    begin = next(n for n in range(len(kept.ids)) if kept.ids[n : n + len(answer)] == answer)
+    end = len(kept.ids) - begin - len(answer)
+    assert kept.ids[:begin] == usual.ids[:begin]
+    assert kept.ids[-end:] == usual.ids[-end:]
+    assert kept.image_count == usual.image_count == 1
 
 
 @pytest.mark.parametrize("place", ["settings", "named", "file", "file before settings"])

@@ -1,0 +1,229 @@
+"""Everything up to the first token of an answer, stage by stage. What was read before is not read again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from ..models._mlx import mx
+from ..models.config import FastVLMConfig
+from ..models.errors import PromptError, WeightsError
+from ..models.images import Fit, preprocess, to_pixel_values
+from ..models.kv_cache import KVCache
+from ..models.language import LanguageSide
+from .encoders import VisionEncoder
+from .feature_cache import FeatureCache
+from .generate import prefill
+from .prompt import Message, Prompt, PromptEncoder
+from .request import Request
+from .reuse import MAX_PREFIX, Cell, Memory, Picture, Prefixes, cells_of, evaluated, lead_of, position_count, segments
+from .sampling import Sampler
+from .timings import LapClock
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CACHE_ROOM = 512
+"""Positions for the answer that are allocated ahead, however large max_tokens is."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """An answer of which the first token is known."""
+
+    first: mx.array
+    """Its id (1,), evaluated."""
+    cache: list[KVCache]
+    cells: tuple[Cell, ...]
+    """Of the whole prompt: the cache holds them."""
+    sampler: Sampler
+    room: int
+    """Tokens that the answer may have."""
+    prompt_tokens: int
+    reused_tokens: int
+    cached_images: int
+    stages_ms: dict[str, float]
+
+
+class Starter:
+    """Takes requests up to their first token.
+
+    Attributes:
+        beside: encode images in a thread of its own while the decoder reads the text in front of them: where the
+            encoder has hardware of its own.
+        kv_bits: None, or 8: see `Qwen2.make_cache`.
+    """
+
+    def __init__(
+        self,
+        config: FastVLMConfig,
+        encoder: VisionEncoder,
+        language: LanguageSide,
+        prompts: PromptEncoder,
+        kv_bits: int | None = None,
+    ) -> None:
+        self.config = config
+        self.encoder = encoder
+        self.language = language
+        self.prompts = prompts
+        self.kv_bits = kv_bits
+        self.beside = encoder.name == "coreml"
+        self.feature_cache = FeatureCache()
+        self.prefixes = Prefixes()
+        language.language_model.make_cache(0, kv_bits)  # tells now what is wrong with kv_bits
+
+    def warm(self) -> None:
+        """Reads what the chat template writes in front of every image, and remembers it.
+
+        A template that cannot take a plain question is left to the first request, which tells why.
+        """
+        try:
+            prompt = self.prompts.encode([Message("user", "", 1)])
+        except PromptError:
+            return
+        lead = lead_of(cells_of(prompt, [Picture(np.empty(0, np.uint8))] * prompt.image_count))
+        if 0 < len(lead) <= min(MAX_PREFIX, self.config.max_context) and max(lead) < self.language.vocabulary_rows:
+            self._read_lead(lead, 0, [], pinned=True)
+
+    def start(self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()) -> Start:
+        """The first token of the answer to `request`.
+
+        `memory` is what may be reused and is replaced by what has been read; it is empty after an error.
+        `pictures` are the images of earlier messages; those of the request follow them.
+
+        Raises:
+            PromptError: the prompt does not fit the images, the context or the model.
+            PackageError: the encoder cannot run.
+            WeightsError: the logits are not finite.
+        """
+        clock, stages_ms = LapClock(), {}
+        prompt = self.prompts.encode(request.messages)
+        length = self._checked_length(prompt, len(pictures) + len(request.images))
+        size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
+        new = [Picture(preprocess(image, size, fit)) for image in request.images]
+        cells = cells_of(prompt, [*pictures, *new])
+        stages_ms["preprocess_ms"] = clock.lap_ms()
+        hits = self.feature_cache.hits
+        held, cache = self._recall(cells, memory)
+        reused_tokens = position_count(cells[:held], self.config.tokens_per_image)
+        image_features, held, cache = self._encoded(cells, held, cache)
+        stages_ms["encode_ms"] = clock.lap_ms()
+        projected = self._project(image_features)
+        stages_ms["project_ms"] = clock.lap_ms()
+        room = min(request.options.max_tokens, self.config.max_context - length)
+        logits, cache = self._prefill(cells, held, cache, projected, length + min(room, CACHE_ROOM))
+        stages_ms["prefill_ms"] = clock.lap_ms()
+        sampler = Sampler(request.options.sampling, prompt.ids)
+        first = sampler(logits[0])
+        mx.eval(first, *sampler.state)
+        stages_ms["sample_ms"] = clock.lap_ms()
+        memory.put(cells, cache)
+        cached_images = self.feature_cache.hits - hits
+        return Start(first, cache, cells, sampler, room, length, reused_tokens, cached_images, stages_ms)
+
+    def _checked_length(self, prompt: Prompt, image_count: int) -> int:
+        """Positions that the prompt takes. Raises PromptError unless it fits the images, the context and the model."""
+        if prompt.image_count != image_count:
+            raise PromptError(f"the prompt has places for {prompt.image_count} images, but {image_count} came with it")
+        length = prompt.token_count(self.config.tokens_per_image)
+        if length == 0:
+            raise PromptError("the prompt is empty, and the model's chat template adds nothing to it")
+        if length >= self.config.max_context:
+            raise PromptError(
+                f"the prompt takes {length} tokens ({image_count} images of {self.config.tokens_per_image} included), "
+                f"and the context holds {self.config.max_context} with the answer: shorten it, or begin a conversation "
+                "anew"
+            )
+        highest = max((i for i in prompt.ids if i != prompt.image_token_index), default=0)
+        rows = self.language.vocabulary_rows
+        if highest >= rows:
+            raise PromptError(f"the prompt has the token {highest}, and the model has embeddings for {rows}")
+        return length
+
+    def _recall(self, cells: Sequence[Cell], memory: Memory) -> tuple[int, list[KVCache]]:
+        """How many of `cells` were read before, and a cache that holds them: of this conversation, or of any prompt."""
+        own, cache = memory.take(cells, self.config.tokens_per_image)
+        held, prefix = self.prefixes.longest(cells)
+        return (own, cache) if own >= held else (held, prefix)
+
+    def _encoded(
+        self, cells: Sequence[Cell], held: int, cache: list[KVCache]
+    ) -> tuple[list[NDArray[np.float32]], int, list[KVCache]]:
+        """`image_features` (1, N, C) of the images not held yet. Text before them may be read meanwhile."""
+        wanted = [cell for cell in cells[held:] if isinstance(cell, Picture)]
+        lead = lead_of(cells)
+        if not (self.beside and held < len(lead) <= MAX_PREFIX):
+            return [self._features(picture) for picture in wanted], held, cache
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(1) as beside:
+            features = beside.submit(lambda: [self._features(picture) for picture in wanted])
+            cache = self._read_lead(lead, held, cache)
+            return features.result(), len(lead), cache
+
+    def _features(self, picture: Picture) -> NDArray[np.float32]:
+        """`image_features` (1, N, C) of a square, encoded unless they are remembered."""
+        features = self.feature_cache.get(picture.pixels)
+        if features is None:
+            features = self.encoder.encode(to_pixel_values(picture.pixels))
+            self.feature_cache.put(picture.pixels, features)
+        return features
+
+    def _project(self, image_features: list[NDArray[np.float32]]) -> list[mx.array]:
+        """What stands in for each image's tokens, (1, N, D); nothing to compute where the package projects."""
+        projector = self.language.multi_modal_projector
+        if self.encoder.projected:
+            projected = [mx.array(features).astype(projector.linear_2.bias.dtype) for features in image_features]
+        else:
+            projected = [projector(mx.array(features)) for features in image_features]
+        mx.eval(projected)
+        return projected
+
+    def _prefill(
+        self, cells: Sequence[Cell], held: int, cache: list[KVCache], projected: list[mx.array], capacity: int
+    ) -> tuple[mx.array, list[KVCache]]:
+        """Reads the cells after the first `held`; logits (1, V), computed, and a cache with room for `capacity`."""
+        lead = lead_of(cells)
+        if held < len(lead) <= MAX_PREFIX:
+            held, cache = len(lead), self._read_lead(lead, held, cache)
+        cache = cache or self._empty(capacity)
+        for layer in cache:
+            layer.reserve(capacity)
+        logits = prefill(self.language.language_model, self._embed(cells[held:], projected), cache)
+        _check_finite(logits)
+        return logits, cache
+
+    def _read_lead(self, lead: Sequence[Cell], held: int, cache: list[KVCache], pinned: bool = False) -> list[KVCache]:
+        """A cache of the text `lead`, of which `cache` holds the first cells; it is remembered for other prompts."""
+        cache = [layer.fork(len(lead)) for layer in cache] if cache else self._empty(len(lead))
+        self.language.language_model.extend(self._embed(lead[held:], []), cache)
+        evaluated(cache)
+        self.prefixes.add(lead, cache, pinned)
+        return [layer.fork() for layer in cache]
+
+    def _empty(self, capacity: int) -> list[KVCache]:
+        return self.language.language_model.make_cache(capacity, self.kv_bits)
+
+    def _embed(self, cells: Sequence[Cell], projected: Sequence[mx.array]) -> mx.array:
+        """`inputs_embeds` (1, L, D): the text's embeddings, with each image's features in its place."""
+        images = iter(projected)
+        decoder = self.language.language_model
+        parts = [
+            next(images) if isinstance(segment, Picture) else decoder.embed(mx.array([segment]))
+            for segment in segments(cells)
+        ]
+        return mx.concatenate(parts, axis=1)  # (1, L, D)
+
+
+def _check_finite(logits: mx.array) -> None:
+    """Computes the logits. Raises WeightsError when they are no numbers to pick a token by."""
+    finite = mx.isfinite(logits).all()
+    mx.eval(logits, finite)
+    if not finite.item():
+        raise WeightsError(
+            "the decoder gives logits that are not finite: its weights are damaged, or overflow "
+            f"{str(logits.dtype).removeprefix('mlx.core.')}; export the model again"
+        )

@@ -1,0 +1,128 @@
+"""Batches: every answer is what it would be alone, however long its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastvlm.models.errors import FastVLMError, ImageError, PromptError, UsageError
+from fastvlm.runtime import batch as batch_module
+from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.request import Request, prepare
+
+PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
+OTHER = 255 - PICTURE
+
+pairs = st.lists(
+    st.tuples(st.sampled_from([None, PICTURE, OTHER, [PICTURE, OTHER]]), st.text("abc ?é", max_size=30)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(pairs=pairs, size=st.integers(1, 4), greedy=st.booleans())
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answers_are_those_of_one_by_one(vlm: FastVLM, pairs: list[tuple[Any, str]], size: int, greedy: bool) -> None:
+    options: dict[str, Any] = {"max_tokens": 6}
+    if not greedy:
+        options |= {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "top_k": 40}
+    images, prompts = [image for image, _ in pairs], [prompt for _, prompt in pairs]
+    expected = [vlm.generate(image, prompt, **options) for image, prompt in pairs]
+    found = vlm.generate_batch(images, prompts, batch_size=size, **options)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert [(one.text, one.finish_reason, one.prompt_tokens) for one in found] == [
+        (one.text, one.finish_reason, one.prompt_tokens) for one in expected
+    ]
+
+
+def varied(vlm: FastVLM, stops: list[tuple[str, ...]], lengths: list[int]) -> list[Request]:
+    return [
+        prepare(PICTURE, f"Question {n}", stop=stop, max_tokens=length, temperature=1.0, seed=n)
+        for n, (stop, length) in enumerate(zip(stops, lengths, strict=True))
+    ]
+
+
+def test_each_answer_ends_where_it_would_alone(vlm: FastVLM) -> None:
+    lengths = [1, 30, 7, 2, 12, 30]
+    whole = [vlm.answer(request).read().text for request in varied(vlm, [()] * 6, [30] * 6)]
+    stops = [(), (whole[1][3:6],), (), (), (whole[4][5:7],), ("never comes",)]
+    requests = varied(vlm, stops, lengths)
+    expected = [vlm.answer(request).read() for request in requests]
+    assert {one.finish_reason for one in expected} >= {"stop", "length"}
+    found = list(vlm.answer_all(requests, 3))
+    assert [(one.token_ids, one.text, one.finish_reason) for one in found] == [
+        (one.token_ids, one.text, one.finish_reason) for one in expected
+    ]
+
+
+def test_places_are_taken_by_the_next_and_ended_answers_drop_out(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = batch_module.decode_one_token
+    monkeypatch.setattr(
+        batch_module, "decode_one_token", lambda d, tokens, c: sizes.append(tokens.size) or original(d, tokens, c)
+    )
+    requests = [prepare(None, f"Q{n}", max_tokens=length, ignore_eos=True) for n, length in enumerate([2, 4, 3, 1, 6])]
+    assert [len(one.token_ids) for one in vlm.answer_all(requests, 2)] == [2, 4, 3, 1, 6]
+    # two places: 1 + 3 + 2 + 0 + 5 steps of single answers after their first tokens
+    assert sizes == [2, 2, 2, 2, 1, 1, 1] or sum(sizes) == 11
+    assert max(sizes) == 2
+
+
+def test_requests_are_made_when_there_is_room(vlm: FastVLM) -> None:
+    made: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for n in range(5):
+            made.append(n)
+            yield prepare(None, f"Q{n}", max_tokens=3, ignore_eos=True)
+
+    answers = vlm.answer_all(requests(), 2)
+    next(answers)
+    assert made == [0, 1]
+    assert len(list(answers)) == 4
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_errors_stand_in_their_places(vlm: FastVLM) -> None:
+    fine = prepare(PICTURE, "Hi", max_tokens=2, ignore_eos=True)
+    wrong = prepare(None, "Hi", max_tokens=2)
+    wrong = type(wrong)((), fine.messages, None, wrong.options, 0.0)  # a message with an image, which is not there
+    error = ImageError("broken")
+    found = list(vlm.answer_all([fine, wrong, error, fine], 2))
+    assert [type(one) for one in found] == [Generation, PromptError, ImageError, Generation]
+    assert found[2] is error
+    assert found[0].token_ids == found[3].token_ids
+
+
+def test_first_error_is_raised(vlm: FastVLM, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="gone"):
+        vlm.generate_batch([PICTURE, tmp_path / "gone.png"], "Hi", max_tokens=2)
+    with pytest.raises(FastVLMError, match="2 places"):
+        vlm.generate_batch([PICTURE], ["<image> <image>"])
+
+
+def test_timings_are_each_answers_own(vlm: FastVLM) -> None:
+    vlm.generate(None, "Hi", max_tokens=1)
+    found = vlm.generate_batch([PICTURE, OTHER, None], "Hi", max_tokens=4, ignore_eos=True)
+    assert all(one.timings.ttft_ms > 0 and one.timings.decode_tps > 0 and not one.timings.cold for one in found)
+    assert [one.timings.generated_tokens for one in found] == [4, 4, 4]
+    assert [one.timings.encode_ms > 0.001 for one in found[:2]] == [True, True]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
+def test_usage_error_when_the_size_is_out_of_range(vlm: FastVLM, size: object) -> None:
+    with pytest.raises(UsageError, match="batch_size should be"):
+        vlm.generate_batch([None], "Hi", batch_size=size)  # type: ignore[arg-type]
+
+
+def test_usage_error_when_images_and_prompts_differ_in_number(vlm: FastVLM) -> None:
+    with pytest.raises(UsageError, match="2 prompts and 1 images"):
+        vlm.generate_batch([None], ["a", "b"])
+    assert vlm.generate_batch([], []) == []

@@ -1,0 +1,189 @@
+"""The fixed beginning of prompts is read once, at load; and several threads may ask."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastvlm
+from fastvlm.models._mlx import mx
+from fastvlm.models.qwen2 import Qwen2, Qwen2Model
+from fastvlm.runtime import fastvlm as runtime
+from fastvlm.runtime import start as start_module
+from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.reuse import Memory, Picture, Prefixes, lead_of, segments, shared_count
+from fastvlm.runtime.timings import TTFT_STAGES
+
+PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
+OTHER = 255 - PICTURE
+VARIED = {"temperature": 1.0, "seed": 3, "max_tokens": 8}
+
+Open = Callable[[Path], FastVLM]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def loaded(write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch) -> FastVLM:
+    """A model that came through `load`."""
+    path = write_folder()
+    encoder = open_vlm(path).encoder
+    monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
+    return fastvlm.load(path)
+
+
+def test_beginning_of_prompts_is_read_at_load(loaded: FastVLM, vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = Qwen2Model.__call__
+    monkeypatch.setattr(
+        Qwen2Model,
+        "__call__",
+        lambda self, x, *rest, **named: read.append(x.shape[1]) or original(self, x, *rest, **named),
+    )
+    found = loaded.generate(PICTURE, "Hi", max_tokens=1)
+    reused = found.timings.reused_tokens
+    assert reused > 10
+    assert read == [found.prompt_tokens - reused]
+    assert vlm.generate(PICTURE, "Hi", max_tokens=1).timings.reused_tokens == 0
+
+
+@pytest.mark.parametrize("image", [None, PICTURE, [PICTURE, OTHER]], ids=["none", "one", "two"])
+@pytest.mark.parametrize("options", [VARIED, {"max_tokens": 6, "system": "Be brief."}], ids=["seeded", "system"])
+def test_ids_do_not_depend_on_what_was_read_before(loaded: FastVLM, vlm: FastVLM, image: object, options: dict) -> None:
+    expected = vlm.generate(image, "What is it?", **options).token_ids
+    for _ in range(2):
+        loaded.generate(OTHER, "Something else.", max_tokens=2, system="Be long.")
+        assert loaded.generate(image, "What is it?", **options).token_ids == expected
+
+
+def test_stages_add_up_with_and_without_a_known_beginning(loaded: FastVLM) -> None:
+    for system in (None, "Be brief."):
+        timings = loaded.generate(PICTURE, "Hi", max_tokens=2, system=system).timings
+        assert timings.ttft_ms == sum(getattr(timings, stage) for stage in TTFT_STAGES)
+        assert timings.as_dict()["reused_tokens"] == timings.reused_tokens
+
+
+def test_load_time_holds_the_reading(write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_folder()
+    encoder = open_vlm(path).encoder
+    monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
+    now = [0.0]
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    original = start_module.Starter.warm
+
+    def slow(self: start_module.Starter) -> None:
+        now[0] += 7.0
+        original(self)
+
+    monkeypatch.setattr(start_module.Starter, "warm", slow)
+    assert fastvlm.load(path).load_ms == 7000
+
+
+def test_template_that_takes_no_plain_question_is_left_to_the_request(
+    write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_folder(manifest=None)
+    (path / "chat_template.jinja").write_text(
+        "{% if messages|length < 2 %}{{ raise_exception('x') }}{% endif %}"
+        "{{ messages[0].content }}{{ messages[1].content }}"
+    )
+    encoder = open_vlm(path).encoder
+    monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
+    assert fastvlm.load(path).generate(None, "Hi", system="S", max_tokens=1).timings.reused_tokens == 0
+
+
+def test_logits_are_computed_for_the_last_position_alone(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    original = start_module.prefill
+    monkeypatch.setattr(start_module, "prefill", lambda *args: [x := original(*args), shapes.append(x.shape)][0])
+    head = type(vlm.language.language_model.model.embed_tokens)
+    as_linear = head.as_linear
+    monkeypatch.setattr(head, "as_linear", lambda self, x: shapes.append(x.shape) or as_linear(self, x))
+    vlm.generate(PICTURE, "Describe it.", max_tokens=1)
+    assert shapes == [(1, 1, 128), (1, 1024)]
+
+
+def test_encoder_and_decoder_work_side_by_side(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = vlm.generate(PICTURE, "Hi", system="S", **VARIED).token_ids
+    vlm.feature_cache.clear()
+    vlm._starter.prefixes = Prefixes()
+    vlm._starter.beside = True
+    reading, encode, extend, threads = threading.Event(), vlm.encoder.encode, Qwen2.extend, []
+
+    def encode_meanwhile(pixel_values: np.ndarray) -> np.ndarray:
+        threads.append(threading.current_thread())
+        assert reading.wait(20), "the text before the image is not read meanwhile"
+        return encode(pixel_values)
+
+    vlm.encoder.encode = encode_meanwhile  # type: ignore[method-assign]
+    monkeypatch.setattr(Qwen2, "extend", lambda *args: reading.set() or extend(*args))
+    found = vlm.generate(PICTURE, "Hi", system="S", **VARIED)
+    assert found.token_ids == expected
+    assert threads != [threading.current_thread()]
+    assert found.timings.ttft_ms == sum(getattr(found.timings, stage) for stage in TTFT_STAGES)
+
+
+@pytest.mark.parametrize(
+    "options", [VARIED, {"max_tokens": 8, "repetition_penalty": 1.4, **VARIED}], ids=["plain", "penalty"]
+)
+def test_threads_get_the_ids_that_each_gets_alone(loaded: FastVLM, options: dict) -> None:
+    images, prompts = [PICTURE, OTHER, None], ["One?", "What is it, then?", "Why?"]
+    alone = [loaded.generate(image, prompt, **options).token_ids for image, prompt in zip(images, prompts, strict=True)]
+    found: dict[int, list] = {n: [] for n in range(3)}
+
+    def ask(n: int) -> None:
+        for _ in range(3):
+            found[n].append(loaded.generate(images[n], prompts[n], **options).token_ids)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {n: [alone[n]] * 3 for n in found}
+
+
+def test_one_answer_may_be_read_by_several_threads_in_turn(loaded: FastVLM) -> None:
+    options = {"repetition_penalty": 1.3, **VARIED}
+    expected = loaded.generate(PICTURE, "Hi", **options)
+    stream, pieces = loaded.stream(PICTURE, "Hi", **options), []
+
+    def read_one() -> None:
+        pieces.append(next(stream, None))
+
+    while not pieces or pieces[-1] is not None:
+        thread = threading.Thread(target=read_one)
+        thread.start()
+        thread.join(60)
+        assert pieces, "reading failed"
+    assert "".join(pieces[:-1]) == expected.text
+    assert stream.generation.token_ids == expected.token_ids
+
+
+def test_cells_are_found_again_and_split() -> None:
+    one, other = Picture(PICTURE), Picture(OTHER)
+    assert list(segments([1, 2, one, 3, one, other])) == [[1, 2], one, [3], one, other]
+    assert list(segments([])) == []
+    assert shared_count([1, 2, one, 3], [1, 2, Picture(PICTURE.copy()), 4]) == 3
+    assert shared_count([1, one], [1, other]) == 1
+    assert shared_count([], [1]) == 0
+    assert lead_of([5, 6, one, 7]) == [5, 6]
+    assert lead_of([5, 6]) == lead_of([one, 5]) == []
+
+
+def test_memory_leaves_out_what_the_cache_does_not_hold(vlm: FastVLM) -> None:
+    decoder = vlm.language.language_model
+    cache = decoder.make_cache()
+    decoder.extend(mx.zeros((1, 18, 128)), cache)
+    picture = Picture(PICTURE)
+    memory = Memory([picture, 1, 2, 3], cache)  # 3 was handed out, and nothing has followed it
+    assert memory.take([picture, 1, 2, 3, 4], 16) == (3, cache)
+    assert cache[0].offset == 18
+    assert (memory.cells, memory.cache) == ([], [])
+    memory.put([picture, 1, 2, 3], cache)
+    assert memory.take([picture, 1], 16)[0] == 1  # the last cell is read again, for its logits
+    assert cache[0].offset == 16
+    assert Memory().take([1, 2], 16) == (0, [])
