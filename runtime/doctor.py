@@ -6,23 +6,20 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+
+from ..models.versions import TESTED_PYTHON, TESTED_VERSIONS, is_tested, release, tested_range
 
 State = Literal["ok", "limited", "missing"]
 
-TESTED_VERSIONS = {
-    "coremltools": ((9, 0), (9, 1)),
-    "numpy": ((1, 26), (2, 4)),
-    "torch": ((2, 7), (2, 14)),
-    "mlx": ((0, 30), (1, 0)),
-    "tokenizers": ((0, 21), (1, 0)),
-    "pillow": ((10, 1), (14, 0)),
-}
-"""From the first version on, and below the second. coremltools 9.0's torch frontend fails on numpy 2.4."""
+HUB_SECONDS = 2.0
 
 COMFORTABLE_MEMORY_BYTES = 8 * 2**30
 """Exporting the 0.5B takes about 3 GB, on top of what else runs."""
@@ -46,7 +43,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that decides what works here, the most basic first."""
-    return [machine(), python(), *packages(), vision(), decoder(), *blas(), memory(), disk()]
+    return [machine(), python(), *packages(), vision(), decoder(), *blas(), memory(), disk(), temporary_files(), hub()]
 
 
 def machine() -> Finding:
@@ -57,24 +54,26 @@ def machine() -> Finding:
     return Finding("machine", "limited", detail, "no Neural Engine here: everything runs, but on the CPU")
 
 
-def python() -> Finding:
-    detail = f"{platform.python_version()} at {sys.executable}"
-    return Finding("python", "ok", detail)
+def python(version: str = platform.python_version()) -> Finding:
+    detail = f"{version} at {sys.executable}"
+    first, beyond = TESTED_PYTHON
+    if first <= release(version) < beyond:
+        return Finding("python", "ok", detail)
+    return Finding("python", "limited", detail, "tested with 3.11 to 3.13: make an environment with one of these")
 
 
 def packages() -> Iterator[Finding]:
-    for name, (first, beyond) in TESTED_VERSIONS.items():
-        tested = f">={_dotted(first)},<{_dotted(beyond)}"
-        install = f'pip install "{name}{tested}"'
+    for name in TESTED_VERSIONS:
+        install = f'pip install "{name}{tested_range(name)}"'
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "missing", "not installed", install)
             continue
-        if first <= _release(found) < beyond:
+        if is_tested(name, found):
             yield Finding(name, "ok", found)
         else:
-            yield Finding(name, "limited", f"{found}, tested with {tested}", install)
+            yield Finding(name, "limited", f"{found}, tested with {tested_range(name)}", install)
 
 
 def vision() -> Finding:
@@ -91,7 +90,11 @@ def decoder() -> Finding:
         return Finding("decoder", "missing", f"MLX cannot be imported: {reason}", f'pip install "mlx{extra}"')
     if mx.default_device() == mx.gpu:
         return Finding("decoder", "ok", f"MLX on {mx.default_device()}")
-    return Finding("decoder", "limited", "MLX on the CPU, weights expanded to float32 while they fit in memory")
+    detail = "MLX on the CPU, weights expanded to float32 while they fit in memory"
+    if sys.platform == "darwin":
+        advice = "MLX finds no Metal: use Apple Silicon with macOS 14 or newer, outside a virtual machine"
+        return Finding("decoder", "limited", detail, advice)
+    return Finding("decoder", "limited", detail)
 
 
 def blas() -> Iterator[Finding]:
@@ -118,23 +121,41 @@ def memory() -> Finding:
     return Finding("memory", "ok", detail)
 
 
-def disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free
-    detail = f"{free / 1e9:.0f} GB free in {Path.cwd()}"
+def disk(folder: Path | None = None) -> Finding:
+    """Of `folder`, by default this one: whether it can be written, and how much."""
+    folder = folder or Path.cwd()
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / 1e9:.0f} GB free in {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "limited", f"{folder} cannot be written", "change to a folder of yours, or use --out")
     if free < 4e9:
         return Finding("disk", "limited", detail, "an export of the 0.5B takes up to 2 GB while it is written")
     return Finding("disk", "ok", detail)
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `2.13.0+cpu` -> (2, 13, 0)."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def temporary_files() -> Finding:
+    """coremltools writes a package there first."""
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as reason:
+        return Finding("temporary files", "missing", str(reason), "set TMPDIR to a folder with 1 GB free")
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / 1e9:.0f} GB free in {folder}"
+    if free < 1e9:
+        return Finding("temporary files", "limited", detail, "set TMPDIR to a folder with 1 GB free")
+    return Finding("temporary files", "ok", detail)
 
 
-def _dotted(release: tuple[int, ...]) -> str:
-    return ".".join(map(str, release))
+def hub(endpoint: str | None = None) -> Finding:
+    """Whether downloads would work; nothing is sent."""
+    endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    advice = "only downloads need it: everything else works without"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return Finding("hub", "limited", "HF_HUB_OFFLINE is set", advice)
+    try:
+        address = urlsplit(endpoint)
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=HUB_SECONDS).close()
+    except (OSError, ValueError) as reason:
+        return Finding("hub", "limited", f"{endpoint} cannot be reached: {reason}", advice)
+    return Finding("hub", "ok", f"{endpoint} answers")
