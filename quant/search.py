@@ -2,8 +2,9 @@
 
 What rounding one weight adds to the output's noise is, near enough, the weight's own rounding noise times a gain of
 that weight alone; and the noises of different weights add up. (On small encoders: gains mostly within 3 dB from 4 bits
-to 8, sums within 1.5 dB of whole plans.) So one run of the network per weight tells every scheme's noise there, the
+to 8, sums within 1.5 dB of whole plans.) So two runs of the network per weight tell every scheme's noise there, the
 choice is a walk along the best trades of noise for bytes, and the whole plan is then run, and corrected until it holds.
+Whole plans are run with every result rounded to float16: what that alone costs is measured first.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import numpy as np
 
 from ..models.errors import UsageError
 from .encoder import apply_weights, convolutions, input_means, stored_by_plan
+from .float16 import float16_outputs
 from .schemes import StoredWeight, is_candidate, store, stored_bytes
+from .trades import Option, Options, best_trades, plan_bytes, within_bytes, within_noise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CHOICES = ("pal8", "pal6", "pal4")
-"""Besides float16. pal8 stands for int8 too: of the same bytes, with 8 dB less noise on small reference encoders."""
+PROBES = {"int8": "int8", "pal8": "pal6", "pal6": "pal6", "pal4": "pal6"}
+"""The choices besides float16, and the scheme that each one's gain is measured with.
 
-PROBE = "pal6"
-"""The scheme that gains are measured with."""
+Palettes spread their noise evenly over a weight's channels, int8 by their scales: gains differ. Of pal8 and int8, which
+take about the same bytes, either may be the better, by 8 dB on some weights.
+"""
 
 MARGIN_DB = 1.0
 """Plans are made to pass the floor by this on the images that they are tried on; other images differ by 0.5 dB."""
@@ -34,28 +38,17 @@ MARGIN_DB = 1.0
 SLACK_DB = 0.4
 """A plan that passes its target by less than this is not improved further."""
 
+LEAST_SHARE = 1e-3
+"""Of float16's own noise: what weights add is taken to be this much at least, for it may even cancel some."""
+
 MAX_TRIALS = 6
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to store one weight."""
-
-    scheme: str
-    nbytes: int
-    noise: float
-    """What it adds to the output's noise, relative to the output's own energy."""
-
-
-Options = Mapping[str, Sequence[Option]]
-"""The ways that are worth taking for each weight, from float16 to the fewest bytes."""
-
-
-@dataclass(frozen=True)
 class Found:
-    """A plan, and the SNR of `image_features` that it reached in torch."""
+    """A plan, and the SNR of `image_features` that it reached in torch, with results rounded to float16."""
 
     plan: Mapping[str, str]
     snr_db: float
@@ -72,25 +65,40 @@ class Images:
 def search(network: nn.Sequential, options: Options, images: Images, *, min_snr: float, say: Say) -> Found:
     """The smallest plan found that reaches `min_snr` (dB) by `MARGIN_DB` on the trial images.
 
-    Where none does, everything stays float16.
+    Where float16 itself passes by less than that, or no plan does, everything stays float16.
+
+    Raises:
+        UsageError: float16 itself does not reach `min_snr`.
     """
     trial = Trial(network, options, images)
-    target = 10 ** (-(min_snr + MARGIN_DB) / 10)
-    best = Found(filled(network, {}), np.inf)
-    passed, failed, budget = 0.0, np.inf, target  # the largest budget that passed, the smallest that failed
-    for turn in range(MAX_TRIALS):
+    base = trial.noise({})
+    best = Found(filled(network, {}), decibels(base))
+    check_attainable(min_snr, best.snr_db)
+    say(f"float16 itself keeps {best.snr_db:.1f} dB")
+    room = 10 ** (-(min_snr + MARGIN_DB) / 10) - base  # for the noise of weights in fewer bits
+    passed, failed, budget = 0.0, np.inf, room  # the largest budget that passed, the smallest that failed
+    for turn in range(MAX_TRIALS if room > 0 else 0):
         plan = within_noise(options, budget)
-        noise = trial.noise(plan)
-        snr_db = float(-10 * np.log10(noise))
-        say(f"try plan {turn + 1}: {plan_bytes(options, plan) / 1e6:.1f} MB, {snr_db:.1f} dB")
-        if noise <= target:
-            best, passed = Found(filled(network, plan), snr_db), budget
+        found = Found(filled(network, plan), decibels(trial.noise(plan)))
+        say(f"try plan {turn + 1}: {plan_bytes(options, plan) / 1e6:.1f} MB, {found.snr_db:.1f} dB")
+        noise = max(10 ** (-found.snr_db / 10) - base, base * LEAST_SHARE)
+        if noise <= room:
+            best, passed = found, budget
         else:
             failed = budget
-        if 1 <= target / noise < 10 ** (SLACK_DB / 10):
+        if 1 <= room / noise < 10 ** (SLACK_DB / 10):
             break
-        budget = next_budget(passed, failed, budget * target / noise)
+        budget = next_budget(passed, failed, budget * room / noise)
     return best
+
+
+def check_attainable(min_snr: float, float16_db: float) -> None:
+    """Raises UsageError when float16 itself, which reaches `float16_db`, does not reach `min_snr`."""
+    if min_snr > float16_db:
+        raise UsageError(
+            f"--min-snr {min_snr:g} is more than float16 itself keeps of this encoder, {float16_db:.1f} dB: ask for "
+            f"{np.floor(float16_db - MARGIN_DB):g} or less, or take --quant fp16"
+        )
 
 
 def next_budget(passed: float, failed: float, proposed: float) -> float:
@@ -107,13 +115,12 @@ def search_bytes(network: nn.Sequential, options: Options, images: Images, *, ma
     plan = within_bytes(options, max_bytes - others)
     if plan is None:
         least = others + sum(choices[-1].nbytes for choices in options.values())
-        raise UsageError(f"--max-bytes {max_bytes} is too few: the encoder takes {least} bytes with {CHOICES[-1]}")
-    noise = Trial(network, options, images).noise(plan)
-    return Found(filled(network, plan), float(-10 * np.log10(noise)))
+        raise UsageError(f"--max-bytes {max_bytes} is too few: the encoder takes {least} bytes at least")
+    return Found(filled(network, plan), decibels(Trial(network, options, images).noise(plan)))
 
 
 class Trial:
-    """Runs whole plans in torch, at full size; the network is left as it was."""
+    """Runs whole plans as the engine would, at full size; the network is left as it was."""
 
     def __init__(self, network: nn.Sequential, options: Options, images: Images) -> None:
         self.network, self.images = network, images.trial
@@ -121,14 +128,13 @@ class Trial:
         self.expected = [outputs(network, image) for image in images.trial]
 
     def noise(self, plan: Mapping[str, str]) -> float:
-        """Of the output, relative to its energy; never quite 0."""
+        """Of the output, relative to its energy."""
         with applied(self.network, stored_by_plan(self.network, plan), self.means):
-            found = [outputs(self.network, image) for image in self.images]
-        return max(noise_of(self.expected, found), 1e-20)
+            return noise_of(self.expected, [float16_outputs(self.network, image) for image in self.images])
 
 
 def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> dict[str, list[Option]]:
-    """For each convolution that can take fewer bits its options, from one run of what follows it per image.
+    """For each convolution that can take fewer bits its options, from two runs of what follows it per image.
 
     `images` may be smaller than those that the encoder is for: gains hardly depend on the size.
     """
@@ -138,14 +144,18 @@ def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> di
     expected = [found[-1].numpy() for found in prefixes]
     options = {}
     for name, conv in candidates.items():
-        weight = conv.weight.numpy()
-        stored = {scheme: store(weight, scheme) for scheme in CHOICES}
+        weight, part = conv.weight.numpy(), int(name.split(".")[0])
+        stored = {scheme: store(weight, scheme) for scheme in PROBES}
         noises = {scheme: float(np.square(kept.dense() - weight).sum()) for scheme, kept in stored.items()}
-        part = int(name.split(".")[0])
-        with applied(network, {name: stored[PROBE]}, means):
-            found = [outputs(network[part:], prefix[part]) for prefix in prefixes]
-        gain = noise_of(expected, found) / noises[PROBE] if noises[PROBE] else 0.0
-        choices = [Option(scheme, kept.nbytes, gain * noises[scheme]) for scheme, kept in stored.items()]
+        gains = {}
+        for probe in set(PROBES.values()):
+            with applied(network, {name: stored[probe]}, means):
+                found = [outputs(network[part:], prefix[part]) for prefix in prefixes]
+            gains[probe] = noise_of(expected, found) / noises[probe] if noises[probe] else 0.0
+        choices = [
+            Option(scheme, stored_bytes(weight.shape, scheme), gains[PROBES[scheme]] * noise)
+            for scheme, noise in noises.items()
+        ]
         options[name] = best_trades([Option("fp16", stored_bytes(weight.shape, "fp16"), 0.0), *choices])
     return options
 
@@ -175,6 +185,11 @@ def noise_of(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> flo
     return noise / sum(float(np.square(a.astype(np.float64)).sum()) for a in expected)
 
 
+def decibels(noise: float) -> float:
+    """The SNR of a noise that is relative to the signal."""
+    return float(-10 * np.log10(noise))
+
+
 @contextlib.contextmanager
 def applied(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mapping[str, Tensor]) -> Iterator[None]:
     """`apply_weights`, taken back at the end."""
@@ -189,59 +204,6 @@ def applied(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mappi
         for name, (weight, bias) in kept.items():
             convs[name].weight.data = weight
             bias_of(convs[name]).data = bias
-
-
-def best_trades(options: Sequence[Option]) -> list[Option]:
-    """Those of `options` (from many bytes to few) that no mixture of others beats: noise per byte saved only grows."""
-    hull: list[Option] = []
-    for option in options:
-        while hull and option.noise <= hull[-1].noise:
-            hull.pop()
-        while len(hull) > 1 and price(hull[-2], option) <= price(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def price(more: Option, fewer: Option) -> float:
-    """Noise that is added for each byte that is saved."""
-    return (fewer.noise - more.noise) / (more.nbytes - fewer.nbytes)
-
-
-def trades(options: Options) -> list[tuple[float, str, int]]:
-    """(price, name, step) of every step from an option to the next, the best first."""
-    return sorted(
-        (price(choices[step - 1], choices[step]), name, step)
-        for name, choices in options.items()
-        for step in range(1, len(choices))
-    )
-
-
-def within_noise(options: Options, budget: float) -> dict[str, str]:
-    """The scheme of each weight so that noises add up to `budget` at most: the best trades that fit in."""
-    level = dict.fromkeys(options, 0)
-    spent = sum(choices[0].noise for choices in options.values())
-    for _, name, step in trades(options):
-        added = options[name][step].noise - options[name][step - 1].noise
-        if level[name] == step - 1 and spent + added <= budget:
-            level[name], spent = step, spent + added
-    return {name: options[name][step].scheme for name, step in level.items()}
-
-
-def within_bytes(options: Options, budget: int) -> dict[str, str] | None:
-    """The scheme of each weight so that they take `budget` bytes at most, or None where nothing does."""
-    level = dict.fromkeys(options, 0)
-    size = sum(choices[0].nbytes for choices in options.values())
-    for _, name, step in trades(options):
-        if size <= budget:
-            break
-        size -= options[name][step - 1].nbytes - options[name][step].nbytes
-        level[name] = step
-    return {name: options[name][step].scheme for name, step in level.items()} if size <= budget else None
-
-
-def plan_bytes(options: Options, plan: Mapping[str, str]) -> int:
-    return sum(option.nbytes for name, choices in options.items() for option in choices if option.scheme == plan[name])
 
 
 def filled(network: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:

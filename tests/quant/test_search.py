@@ -12,22 +12,22 @@ from torch import nn
 
 from fastvlm.models.errors import UsageError
 from fastvlm.quant.encoder import convolutions, input_means, stored_by_plan
+from fastvlm.quant.float16 import float16_outputs
+from fastvlm.quant.schemes import stored_bytes
 from fastvlm.quant.search import (
     MARGIN_DB,
+    PROBES,
     Images,
-    Option,
     applied,
-    best_trades,
+    decibels,
     measured_options,
     next_budget,
     noise_of,
     outputs,
-    plan_bytes,
     search,
     search_bytes,
-    within_bytes,
-    within_noise,
 )
+from fastvlm.quant.trades import Option, best_trades, plan_bytes, within_bytes, within_noise
 
 DRAW = np.random.default_rng(2)
 OPTIONS = {
@@ -88,7 +88,10 @@ def network() -> nn.Sequential:
     parts = [nn.Conv2d(3, 64, 3, 2, 1)]
     for _ in range(4):
         parts += [nn.Sequential(nn.Conv2d(64, 96, 1), nn.GELU()), nn.Conv2d(96, 64, 1)]
-    return nn.Sequential(*parts).requires_grad_(False).eval()
+    network = nn.Sequential(*parts).requires_grad_(False).eval()
+    for conv in convolutions(network).values():
+        conv.weight.mul_(2.5)  # as drawn, biases would drown what the image does
+    return network
 
 
 @pytest.fixture
@@ -101,11 +104,10 @@ def snr_db(network: nn.Sequential, plan: Mapping[str, str], images: Images) -> f
     expected = [outputs(network, image) for image in images.trial]
     stored = stored_by_plan(network, plan)
     with applied(network, stored, input_means(network, stored, images.calibration)):
-        found = [outputs(network, image) for image in images.trial]
-    return -10 * float(np.log10(noise_of(expected, found)))
+        return decibels(noise_of(expected, [float16_outputs(network, image) for image in images.trial]))
 
 
-@pytest.mark.parametrize("above_pal4_db", [-3.0, 3.0, 10.0, 18.0])
+@pytest.mark.parametrize("above_pal4_db", [-3.0, 3.0, 10.0, 18.0, 26.0])
 def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme_for_all(
     network: nn.Sequential, images: Images, above_pal4_db: float
 ) -> None:
@@ -120,29 +122,53 @@ def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme_for_all(
     assert snr_db(network, found.plan, images) == pytest.approx(found.snr_db, abs=1e-6)
     assert found.snr_db >= floor + MARGIN_DB
     assert found.snr_db < floor + MARGIN_DB + 3 or above_pal4_db < 0  # no bits beyond need
-    for scheme in ("pal8", "pal6", "pal4"):
+    for scheme in PROBES:
         uniform = dict.fromkeys(options, scheme)
         if snr_db(network, uniform, images) >= floor + MARGIN_DB:
-            assert plan_bytes(options, found.plan) <= plan_bytes(options, uniform)
+            convs = convolutions(network)
+            size = sum(stored_bytes(convs[name].weight.shape, scheme) for name in options)
+            assert plan_bytes(options, found.plan) <= size
 
 
 def test_gains_predict_the_noise_of_whole_plans(network: nn.Sequential, images: Images) -> None:
     options = measured_options(network, images.calibration)
-    for scheme in ("pal8", "pal6", "pal4"):
-        predicted = sum(option.noise for choices in options.values() for option in choices if option.scheme == scheme)
-        measured = snr_db(network, dict.fromkeys(options, scheme), images)
-        assert -10 * np.log10(predicted) == pytest.approx(measured, abs=2.0)
+    float16 = 10 ** (-snr_db(network, {}, images) / 10)
+    for step in (1, 2, 3):  # each weight's best scheme of 8 bits, then 6, then 4
+        plan = {name: choices[step] for name, choices in options.items()}
+        predicted = float16 + sum(option.noise for option in plan.values())
+        measured = snr_db(network, {name: option.scheme for name, option in plan.items()}, images)
+        assert decibels(predicted) == pytest.approx(measured, abs=2.0)
+
+
+def test_int8_is_chosen_where_channels_differ_in_size_and_a_palette_where_tails_are_long(
+    network: nn.Sequential, images: Images
+) -> None:
+    convs = convolutions(network)
+    convs["2"].weight.mul_(2.0 ** -torch.linspace(0, 4, 64)[:, None, None, None])
+    convs["4"].weight.copy_(convs["4"].weight ** 5)
+    options = measured_options(network, images.calibration)
+    assert {name: options[name][1].scheme for name in ("2", "4")} == {"2": "int8", "4": "pal8"}
 
 
 def test_size_is_kept_and_an_impossible_one_refused(network: nn.Sequential, images: Images) -> None:
     options = measured_options(network, images.calibration)
     found = search_bytes(network, options, images, max_bytes=40_000, others=5_000)
     assert plan_bytes(options, found.plan) <= 35_000
-    with pytest.raises(UsageError, match=r"--max-bytes 20000 is too few: the encoder takes \d+ bytes with pal4"):
+    with pytest.raises(UsageError, match=r"--max-bytes 20000 is too few: the encoder takes \d+ bytes at least"):
         search_bytes(network, options, images, max_bytes=20_000, others=5_000)
 
 
-def test_floor_that_nothing_reaches_leaves_float16(network: nn.Sequential, images: Images) -> None:
+def test_floor_that_no_plan_reaches_leaves_float16(network: nn.Sequential, images: Images) -> None:
     options = {"1.0": [Option("fp16", 100, 0.0), Option("pal4", 10, 0.0)]}  # a measurement that promises too much
-    found = search(network, options, images, min_snr=90.0, say=lambda _: None)
+    float16 = snr_db(network, {}, images)
+    found = search(network, options, images, min_snr=float16 - MARGIN_DB - 0.1, say=lambda _: None)
     assert set(found.plan.values()) == {"fp16"}
+    found = search(network, options, images, min_snr=float16 - 0.1, say=lambda _: None)  # no plan is tried
+    assert set(found.plan.values()) == {"fp16"}
+
+
+def test_floor_above_what_float16_keeps_is_refused_with_what_can_be_had(network: nn.Sequential, images: Images) -> None:
+    float16 = snr_db(network, {}, images)
+    wanted = rf"--min-snr 99 is more than float16 .* {float16:.1f} dB: ask for {int(float16 - MARGIN_DB)} or less"
+    with pytest.raises(UsageError, match=wanted):
+        search(network, {}, images, min_snr=99.0, say=lambda _: None)
