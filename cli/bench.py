@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
+from .bench_estimate import print_estimates
 from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import StageProgress, note
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 def bench_command(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="FOLDER...", help="Exported folders; or MODEL as `export` takes it, exported for this."),
-    ],
+    ] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", metavar="F", help="Default: a sample.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Default: Describe the image.")] = None,
     runs: Annotated[int, typer.Option(help="Answers that count, in each process.")] = 5,
@@ -51,6 +52,13 @@ def bench_command(
     plot: Annotated[
         Path | None, typer.Option(metavar="F.png", help="Draw the stages as stacked bars (matplotlib).")
     ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show the FastVLM paper's times below, as what they are.")
+    ] = False,
+    estimate: Annotated[
+        str | None,
+        typer.Option(metavar="CHIP,...", help="Measure nothing: estimate for these chips; `list` shows them."),
+    ] = None,
 ) -> None:
     """Measure the time to first token by stage, tokens per second, memory and sizes."""
     from ..runtime.benchmark.comparison import compare as compared
@@ -58,21 +66,29 @@ def bench_command(
     from ..runtime.benchmark.reading import read_benchmark
     from ..runtime.benchmark.run import benchmark
     from ..runtime.benchmark.workload import PROMPT, SAMPLE, Workload
+    from ..runtime.estimate.report import published_lines
 
     check_outputs(json_file, markdown)
     check_picture(plot)
     lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
+    if estimate is not None:
+        print_estimates(estimate, models or [], sizes, lengths, json_file, markdown, plot)
+        return
+    if not models:
+        raise typer.BadParameter("name at least one exported folder to measure", param_hint="FOLDER...")
     workload = Workload(image or SAMPLE, prompt or PROMPT, max_tokens, runs, warmup)
     old = None if compare is None else read_benchmark(compare)
     with StageProgress() as progress, exported(models, sizes, quant, progress) as cases:
         found = benchmark(cases, workload, prompt_tokens=lengths, processes=processes, vision=vision, on_stage=progress)
     comparison = compared(found, old) if old else None
-    text = "\n".join(report(found, comparison)) + "\n"
+    text = "\n".join((*report(found, comparison), *(("", *published_lines()) if published else ()))) + "\n"
     if json_file != STDOUT:
         typer.echo(text, nl=False)
     for remark in dict.fromkeys(remark for one in found.configurations for remark in one.notes):
         note(remark)
-    write(found, comparison, text, json_file, markdown, plot)
+    write(found, comparison, text, json_file, markdown)
+    if plot is not None:
+        draw(found, plot, published)
     if comparison and fail_above is not None and 100 * comparison.slowdown > fail_above:
         note(f"TTFT is slower by {comparison.slowdown:.1%}, more than {fail_above:g} %")
         raise typer.Exit(1)
@@ -109,7 +125,6 @@ def exported(
         UsageError: a size or scheme is asked of a folder that has another.
         FastVLMError: a MODEL cannot be exported.
     """
-    from ..export.exporter import export
     from ..runtime.benchmark.run import Case
 
     cases = []
@@ -118,6 +133,8 @@ def exported(
             if is_exported(model):
                 cases.append(folder_case(Path(model).expanduser(), sizes, quant))
                 continue
+            from ..export.exporter import export  # folders are measured without it
+
             for size in sizes or (None,):
                 name = Path(model).name if Path(model).exists() else model
                 label = " ".join([name, quant or "int8", *([f"{size} px"] if size else [])])
@@ -154,9 +171,8 @@ def write(
     text: str,
     json_file: Path | None,
     markdown: Path | None,
-    plot: Path | None,
 ) -> None:
-    """Report, tables and picture, where they are asked for."""
+    """Report and tables, where they are asked for."""
     if json_file is not None:
         whole: dict[str, Any] = found.as_dict()
         if comparison:
@@ -164,7 +180,10 @@ def write(
         write_text(json_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
     if markdown is not None:
         write_text(markdown, text)
-    if plot is not None:
-        from ..runtime.benchmark.plot import figure_of_benchmark
 
-        figure_of_benchmark(found).savefig(plot, dpi=144)
+
+def draw(found: Benchmark, plot: Path, published: bool) -> None:
+    from ..runtime.benchmark.plot import figure_of_benchmark
+    from ..runtime.estimate.report import published_bars
+
+    figure_of_benchmark(found, published_bars() if published else ()).savefig(plot, dpi=144)

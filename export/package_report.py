@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..models.errors import PackageError
 from ..models.folder_layout import PACKAGE_NAME
 from ..models.mlprogram import (
-    Operation,
     Program,
     TensorType,
     census,
@@ -19,6 +17,7 @@ from ..models.mlprogram import (
     read_package,
     stored_bytes,
 )
+from ..models.mlprogram.cost import flops
 from .lint import Finding, lint, results
 
 LARGEST_OPERANDS = 5
@@ -103,24 +102,3 @@ def describe(program: Program) -> PackageReport:
         findings=tuple(lint(program)),
         metadata=program.metadata,
     )
-
-
-def flops(program: Program, operation: Operation) -> int:
-    """Floating-point operations of a convolution, matrix product or linear layer; 0 for others, which are small."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        argument = operation.inputs[name][0]
-        return program.types[argument].shape if isinstance(argument, str) else argument.type.shape
-
-    if operation.kind in ("conv", "linear"):
-        return 2 * operation.outputs[0].elements * prod(shape("weight")[1:])
-    if operation.kind == "matmul":
-        x = shape("x")
-        transposed = operation.values.get("transpose_x")
-        if transposed is None and "transpose_x" in operation.inputs:
-            name = operation.inputs["transpose_x"][0]
-            assert isinstance(name, str)
-            transposed = program.producers[name].values["val"]
-        inner = x[-2] if transposed is not None and bool(transposed.array()) else x[-1]
-        return 2 * operation.outputs[0].elements * inner
-    return 0

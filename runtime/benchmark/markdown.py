@@ -19,7 +19,7 @@ COLD_ROWS = (*TTFT_STAGES, TTFT)
 def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterator[str]:
     """Lines: each configuration by stage, all of them next to each other, the machine, what changed."""
     for one in benchmark.configurations:
-        yield from (f"**{_plain(one.label)}**: {_what(one)}", "", *stages(one), "")
+        yield from (f"**{plain(one.label)}**: {_what(one)}", "", *stages(one), "")
     if len(benchmark.configurations) > 1:
         yield from (*overview(benchmark.configurations), "")
     yield from about(benchmark)
@@ -33,7 +33,7 @@ def stages(one: Configuration) -> list[str]:
     for measure in COLD_ROWS:
         spread = one.summary[measure]
         name = "**TTFT**" if measure == TTFT else measure.removesuffix("_ms")
-        rows.append([name, *_percentiles(spread), _ms(one.cold(measure))])
+        rows.append([name, *_percentiles(spread), milliseconds(one.cold(measure))])
     if rates := one.summary.get(TPS):
         # the rate is better the higher it is: its percentiles are told from the fast end, as those of the times are
         rows.append(["decode, tokens/s", *(_rate(value) for value in _from_the_top(one.values(TPS), rates)),
@@ -46,11 +46,11 @@ def overview(configurations: Sequence[Configuration]) -> list[str]:
     header = ["", "TTFT, ms", "encode", "prefill", "cold TTFT", "tokens/s", "peak memory", "of MLX", "on disk"]
     rows = [
         [
-            _plain(one.label),
-            _ms(one.summary[TTFT].p50),
-            _ms(one.summary["encode_ms"].p50),
-            _ms(one.summary["prefill_ms"].p50),
-            _ms(one.cold(TTFT)),
+            plain(one.label),
+            milliseconds(one.summary[TTFT].p50),
+            milliseconds(one.summary["encode_ms"].p50),
+            milliseconds(one.summary["prefill_ms"].p50),
+            milliseconds(one.cold(TTFT)),
             _rate(one.summary[TPS].p50 if TPS in one.summary else None),
             megabytes(one.peak_memory_bytes),
             megabytes(one.mlx_peak_memory_bytes),
@@ -68,14 +68,14 @@ def about(benchmark: Benchmark) -> Iterator[str]:
     if found.get("performance_cores"):
         cores += f" ({found['performance_cores']} of them performance cores)"
     machine = [found.get("chip"), cores, _gigabytes(found.get("memory_bytes")), found.get("os"), found.get("power")]
-    yield f"- machine: {', '.join(_plain(str(word)) for word in machine if word)}"
+    yield f"- machine: {', '.join(plain(str(word)) for word in machine if word)}"
     versions = ", ".join(f"{name} {found[name]}" for name in ("fastvlm", "python", *VERSIONS) if found.get(name))
-    yield f"- versions: {_plain(versions)}"
+    yield f"- versions: {plain(versions)}"
     threads = f", OMP_NUM_THREADS={found['threads']}" if found.get("threads") else ""
-    yield f"- vision: {one.vision}; decoder: {_plain(one.decoder)}, BLAS {found.get('blas')}{threads}"
+    yield f"- vision: {one.vision}; decoder: {plain(one.decoder)}, BLAS {found.get('blas')}{threads}"
     asked, image = benchmark.workload, benchmark.workload.get("image") or {}
     yield (
-        f"- asked: {_plain(repr(asked.get('prompt')))} about {_plain(str(image.get('name')))} "
+        f"- asked: {plain(repr(asked.get('prompt')))} about {plain(str(image.get('name')))} "
         f"({image.get('width')} x {image.get('height')}), {asked.get('max_tokens')} tokens each time"
     )
     yield (
@@ -86,21 +86,29 @@ def about(benchmark: Benchmark) -> Iterator[str]:
 
 def changes(comparison: Comparison) -> Iterator[str]:
     """Next to an earlier benchmark; what is not the same first."""
-    yield f"Next to the benchmark of {_plain(comparison.old_created)}:"
+    yield f"Next to the benchmark of {plain(comparison.old_created)}:"
     for text in comparison.warnings:
-        yield f"- not the same: {_plain(text)}"
+        yield f"- not the same: {plain(text)}"
     for label in comparison.unmatched:
-        yield f"- only in one of the two: {_plain(label)}"
+        yield f"- only in one of the two: {plain(label)}"
     for label, found in comparison.changes.items():
         rows = [_change_row(measure, found[measure]) for measure in COMPARED if measure in found]
         yield ""
-        yield from table([_plain(label), "was, ms", "is, ms", "change", "95 % interval", "p", "verdict"], rows)
+        yield from table([plain(label), "was, ms", "is, ms", "change", "95 % interval", "p", "verdict"], rows)
 
 
 def _change_row(measure: str, one: Change) -> list[str]:
     name = {TTFT: "**TTFT**", MS_PER_TOKEN: "decode, per token"}.get(measure, measure.removesuffix("_ms"))
     interval = MISSING if one.low is None or one.high is None else f"{_percent(one.low)} to {_percent(one.high)}"
-    return [name, _ms(one.old), _ms(one.new), _percent(one.ratio), interval, f"{one.p:.3f}", one.verdict]
+    return [
+        name,
+        milliseconds(one.old),
+        milliseconds(one.new),
+        _percent(one.ratio),
+        interval,
+        f"{one.p:.3f}",
+        one.verdict,
+    ]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -129,7 +137,7 @@ def _what(one: Configuration) -> str:
     recipe: Any = one.folder.get("recipe")
     scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
     return (
-        f"{one.image_size} px, {one.image_tokens} image tokens{_plain(scheme)}; "
+        f"{one.image_size} px, {one.image_tokens} image tokens{plain(scheme)}; "
         f"{one.prompt_tokens} prompt tokens{reused}; "
         f"encoder {megabytes(sizes['encoder'])}, decoder {megabytes(sizes['decoder'])}; "
         f"peak memory {megabytes(one.peak_memory_bytes)}, of MLX {megabytes(one.mlx_peak_memory_bytes)}"
@@ -138,7 +146,7 @@ def _what(one: Configuration) -> str:
 
 
 def _percentiles(spread: Spread) -> list[str]:
-    return [_ms(spread.min), _ms(spread.p50), _ms(spread.p90), _ms(spread.p99)]
+    return [milliseconds(spread.min), milliseconds(spread.p50), milliseconds(spread.p90), milliseconds(spread.p99)]
 
 
 def _from_the_top(values: Sequence[float], spread: Spread) -> tuple[float, float, float, float]:
@@ -149,11 +157,11 @@ def _from_the_top(values: Sequence[float], spread: Spread) -> tuple[float, float
     return max(values), spread.p50, float(slow), float(slowest)
 
 
-def _ms(value: float | None) -> str:
-    """Three digits that count: 0.36, 12.3, 3,904."""
+def milliseconds(value: float | None) -> str:
+    """Three digits that count, without a unit: 0.36, 12.3, 904."""
     if value is None:
         return MISSING
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _rate(value: float | None) -> str:
@@ -168,6 +176,6 @@ def _gigabytes(count: object) -> str:
     return f"{count / 2**30:.0f} GiB" if isinstance(count, int) else ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A stranger's text on one line, with nothing that Markdown or a terminal would act on."""
     return "".join(c if c.isprintable() and c not in "|`<>*" else "?" for c in text)[:120]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.plot import plain
 from ..timings import TTFT_STAGES
+from .markdown import milliseconds
 from .report import TTFT, Benchmark, Configuration
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def bar_of(one: Configuration) -> Bar:
     whole = one.summary[TTFT]
     scale = whole.p50 / sum(medians.values())
     cold = one.cold(TTFT)
-    note = "" if cold is None else f"cold {milliseconds(cold)}"
+    note = "" if cold is None else f"cold {milliseconds(cold)} ms"
     return Bar(one.label, {stage: ms * scale for stage, ms in medians.items()}, whole.p50, whole.p90, note)
 
 
@@ -71,7 +72,8 @@ def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:
     axes.set_yticks(range(len(bars)), [plain(bar.label) for bar in reversed(bars)], fontsize=10, color=INK)
     axes.set_xlim(0, 1.24 * longest)
     axes.set_ylim(-0.6, len(bars) - 0.4)
-    axes.set_xlabel("milliseconds to the first token (median; the whisker ends at the 90th percentile)", color=FAINT)
+    whiskers = " (median; the whisker ends at the 90th percentile)" if any(bar.high for bar in bars) else ""
+    axes.set_xlabel(f"milliseconds to the first token{whiskers}", color=FAINT)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", colors=FAINT)
@@ -99,15 +101,16 @@ def _draw(axes: Axes, place: int, bar: Bar, longest: float) -> None:
                   alpha=1.0 if bar.measured else 0.62)  # fmt: skip
         if ms > LABELLED_SHARE * longest and part != "whole":
             ink = INK if part in ("preprocess", "project", "overhead") or not bar.measured else "white"
-            axes.text(left + ms / 2, place, milliseconds(ms, unit=""), ha="center", va="center", fontsize=9, color=ink)
+            axes.text(left + ms / 2, place, milliseconds(ms), ha="center", va="center", fontsize=9, color=ink)
         left += ms
     end = left
     if bar.high is not None and bar.high > left:
         axes.plot([left, bar.high], [place, place], color=FAINT, linewidth=1.2, solid_capstyle="butt")
         axes.plot([bar.high] * 2, [place - 0.13, place + 0.13], color=FAINT, linewidth=1.2)
         end = bar.high
-    axes.annotate(milliseconds(bar.total), (end, place), xytext=(6, 5 if bar.note else 0), textcoords="offset points",
-                  va="center", fontsize=10, color=INK, weight="bold")  # fmt: skip
+    total, lift = f"{milliseconds(bar.total)} ms", 5 if bar.note else 0
+    axes.annotate(total, (end, place), xytext=(6, lift), textcoords="offset points", va="center", fontsize=10,
+                  color=INK, weight="bold")  # fmt: skip
     if bar.note:
         axes.annotate(plain(bar.note), (end, place), xytext=(6, -7), textcoords="offset points", va="center",
                       fontsize=8, color=FAINT)  # fmt: skip
@@ -124,10 +127,3 @@ def _legend(figure: Figure, bars: Sequence[Bar], title: str) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9,
                   title=plain(title), title_fontproperties={"size": 13, "weight": "bold"}, alignment="left",
                   handlelength=1.1, handleheight=1.0, columnspacing=1.4, labelcolor=INK)  # fmt: skip
-
-
-def milliseconds(ms: float, unit: str = " ms") -> str:
-    """3 digits that count; seconds from ten of them on, where a unit tells."""
-    if unit and ms >= 10_000:
-        return f"{ms / 1000:.1f} s"
-    return f"{ms:,.0f}{unit}" if ms >= 100 else f"{ms:.1f}{unit}" if ms >= 1 else f"{ms:.2f}{unit}"

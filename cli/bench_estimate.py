@@ -1,0 +1,85 @@
+"""`fastvlm bench --estimate`"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .outputs import STDOUT, write_text
+
+if TYPE_CHECKING:
+    from ..runtime.estimate.roofline import Estimate
+    from ..runtime.estimate.work import Work
+
+LIST = "list"
+
+
+def print_estimates(
+    chips: str,
+    models: Sequence[str],
+    sizes: Sequence[int],
+    lengths: Sequence[int],
+    json_file: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+) -> None:
+    """Nothing is measured: times are computed from what the model has to do and what the chips can."""
+    from ..runtime.estimate.chips import chip_named
+    from ..runtime.estimate.report import as_dict, chip_lines, estimate_lines
+    from ..runtime.estimate.roofline import estimate
+
+    if chips.strip().lower() == LIST:
+        typer.echo("\n".join(chip_lines()))
+        return
+    wanted = [chip_named(name) for name in chips.split(",") if name.strip()]
+    if not models or not wanted:
+        raise typer.BadParameter("name a chip (`--estimate list` shows them) and a FOLDER or MODEL to estimate")
+    found = [estimate(work, chip) for work in works(models, sizes, lengths) for chip in wanted]
+    text = "\n".join(estimate_lines(found)) + "\n"
+    if json_file != STDOUT:
+        typer.echo(text, nl=False)
+    if json_file is not None:
+        write_text(json_file, json.dumps(as_dict(found), indent=2) + "\n")
+    if markdown is not None:
+        write_text(markdown, text)
+    if plot is not None:
+        draw(found, plot)
+
+
+def works(models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int]) -> Iterator[Work]:
+    """Every model at every size and length. A MODEL is not exported: what it has to compute is known without.
+
+    Raises:
+        FastVLMError: a folder or checkpoint cannot be read, or a folder is for another size.
+    """
+    from ..models.checkpoint import APPLE_ENCODER_PREFIX, shapes, tensors_under
+    from ..models.config import check_image_size
+    from ..models.fastvit_config import FastViTConfig
+    from ..models.references import open_checkpoint
+    from ..runtime.estimate.work import architecture_work, folder_work
+    from .bench import folder_case, is_exported
+
+    for model in models:
+        if is_exported(model):
+            folder = folder_case(Path(model).expanduser(), sizes, None).folder
+            yield from (folder_work(folder, length) for length in lengths or (None,))
+            continue
+        checkpoint = open_checkpoint(model)
+        encoder = FastViTConfig.from_shapes(shapes(tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX)))
+        for size in sizes or (checkpoint.config.image_size,):
+            check_image_size(size)
+            for length in lengths or (None,):
+                label = f"{checkpoint.name} in 8 bits"
+                yield architecture_work(label, checkpoint.config, encoder, image_size=size, prompt_tokens=length)
+
+
+def draw(found: Sequence[Estimate], plot: Path) -> None:
+    from ..runtime.benchmark.plot import figure_of
+    from ..runtime.estimate.report import CAVEAT, estimate_bars, published_bars
+
+    bars = [*estimate_bars(found), *published_bars()]
+    figure_of(bars, "Estimated time to first token", CAVEAT).savefig(plot, dpi=144)
