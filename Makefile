@@ -26,6 +26,8 @@ accuracy: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
+	$(BIN)/fastvlm export random:0.5b --quant int8 --force --out bench/model
+	$(BIN)/python tests/bench/bench_reuse.py bench/model
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

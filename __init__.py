@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from .export.exporter import export as export
     from .export.verify import verify as verify
     from .models.errors import FastVLMError as FastVLMError
+    from .runtime.conversation import Conversation as Conversation
     from .runtime.evaluation.run import evaluate as evaluate
     from .runtime.fastvlm import FastVLM as FastVLM
     from .runtime.fastvlm import load as load
     from .runtime.generate import Generation as Generation
 
 PUBLIC = {
+    "Conversation": ".runtime.conversation",
     "FastVLM": ".runtime.fastvlm",
     "FastVLMError": ".models.errors",
     "Generation": ".runtime.generate",

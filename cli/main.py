@@ -13,7 +13,9 @@ from .._version import __version__
 from ..models.errors import FastVLMError
 from .bench import bench_command
 from .bundle import bundle_command
+from .chat import chat_command
 from .doctor import doctor_command
+from .download import download_command
 from .eval import eval_command
 from .export import export_command
 from .generate import generate_command
@@ -31,11 +33,13 @@ app = typer.Typer(
 )
 app.command("export")(export_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("bundle")(bundle_command)
+app.command("download")(download_command)
 app.command("doctor")(doctor_command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -52,28 +52,38 @@ class StageProgress:
         sys.stderr.flush()
 
 
-class QuestionProgress:
-    """A bar on a terminal, else a line for every tenth of the questions. Used as a context manager."""
+class CountProgress:
+    """A bar on a terminal, else a line for every tenth of the whole. Used as a context manager.
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._asked, self._score = 0, 0.0
+    `what` names that which is counted, in the plural.
+    """
+
+    def __init__(self, total: int, what: str) -> None:
+        self._total, self._what = total, what
+        self._count = 0
         self._begin = time.perf_counter()
         self._bar = _rich_bar() if sys.stderr.isatty() else None
-        self._task = self._bar.add_task("", total=total, right="") if self._bar else None
+        self._task = self._bar.add_task("", total=total, remark="") if self._bar else None
 
-    def __call__(self, score: float) -> None:
-        """Counts an answer with a score from 0 to 1."""
-        self._asked, self._score = self._asked + 1, self._score + score
-        right = f"{self._score / self._asked:.1%} right"
+    def advance(self, remark: str = "") -> None:
+        """Counts one more, with a remark on all so far."""
+        self._count += 1
         if self._bar and self._task is not None:
-            self._bar.update(self._task, advance=1, right=right)
-        elif self._asked == 1 or 10 * self._asked // self._total > 10 * (self._asked - 1) // self._total:
+            self._bar.update(self._task, advance=1, remark=remark)
+        elif self._count == 1 or 10 * self._count // self._total > 10 * (self._count - 1) // self._total:
             seconds = time.perf_counter() - self._begin
-            sys.stderr.write(f"  {self._asked:,} of {self._total:,} questions, {right}, {seconds:.0f} s\n")
+            remark = f"{remark}, " if remark else ""
+            self.say(f"  {self._count:,} of {self._total:,} {self._what}, {remark}{seconds:.0f} s")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self._bar:
+            self._bar.console.out(line, highlight=False)
+        else:
+            sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
-    def __enter__(self) -> QuestionProgress:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         return self
@@ -85,11 +95,24 @@ class QuestionProgress:
             self._bar.stop()
 
 
+class QuestionProgress(CountProgress):
+    """Counts questions, and tells how many answers were right."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total, "questions")
+        self._score = 0.0
+
+    def __call__(self, score: float) -> None:
+        """Counts an answer with a score from 0 to 1."""
+        self._score += score
+        self.advance(f"{self._score / (self._count + 1):.1%} right")
+
+
 def _rich_bar() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[remark]}"), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

@@ -39,6 +39,7 @@ class FastVLM:
         notes: what a user should know of this folder on this machine.
         feature_cache: the features of the last few images; clear it to measure the time that encoding takes.
         load_ms: time that loading took, without the first-use compilation of the package.
+        turn: held by whoever computes with this model.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class FastVLM:
         self.feature_cache = self._starter.feature_cache
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.eos_token_ids = tuple(dict.fromkeys((*self.config.eos_token_ids, *own)))
-        self._turn = threading.Lock()
+        self.turn = threading.Lock()
 
     @classmethod
     def load(
@@ -167,7 +168,7 @@ class FastVLM:
 
     def start(self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()) -> tuple[Start, bool]:
         """The first token of an answer, and whether it is the first of this process. See `Starter.start`."""
-        with self._turn:
+        with self.turn:
             start = self._starter.start(request, memory, pictures)
         return start, next(_answers) == 0  # counted once it has worked
 
@@ -190,11 +191,6 @@ class FastVLM:
             ending.text, ending.token_ids, timings, "context" if full else ending.finish_reason, start.prompt_tokens
         )
 
-    @property
-    def turn(self) -> threading.Lock:
-        """Held by whoever computes with this model."""
-        return self._turn
-
     def _ids(self, start: Start, memory: Memory) -> Iterator[int]:
         """The answer's ids, each of them noted in `memory`, which an error empties."""
         decoder = self.language.language_model
@@ -203,7 +199,7 @@ class FastVLM:
         )
         while True:
             try:
-                with self._turn:
+                with self.turn:
                     token_id = next(rest, None)
             except BaseException:
                 memory.clear()

@@ -28,6 +28,7 @@ TOLERANCES = {
     "decoder_16_snr_db": Tolerance(50.0, "dB at least; weights rounded to float16", "58.7 dB"),
     "decoder_8_snr_db": Tolerance(30.0, "dB at least; affine, groups of 64", "33.4 dB"),
     "decoder_4_snr_db": Tolerance(8.0, "dB at least; affine, groups of 64, random weights", "9.1 dB"),
+    "client_logits_float32": Tolerance(1e-4, "relative; the clients' own networks on our weights, float32", "PENDING"),
     "encoder_mlx_float32": Tolerance(
         1e-4, "relative to the largest of each stage; MLX and torch sum in another order", "1.4e-6"
     ),
@@ -36,7 +37,7 @@ TOLERANCES = {
     "decoder_logits_float32": Tolerance(
         1e-4, "absolute; float32 sums in another order", "2.5e-6 golden, 2.2e-5 at most"
     ),
-    "kv_8_bits": Tolerance(2e-2, "relative to the largest logit; keys and values in 8 bits, groups of 64", "?"),
+    "kv_8_bits": Tolerance(5e-3, "relative to the largest logit; keys and values in 8 bits, groups of 64", "1.8e-3"),
     "projected_float32": Tolerance(1e-4, "absolute; two float32 matrix products", "5.8e-7"),
     "op_float32": Tolerance(2e-6, "relative to the largest; float32 sums in another order than numpy's", "2.4e-7"),
     "encoder_float16_weights": Tolerance(1e-3, "relative to the largest; weights rounded to float16", "2.7e-4"),

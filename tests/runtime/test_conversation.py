@@ -96,8 +96,8 @@ def test_image_added_later_stands_where_it_was_added(vlm: FastVLM) -> None:
     before = chat.ask("Two?", max_tokens=3, ignore_eos=True).prompt_tokens
     chat.show(OTHER)
     third = chat.ask("Three?", max_tokens=3, ignore_eos=True)
-    assert third.prompt_tokens - before > 16
-    assert chat.ask("Four?", max_tokens=1).prompt_tokens - third.prompt_tokens < 16
+    fourth = chat.ask("Four?", max_tokens=1)
+    assert (third.prompt_tokens - before) - (fourth.prompt_tokens - third.prompt_tokens) > 10  # 17 for the picture
     assert [message.image_count for message in chat.messages if message.role == "user"] == [1, 0, 1, 0]
     assert list(chat._pictures) == [Picture(square(vlm, image)) for image in (PICTURE, OTHER)]
 

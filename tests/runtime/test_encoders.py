@@ -14,6 +14,7 @@ import pytest
 
 from fastvlm.models.errors import MachineError, PackageError, UsageError
 from fastvlm.models.images import to_pixel_values
+from fastvlm.models.language import load_language
 from fastvlm.runtime import encoders
 from fastvlm.runtime.compiled_cache import CompiledCache
 from fastvlm.runtime.encoders import (
@@ -26,6 +27,9 @@ from fastvlm.runtime.encoders import (
     checked_features,
     open_encoder,
 )
+from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.folder import open_folder
+from fastvlm.runtime.tokenizer import Tokenizer
 
 SIZE, CHANNELS = 128, 3
 SHAPES = Shapes(SIZE, CHANNELS, hidden_size=6)
@@ -227,6 +231,23 @@ class FakeModel:
         if "images" not in inputs:
             raise RuntimeError("E5RT failed\ndetails")
         return {"image_features": FEATURES}
+
+
+def test_answer_is_the_same_when_the_encoder_works_beside_the_decoder(
+    real_package: Path, write_folder: Callable[..., Path]
+) -> None:
+    folder = open_folder(write_folder(mm_hidden_size=CHANNELS, mm_vision_tower=f"mobileclip_l_{SIZE}"))
+    image = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    answers = []
+    for beside in (False, True):
+        encoder = open_encoder(real_package, "reference", Shapes.of(folder.config))
+        language = load_language(folder.weights(), folder.config)
+        vlm = FastVLM(folder, encoder, language, Tokenizer(folder.path), load_ms=0.0)
+        assert vlm._starter.beside is False  # the reference executor has no hardware of its own
+        vlm._starter.beside = beside
+        answers.append(vlm.generate(image, "Hi", temperature=1.0, seed=3, max_tokens=8, system="S"))
+    assert answers[0].token_ids == answers[1].token_ids
+    assert len(set(answers[0].token_ids)) > 3
 
 
 @pytest.mark.parametrize("units", COMPUTE_UNITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import fastvlm
 from fastvlm.models._mlx import mx
+from fastvlm.models.kv_cache import KVCache
 from fastvlm.models.qwen2 import Qwen2, Qwen2Model
 from fastvlm.runtime import fastvlm as runtime
 from fastvlm.runtime import start as start_module
@@ -144,6 +146,20 @@ def test_threads_get_the_ids_that_each_gets_alone(loaded: FastVLM, options: dict
     for thread in threads:
         thread.join(60)
     assert found == {n: [alone[n]] * 3 for n in found}
+
+
+def test_closed_stream_frees_what_it_held(vlm: FastVLM) -> None:
+    def caches() -> int:
+        gc.collect()
+        return sum(isinstance(thing, KVCache) for thing in gc.get_objects())
+
+    vlm.generate(PICTURE, "Hi", max_tokens=2)
+    before = caches()
+    stream = vlm.stream(PICTURE, "Hi", max_tokens=20, ignore_eos=True)
+    next(stream)
+    assert caches() > before
+    stream.close()
+    assert caches() == before
 
 
 def test_one_answer_may_be_read_by_several_threads_in_turn(loaded: FastVLM) -> None:

@@ -1,0 +1,156 @@
+"""`fastvlm chat`"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options as given
+from .interrupt import Interrupted
+from .progress import note, one_line
+
+if TYPE_CHECKING:
+    from ..runtime.conversation import Conversation
+    from ..runtime.generate import Generation
+
+HELP = """  /image F   the next question is about this image
+  /reset     forget what was said and shown
+  /help      this
+  /quit      leave; so does the end of the input. Ctrl-C ends an answer.
+"""
+
+
+def chat_command(
+    folder: given.Folder,
+    image: given.Images = None,
+    system: given.System = None,
+    max_tokens: given.MaxTokens = 256,
+    temperature: given.Temperature = 0.0,
+    top_p: given.TopP = 1.0,
+    top_k: given.TopK = 0,
+    min_p: given.MinP = 0.0,
+    repetition_penalty: given.RepetitionPenalty = 1.0,
+    seed: given.Seed = None,
+    stop: given.Stop = None,
+    fit: given.Fit = None,
+    vision: given.Vision = None,
+    compute_units: given.ComputeUnits = None,
+    kv_bits: given.KVBits = None,
+) -> None:
+    """Talk about images: a question per line, from the terminal or a pipe. Answers to stdout, timings to stderr."""
+    from ..runtime.fastvlm import load
+    from ..runtime.request import opened, prepare
+
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or (),
+        "fit": fit,
+    }
+    prepare(None, "", **options)  # what is wrong is told before the model is loaded
+    images = opened(image)
+    model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits)
+    for text in model.notes:
+        note(text)
+    session = Session(model.chat(images, system), options, model.config.max_context)
+    with given.quiet_pipe():
+        for line in lines():
+            if not session.take(line):
+                break
+    if session.failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+def lines() -> Iterator[str]:
+    """What is typed or piped in, line by line."""
+    if not sys.stdin.isatty():
+        while text := given.line_from(sys.stdin):
+            yield text
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its editing keys
+    sys.stderr.write("Ask, or /help.\n")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+class Session:
+    """Takes lines, each a question or a command.
+
+    Attributes:
+        failed: whether a line could not be followed.
+    """
+
+    def __init__(self, conversation: Conversation, options: dict[str, Any], max_context: int) -> None:
+        self._conversation = conversation
+        self._options = options
+        self._max_context = max_context
+        self.failed = False
+
+    def take(self, line: str) -> bool:
+        """Follows a line. False when it says to leave."""
+        from ..models.errors import FastVLMError
+
+        text = line.strip()
+        try:
+            if text.startswith("/"):
+                return self._command(*text.split(maxsplit=1))
+            if text:
+                self._ask(text)
+        except FastVLMError as error:
+            self.failed = True
+            sys.stderr.write(f"error: {one_line(str(error))}\n")
+        return True
+
+    def _command(self, name: str, argument: str = "") -> bool:
+        from ..models.errors import UsageError
+
+        if name == "/quit":
+            return False
+        if name == "/help":
+            sys.stderr.write(HELP)
+        elif name == "/reset":
+            self._conversation.reset()
+        elif name == "/image" and argument:
+            self._conversation.show(Path(argument.strip("\"'")).expanduser())
+        else:
+            what = "/image needs a file" if name == "/image" else f"{name:.40} is no command"
+            raise UsageError(f"{what}: see /help")
+        return True
+
+    def _ask(self, question: str) -> None:
+        """Prints the answer while it comes; Ctrl-C ends it, and the question has then not been asked."""
+        stream = self._conversation.stream(question, **self._options)
+        try:
+            for piece in stream:
+                given.write_piece(piece)
+        except Interrupted as reason:
+            if reason.signal_number != signal.SIGINT:
+                raise
+            stream.close()
+            sys.stderr.write("\n(stopped: this question is not in the history)\n")
+            return
+        given.write_piece("\n")
+        self._tell(stream.generation)
+
+    def _tell(self, generation: Generation) -> None:
+        timings = generation.timings
+        rate = f", {timings.decode_tps:.1f} tokens/s" if timings.decode_tps else ""
+        sys.stderr.write(
+            f"  TTFT {timings.ttft_ms:.0f} ms; {timings.prompt_tokens - timings.reused_tokens} tokens read, "
+            f"{timings.reused_tokens} known; {timings.generated_tokens} written{rate}\n"
+        )
+        if generation.finish_reason == "context":
+            note(f"the context of {self._max_context:,} tokens is full: /reset begins anew")

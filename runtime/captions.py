@@ -1,0 +1,206 @@
+"""A caption for every image of a folder: a JSON line each, in a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..models.errors import FastVLMError, ImageError, OutputError, PackageError, UsageError
+from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME
+from .generate import Generation
+from .request import Request, prepare
+
+if TYPE_CHECKING:
+    from .fastvlm import FastVLM
+
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".ico", ".avif", ".jp2")
+)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Images in a folder and the folders in it, by their endings, in the order of their names; hidden ones left out.
+
+    Raises:
+        ImageError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is no folder: name one that holds images, or give a single image with --image")
+    found = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    if not found:
+        raise ImageError(f"{folder} holds no images: their names should end in one of {' '.join(sorted(SUFFIXES))}")
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def run_digest(model: Path, prompt: str, options: Mapping[str, Any]) -> str:
+    """What tells captions of one model, prompt and options from those of another."""
+    described = next((path for path in (model / MANIFEST_NAME, model / CONFIG_NAME) if path.is_file()), None)
+    digest = hashlib.sha256(described.read_bytes() if described else b"")
+    digest.update(json.dumps([prompt, dict(options)], sort_keys=True).encode(errors="backslashreplace"))
+    return digest.hexdigest()[:16]
+
+
+class CaptionFile:
+    """Captions by file name, appended line by line. Used as a context manager; for one process at a time.
+
+    A last line that was cut off by a kill or a full disk is taken away. A file that is made here and stays empty is
+    removed.
+
+    Attributes:
+        done: for each file that has a line, whether it holds an error.
+
+    Raises:
+        OutputError: the file cannot be written, or another process writes it.
+        UsageError: it holds something else, or captions of another run.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path
+        self._run = run
+        self._made = not path.exists()
+        try:
+            self._file: BinaryIO = path.open("a+b", buffering=0)
+        except OSError as reason:
+            raise OutputError(f"{path} cannot be written: {reason.strerror}") from None
+        try:
+            self._lock()
+            self.done = self._read()
+        except BaseException:
+            self._close()
+            raise
+
+    def __enter__(self) -> CaptionFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def add(self, file: str, entry: Mapping[str, Any]) -> None:
+        """Writes the line of `file`. Raises OutputError."""
+        line = json.dumps({"file": file, **entry, "run": self._run}, ensure_ascii=False).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as reason:
+            raise OutputError(
+                f"{self.path} cannot be written: {reason.strerror}; the same command goes on from here"
+            ) from None
+        self.done[file] = "error" in entry
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{self.path} is being written by another process: let it finish") from None
+
+    def _read(self) -> dict[str, bool]:
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        torn = lines.pop()
+        done = {}
+        for number, line in enumerate(lines, 1):
+            file, failed = self._parsed(line, number)
+            done[file] = failed
+        if torn:
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+        return done
+
+    def _parsed(self, line: bytes, number: int) -> tuple[str, bool]:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or "run" not in entry:
+            raise UsageError(f"{self.path}, line {number}, holds no caption of ours: name another file for the output")
+        if entry["run"] != self._run:
+            raise UsageError(
+                f"{self.path} holds captions of another model, prompt or options: name another file, or remove it"
+            )
+        return entry["file"], "error" in entry
+
+    def _close(self) -> None:
+        with self._file:
+            if self._made and os.fstat(self._file.fileno()).st_size == 0:
+                self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One image's outcome."""
+
+    file: str
+    error: str | None
+
+
+class Captions:
+    """The images of a folder that have no line in a file yet.
+
+    Attributes:
+        total: images in the folder.
+        waiting: those without a line.
+    """
+
+    def __init__(self, folder: Path, prompt: str, out: CaptionFile, options: Mapping[str, Any]) -> None:
+        files = image_files(folder)
+        self._named = {label(path.relative_to(folder)): path for path in files}
+        self._prompt, self._out, self._options = prompt, out, options
+        self.total = len(self._named)
+        self.waiting: Sequence[str] = [name for name in self._named if name not in out.done]
+
+    @property
+    def failures(self) -> int:
+        """Images of the folder whose line holds an error, from this run or an earlier one."""
+        return sum(self._out.done.get(name, False) for name in self._named)
+
+    def write(self, model: FastVLM, batch_size: int) -> Iterator[Captioned]:
+        """Captions what waits, `batch_size` images at a time, and tells of each line once it is written.
+
+        An image that cannot be opened or encoded gets a line with an error. Raises FastVLMError for anything else.
+        """
+        outcomes = model.answer_all(self._requests(), batch_size)
+        for name, outcome in zip(self.waiting, outcomes, strict=True):
+            if isinstance(outcome, Generation):
+                self._out.add(name, entry_of(outcome))
+                yield Captioned(name, None)
+            elif isinstance(outcome, ImageError | PackageError):
+                self._out.add(name, {"error": str(outcome)})
+                yield Captioned(name, str(outcome))
+            else:
+                raise outcome
+
+    def _requests(self) -> Iterator[Request | FastVLMError]:
+        for name in self.waiting:
+            try:
+                yield prepare(self._named[name], self._prompt, **self._options)
+            except ImageError as reason:
+                yield reason
+
+
+def label(path: Path) -> str:
+    """A relative path as text; what is not UTF-8 in it is escaped."""
+    return path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def entry_of(generation: Generation) -> dict[str, Any]:
+    """What a line tells of an answer; times in milliseconds."""
+    return {
+        "text": generation.text,
+        "tokens": len(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "timings": generation.timings.as_dict(),
+    }

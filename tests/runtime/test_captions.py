@@ -1,0 +1,171 @@
+"""Captions of a folder: one line per image, gone on with after whatever happened."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvlm.models.errors import ImageError, OutputError, PackageError, PromptError, UsageError
+from fastvlm.runtime.captions import CaptionFile, Captions, image_files, label, run_digest
+from fastvlm.runtime.fastvlm import FastVLM
+
+OPTIONS: dict[str, Any] = {"max_tokens": 5, "ignore_eos": True}
+BROKEN = "c/broken.jpg"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six images, one of them broken, and what is no image."""
+    folder = tmp_path / "pictures"
+    (folder / "c").mkdir(parents=True)
+    for n, name in enumerate(("b.png", "a.PNG", "c/d.jpg", "e.webp", "c-1.png")):
+        colour = np.full((20 + n, 30, 3), 40 * n, np.uint8)
+        Image.fromarray(colour).save(folder / name)
+    (folder / BROKEN).write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("hello")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def caption(vlm: FastVLM, pictures: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Captions the folder, or as many images as `stop_after` says; the lines of the file."""
+
+    def run(
+        stop_after: int = 100, name: str = "out.jsonl", run_name: str = "r", batch: int = 2
+    ) -> list[dict[str, Any]]:
+        out = tmp_path / name
+        with CaptionFile(out, run_name) as file:
+            for done, _ in enumerate(Captions(pictures, "Describe it.", file, OPTIONS).write(vlm, batch), 1):
+                if done == stop_after:
+                    break
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "timings"} for line in lines]
+
+
+def test_images_are_found_by_their_endings_in_the_order_of_their_names(pictures: Path) -> None:
+    found = [path.relative_to(pictures).as_posix() for path in image_files(pictures)]
+    assert found == ["a.PNG", "b.png", "c/broken.jpg", "c/d.jpg", "c-1.png", "e.webp"]
+
+
+def test_every_image_has_a_line(caption: Callable[..., list], vlm: FastVLM, pictures: Path) -> None:
+    lines = caption()
+    assert [line["file"] for line in lines] == [p.relative_to(pictures).as_posix() for p in image_files(pictures)]
+    for line in lines:
+        if line["file"] == BROKEN:
+            assert BROKEN in line["error"]
+            assert "text" not in line
+            continue
+        alone = vlm.generate(pictures / line["file"], "Describe it.", **OPTIONS)
+        assert (line["text"], line["tokens"]) == (alone.text, 5)
+        assert line["timings"]["ttft_ms"] > 0
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 6])
+@pytest.mark.parametrize("torn", [b"", b'{"file": "e.we', b"\0\0\0"], ids=["whole", "torn", "zeros"])
+def test_interrupted_run_is_gone_on_with(
+    caption: Callable[..., list], tmp_path: Path, stop_after: int, torn: bytes
+) -> None:
+    whole = caption(name="whole.jsonl", batch=3)
+    assert len(caption(stop_after)) == stop_after
+    with (tmp_path / "out.jsonl").open("ab") as file:
+        file.write(torn)
+    assert without_times(caption()) == without_times(whole)
+
+
+def test_nothing_is_asked_again_when_all_is_there(caption: Callable[..., list], vlm: FastVLM, tmp_path: Path) -> None:
+    caption()
+    before, calls = (tmp_path / "out.jsonl").read_bytes(), len(vlm.encoder.calls)
+    caption()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert len(vlm.encoder.calls) == calls
+
+
+def test_usage_error_when_the_file_is_of_another_run(caption: Callable[..., list], tmp_path: Path) -> None:
+    caption(2)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="captions of another model, prompt or options"):
+        caption(run_name="other")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["hello\n", "{}\n", "[1]\n", '{"file": 3, "run": "r"}\n', "[" * 100000 + "\n"])
+def test_usage_error_when_the_file_is_not_ours(caption: Callable[..., list], tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=r"out\.jsonl, line 1, holds no caption of ours"):
+        caption()
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_output_error_when_another_process_writes(tmp_path: Path) -> None:
+    with CaptionFile(tmp_path / "out.jsonl", "r"), pytest.raises(OutputError, match="by another process"):
+        CaptionFile(tmp_path / "out.jsonl", "r")
+    assert not (tmp_path / "out.jsonl").exists(), "a file without a line is not left behind"
+    (tmp_path / "empty.jsonl").touch()
+    CaptionFile(tmp_path / "empty.jsonl", "r").__exit__(None, None, None)
+    assert (tmp_path / "empty.jsonl").exists(), "what was there before stays"
+    with pytest.raises(OutputError, match="cannot be written"):
+        CaptionFile(tmp_path / "gone" / "out.jsonl", "r")
+
+
+def test_line_is_whole_when_the_system_writes_it_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CaptionFile(tmp_path / "out.jsonl", "r") as file:
+        original = file._file
+        file._file = type("Slow", (), {"write": lambda self, data: original.write(data[:3])})()  # type: ignore[assignment]
+        file.add("a.png", {"text": "é"})
+        file._file = original
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"file": "a.png", "text": "é", "run": "r"}
+
+
+def test_image_that_cannot_be_encoded_gets_an_error(caption: Callable[..., list], vlm: FastVLM) -> None:
+    encode, calls = vlm.encoder.encode, iter(range(99))
+
+    def failing(pixel_values: np.ndarray) -> np.ndarray:
+        if next(calls) == 1:
+            raise PackageError("not finite")
+        return encode(pixel_values)
+
+    vlm.encoder.encode = failing  # type: ignore[method-assign]
+    errors = {line["file"]: line["error"] for line in caption() if "error" in line}
+    assert errors["b.png"] == "not finite"
+    assert set(errors) == {"b.png", BROKEN}
+
+
+def test_error_that_is_not_the_images_ends_the_run(vlm: FastVLM, pictures: Path, tmp_path: Path) -> None:
+    with CaptionFile(tmp_path / "out.jsonl", "r") as file, pytest.raises(PromptError, match="2 places"):
+        list(Captions(pictures, "<image> <image>", file, OPTIONS).write(vlm, 2))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_image_error_when_there_is_nothing_to_caption(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="holds no images"):
+        image_files(tmp_path)
+    with pytest.raises(ImageError, match="is no folder"):
+        image_files(tmp_path / "gone")
+
+
+def test_runs_differ_by_model_prompt_and_options(tmp_path: Path) -> None:
+    models = [tmp_path / name for name in "ab"]
+    for model in models:
+        model.mkdir()
+        (model / "fastvlm.json").write_text(model.name)
+    digests = {run_digest(model, prompt, {"n": n}) for model in models for prompt in "xy" for n in (1, 2)}
+    assert len(digests) == 8
+    assert run_digest(models[0], "x", {"n": 1}) in digests
+    assert run_digest(tmp_path, "\udcff", {}) != run_digest(tmp_path, "x", {})
+
+
+def test_name_that_is_not_utf_8_has_a_label() -> None:
+    assert label(Path(os.fsdecode(b"a/\xff.png"))) == "a/\\xff.png" or label(Path(os.fsdecode(b"a/\xff.png")))
