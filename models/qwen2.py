@@ -6,16 +6,13 @@ pre-norm blocks, grouped-query attention with biases on q, k and v, rotary posit
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
+from . import mlx_cpu
 from ._mlx import mx, nn, on_cpu
 from .config import Qwen2Config
 from .errors import UsageError
 from .kv_cache import KV_BITS, KVCache, Padding, QuantizedKVCache
-
-CPU_QUERY_BLOCK = 64
-"""Queries that the CPU attends with at a time (measured: 32 to 96 are alike, 256 is a third slower)."""
 
 
 class Attention(nn.Module):
@@ -49,22 +46,11 @@ class Attention(nn.Module):
         """Causal attention of L queries, the last of which stands at the last of the keys; L is 1 with `padding`."""
         L, length = queries.shape[2], keys.shape[2]
         assert padding is None or L == 1
-        # The CPU has no fused kernel: it computes masked scores as well, and its exp is slow. Blocks skip half of them.
-        block = CPU_QUERY_BLOCK if on_cpu() else L
-        outs = []
-        for start in range(0, L, block):
-            stop = min(start + block, L)
-            seen = length - L + stop
-            outs.append(
-                mx.fast.scaled_dot_product_attention(
-                    queries[:, :, start:stop],
-                    keys[:, :, :seen],
-                    values[:, :, :seen],
-                    scale=self.scale,
-                    mask="causal" if stop - start > 1 else padding and padding.seen(length),  # aligned to the last key
-                )
-            )
-        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)  # (B, heads, L, head_dim)
+        row_mask = None if padding is None else padding.seen(length)
+        if L > 1 and on_cpu():
+            return mlx_cpu.causal_attention(queries, keys, values, self.scale)
+        mask = "causal" if L > 1 else row_mask  # causal: aligned to the last key
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
 
     def _heads(self, x: mx.array, count: int) -> mx.array:
         B, L, _ = x.shape
@@ -90,8 +76,8 @@ class MLP(nn.Module):
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x). Not nn.silu, which off a Mac runs the system's C++ compiler at first use (0.5 s)."""
-    if on_cpu() and x.dtype == mx.float32:  # where mx.exp takes three times as long as mx.power
-        return x / (1.0 + mx.power(2.0, x * -math.log2(math.e)))
+    if on_cpu() and x.dtype == mx.float32:
+        return mlx_cpu.silu(x)
     return x * mx.sigmoid(x)
 
 

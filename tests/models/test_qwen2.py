@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fastvlm.models import qwen2
+from fastvlm.models import mlx_cpu, qwen2
 from fastvlm.models._mlx import mx
 from fastvlm.models.config import Qwen2Config
 from fastvlm.models.kv_cache import CACHE_STEP, KVCache
@@ -187,20 +187,34 @@ def test_earlier_logits_stay_when_later_tokens_change(close: CloseTo) -> None:
 
 
 @pytest.mark.parametrize("prefix", [0, 30])
-def test_attention_in_blocks_equals_attention_at_once(
+def test_attention_of_the_cpu_in_any_blocks_equals_mlxs_own(
     prefix: int, close: CloseTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = decoder(), embeddings(100)
 
-    def logits(block: int) -> mx.array:
-        monkeypatch.setattr(qwen2, "CPU_QUERY_BLOCK", block)
-        monkeypatch.setattr(qwen2, "on_cpu", lambda: True)
+    def logits(block: int | None) -> mx.array:
+        monkeypatch.setattr(mlx_cpu, "QUERY_BLOCK", block)
+        monkeypatch.setattr(qwen2, "on_cpu", lambda: block is not None)
         cache = model.make_cache()
         if prefix:
             model(x[:, :prefix], cache)
         return model(x[:, prefix:], cache, all_positions=True)
 
-    close(logits(7), logits(1000))
+    expected = logits(None)
+    for block in (7, 64, 1000):
+        close(logits(block), expected)
+
+
+def test_attention_of_the_cpu_takes_half_precision_and_sharp_scores() -> None:
+    draw = np.random.default_rng(0)
+    queries, keys, values = (mx.array(draw.normal(size=(1, heads, 70, 16)) * 12) for heads in (4, 2, 2))
+    half = queries.astype(mx.float16)
+    expected = mx.fast.scaled_dot_product_attention(
+        half.astype(mx.float32), keys, values, scale=0.25, mask="causal"
+    )  # scores of hundreds
+    found = mlx_cpu.causal_attention(half, keys, values, 0.25)
+    assert found.dtype == mx.float16
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=0.02)  # what float16 rounds off 40
 
 
 def test_rows_of_a_batch_do_not_mix(close: CloseTo) -> None:

@@ -1,0 +1,56 @@
+"""What MLX's CPU back end does slowly, made of what it does fast. Metal and CUDA have kernels of their own.
+
+Measured on one x86-64 core, per number: mx.exp 11 ns, mx.power 4, the four operations 0.3.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from ._mlx import mx
+
+LOG2_E = math.log2(math.e)
+
+QUERY_BLOCK = 64
+"""Queries that attend at a time. Blocks skip what lies behind their last query: all but half of the scores."""
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x), float32."""
+    return x / (1.0 + mx.power(2.0, x * -LOG2_E))
+
+
+def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Attention of L queries, the last of which stands at the last of the keys: (B, H, L, head_dim).
+
+    `queries` (B, H, L, head_dim), `keys` and `values` (B, kv_heads, N, head_dim). Computed in float32.
+    """
+    dtype, L, N = queries.dtype, queries.shape[2], keys.shape[2]
+    queries = queries.astype(mx.float32) * (scale * LOG2_E)  # scores are then powers of two
+    keys, values = keys.astype(mx.float32).swapaxes(2, 3), values.astype(mx.float32)  # (B, kv_heads, head_dim, N)
+    outs = []
+    for start in range(0, L, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, L)
+        seen = N - L + stop
+        outs.append(_attended(queries[:, :, start:stop], keys[..., :seen], values[:, :, :seen]))
+    return mx.concatenate(outs, axis=2).astype(dtype)  # (B, H, L, head_dim)
+
+
+def _attended(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    B, H, L, head_dim = queries.shape
+    kv_heads, seen = values.shape[1:3]
+    queries = queries.reshape(B, kv_heads, H // kv_heads * L, head_dim)  # the heads of a group share one product
+    scores = (queries @ keys).reshape(B, H, L, seen) + _mask(L, seen)
+    weights = mx.power(2.0, scores - scores.max(-1, keepdims=True))
+    sums = weights.sum(-1, keepdims=True)  # (B, H, L, 1)
+    mixed = weights.reshape(B, kv_heads, -1, seen) @ values  # (B, kv_heads, group * L, head_dim)
+    return mixed.reshape(B, H, L, head_dim) / sums
+
+
+@functools.lru_cache(maxsize=8)
+def _mask(count: int, seen: int) -> mx.array:
+    """(count, seen): 0 where a query may look, else -inf; the last query stands at the last position."""
+    mask = mx.where(mx.arange(seen) <= mx.arange(seen - count, seen)[:, None], 0.0, -math.inf)
+    mx.eval(mask)
+    return mask
