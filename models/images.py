@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
@@ -45,10 +46,18 @@ STRIP_PIXELS = 2**22
 """Of the padded square, resized at a time: 16 MiB in Pillow's four bytes per pixel."""
 
 
-def open_image(image: ImageSource) -> Image.Image:
+def open_images(images: Sequence[ImageSource]) -> tuple[Image.Image, ...]:
+    """Several images, of which all together may be as large as one. Raises ImageError as `open_image` does."""
+    opened: list[Image.Image] = []
+    for image in images:
+        opened.append(open_image(image, MAX_PIXELS - sum(one.width * one.height for one in opened)))
+    return tuple(opened)
+
+
+def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`image`, decoded, upright (EXIF orientation applied) and RGB (alpha dropped).
 
-    An array is (H, W, 3), (H, W, 4) or (H, W), uint8, RGB.
+    An array is (H, W, 3), (H, W, 4) or (H, W), uint8, RGB. `max_pixels` are what is left for it beside others.
 
     Raises:
         ImageError: there is no image, it is damaged, too large, or of a kind that cannot become RGB.
@@ -60,9 +69,9 @@ def open_image(image: ImageSource) -> Image.Image:
             if isinstance(image, np.ndarray):
                 image = _from_array(image)
             if isinstance(image, Image.Image):
-                return _upright_rgb(image, name)
+                return _upright_rgb(image, name, max_pixels)
             with _stream(image, name) as stream, Image.open(stream, formats=_formats()) as opened:
-                return _upright_rgb(opened, name)
+                return _upright_rgb(opened, name, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -165,12 +174,17 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ImageError(
             f"{name} is too large: {width} x {height} pixels, where {MAX_PIXELS} in all and {MAX_SIDE} along a side "
             "are the most; scale it down"
+        )
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} ({width} x {height} pixels) is too large beside the other images: together they may have "
+            f"{MAX_PIXELS} pixels; scale them down"
         )
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from ..models.errors import UsageError
-from ..models.images import Fit, ImageSource, open_image
+from ..models.images import Fit, ImageSource, open_images
 from .generate import GenerationOptions, options_from
 from .prompt import Message
 from .sampling import SamplingOptions
@@ -68,7 +68,7 @@ def prepare(
 
 def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:
     """The images, decoded. Raises ImageError."""
-    return tuple(open_image(source) for source in as_list(image))
+    return open_images(as_list(image))
 
 
 def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

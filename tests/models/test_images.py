@@ -251,3 +251,21 @@ def test_crop_is_refused_when_an_image_is_too_thin() -> None:
     image = Image.new("RGB", (20_000, 1))
     with pytest.raises(ImageError, match=r"20000 x 1 is too long and thin to crop: .* 20480000"):
         preprocess(image, 1024, "crop")
+
+
+def test_images_together_may_be_as_large_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    small, large = np.zeros((6, 6), np.uint8), np.zeros((9, 9), np.uint8)
+    assert [image.size for image in images.open_images([small, small])] == [(6, 6), (6, 6)]
+    assert images.open_images([]) == ()
+    with pytest.raises(ImageError, match=r"\(9 x 9 pixels\) is too large beside the other images"):
+        images.open_images([small, large])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_thinnest_images_are_squared_or_refused(size: tuple[int, int], fit: images.Fit) -> None:
+    try:
+        assert images.preprocess(Image.new("RGB", size), 256, fit).shape == (3, 256, 256)
+    except ImageError as reason:
+        assert fit == "crop" and "too long and thin to crop" in str(reason)

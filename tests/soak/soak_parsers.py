@@ -1,0 +1,140 @@
+"""Damaged files for every parser: none may bring a traceback, hang or grow.
+
+    python tests/soak/soak_parsers.py --minutes 10 --cases 6000
+
+Runs in worker processes with limits of 10 s of processor time and 2 GB of growth; prints a table, exit 1 on a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROUND = 400
+"""Cases of one parser at a time, so that each has had some when the time is up."""
+
+
+@dataclass
+class Tally:
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    growth: int = 0
+    next_seed: int = 0
+
+    @property
+    def cases(self) -> int:
+        return self.outcomes.total()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--cases", type=int, default=6000)
+    parser.add_argument("--only", default="", help="parsers whose name contains this")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--model", type=Path, help="an exported folder, instead of a new one")
+    parser.add_argument("--bench", type=Path, help="what `fastvlm bench --json` wrote, instead of a new one")
+    options = parser.parse_args()
+    sys.path.insert(0, str(HERE.parent))
+    from soak.parsers import parsers
+
+    deadline = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        inputs = make_inputs(folder, options.model, options.bench)
+        chosen = [p for p in parsers(*inputs) if options.only in p.name]
+        tallies = {p.name: Tally(next_seed=options.first) for p in chosen}
+        per_share = options.cases / sum(p.share for p in chosen)
+        while time.monotonic() < deadline:
+            waiting = [p for p in chosen if tallies[p.name].cases < round(per_share * p.share)]
+            if not waiting:
+                break
+            for p in waiting:
+                left = round(per_share * p.share) - tallies[p.name].cases
+                run_round(p.name, tallies[p.name], min(ROUND, left), inputs, folder, deadline)
+        report(tallies)
+    sys.exit(any(tally.faults for tally in tallies.values()))
+
+
+def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[Path, Path, Path]:
+    """An exported model folder, a checkpoint, and a folder with a zip and a benchmark."""
+    from fastvlm.models.references import TINY_FOLDER
+
+    if model is None:
+        import fastvlm
+
+        model = folder / "model"
+        fastvlm.export("random:tiny", model, quant="int8", image_size=128, allow_shortfall=True)
+    extra = folder / "extra"
+    extra.mkdir()
+    with zipfile.ZipFile(extra / "checkpoint.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in ("config.json", "tokenizer.json"):
+            archive.write(TINY_FOLDER / file, f"tiny/{file}")
+    if bench is None:
+        options = ["bench", model, "--runs", "2", "--max-tokens", "2", "--json", extra / "bench.json"]
+        subprocess.run([sys.executable, "-m", "fastvlm.cli.main", *map(str, options)], capture_output=True, check=False)
+    else:
+        (extra / "bench.json").write_bytes(bench.read_bytes())
+    return model, TINY_FOLDER, extra
+
+
+def run_round(
+    name: str, tally: Tally, count: int, inputs: tuple[Path, Path, Path], folder: Path, deadline: float
+) -> None:
+    """Runs `count` cases in a worker; a case that ends the worker is a fault, and the rest waits for the next round."""
+    place = folder / f"work-{name.replace(' ', '-')}-{tally.next_seed}"
+    first, last = tally.next_seed, tally.next_seed + count
+    command = [sys.executable, HERE / "worker.py", *inputs, place, name, first, last]
+    errors = (folder / "stderr").open("w+")
+    worker = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
+    begun = None
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        told = json.loads(line)
+        begun = told["seed"] if told["outcome"] == "began" else None
+        if begun is None:
+            count_case(tally, told)
+        if time.monotonic() > deadline + 60:
+            worker.kill()
+    code = worker.wait()
+    if begun is not None:
+        kind = "hang" if code == -26 else "crash"  # SIGVTALRM
+        count_case(tally, {"seed": begun, "outcome": kind, "detail": f"exit code {code}"})
+    elif code:
+        errors.seek(0)
+        raise SystemExit(f"the worker of {name} failed before its first case: {errors.read()[-2000:]}")
+    errors.close()
+
+
+def count_case(tally: Tally, told: dict) -> None:
+    tally.next_seed = told["seed"] + 1
+    tally.outcomes[told["outcome"]] += 1
+    tally.seconds = max(tally.seconds, told.get("seconds", 0))
+    tally.growth = max(tally.growth, told.get("growth", 0))
+    if told["outcome"] not in ("accepted", "refused"):
+        tally.faults.append(f"seed {told['seed']}: {told['outcome']} {told.get('detail', '')}")
+
+
+def report(tallies: dict[str, Tally]) -> None:
+    print(f"{'parser':<22}{'cases':>7}{'accepted':>10}{'refused':>9}{'faults':>8}{'slowest':>10}{'growth':>10}")
+    for name, tally in tallies.items():
+        counts = f"{tally.cases:>7}{tally.outcomes['accepted']:>10}{tally.outcomes['refused']:>9}{len(tally.faults):>8}"
+        print(f"{name:<22}{counts}{tally.seconds:>8.1f} s{tally.growth / 1e6:>7.0f} MB")
+    print(f"{'all':<22}{sum(tally.cases for tally in tallies.values()):>7}")
+    for name, tally in tallies.items():
+        for fault in tally.faults:
+            print(f"{name}, {fault}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One process of the soak: reads damaged files of one parser, and says of each what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+MAX_SECONDS = 10
+MAX_GROWTH_BYTES = 2 * 2**30
+
+
+def main() -> None:
+    model, checkpoint, extra, folder, name, first, last = sys.argv[1:]
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from fastvlm.models.errors import FastVLMError
+    from soak.parsers import parsers
+
+    parser = next(p for p in parsers(Path(model), Path(checkpoint), Path(extra)) if p.name == name)
+    place = Path(folder)
+    parser.prepare(place)
+    parser.read(place)  # imports, and shows that the whole file is read
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/statm") as statm:  # noqa: PTH123
+        mapped = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + MAX_GROWTH_BYTES + 2**29,) * 2)
+    for seed in range(int(first), int(last)):
+        damaged = parser.damage(place, seed)
+        tell(seed=seed, outcome="began")
+        start = os.times()
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)  # processor time: the default action ends the process
+        try:
+            parser.read(place)
+            outcome, detail = "accepted", ""
+        except FastVLMError as error:
+            outcome, detail = "refused", f"{type(error).__name__}: {error!s:.200}"
+        except BaseException as error:
+            outcome, detail = "fault", f"{type(error).__name__}: {error!s:.300} {traceback.format_exc()[-600:]}"
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        seconds = sum(os.times()[:2]) - sum(start[:2])
+        growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
+        if growth > MAX_GROWTH_BYTES:
+            outcome, detail = "growth", f"{growth} bytes"
+        elif seconds > MAX_SECONDS:
+            outcome, detail = "hang", f"{seconds:.1f} s"
+        tell(seed=seed, outcome=outcome, detail=detail, seconds=seconds, growth=growth)
+        parser.restore(place, damaged)
+
+
+def tell(**values: object) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
