@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..models.disk import check_space as check_space
 from ..models.errors import OutputError
 from ..models.folder_layout import MANIFEST_NAME
 
@@ -73,17 +74,6 @@ def check_destination(destination: Path, *, force: bool) -> None:
                 f"{destination} was not written by fastvlm (no {MANIFEST_NAME} in it), so --force will not replace it: "
                 "choose another output folder"
             )
-
-
-def check_space(destination: Path, needed_bytes: int) -> None:
-    """Raises OutputError when the file system of `destination` has less than `needed_bytes` free."""
-    existing = next(parent for parent in [destination, *destination.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"not enough space for {destination}: it needs about {needed_bytes / 1e6:,.0f} MB while it is written, "
-            f"{free / 1e6:,.0f} MB are free; free some or choose another disk"
-        )
 
 
 def publish(partial: Path, destination: Path) -> None:

@@ -1,12 +1,13 @@
-"""MODEL: a checkpoint folder, `tiny` (the trained checkpoint in the package) or `random:SIZE`."""
+"""MODEL: a checkpoint folder, a hub id that was downloaded, `tiny` (trained, in the package) or `random:SIZE`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from .checkpoint import Checkpoint, FolderCheckpoint
-from .errors import ModelReferenceError
+from .download.archives import FOLDERS
+from .errors import CheckpointError, ModelReferenceError
+from .hub_cache import HUB_ID, cached_folder
 
 DEFAULT_MODEL = TINY = "tiny"
 TINY_FOLDER = Path(__file__).with_name("tiny") / "checkpoint"
@@ -43,9 +44,22 @@ def _open(reference: str | Path) -> Checkpoint:
             f"{folder} is a file; MODEL should be the folder that holds config.json and *.safetensors"
         )
     known = ", ".join([TINY, *(f"random:{size}" for size in DECODERS)])
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    if HUB_ID.fullmatch(text):
+        cached = cached_folder(text)
+        if cached is not None:
+            return _cached_checkpoint(text, cached)
         raise ModelReferenceError(
-            f"{text} is not a folder here. If it is a hub id, fetch it first: `hf download {text} --local-dir DIR`; "
-            f"without a checkpoint, try {known}"
+            f"{text} is neither a folder here nor in the hub's cache: fetch it with `fastvlm download {text}`; without "
+            f"a checkpoint, try {known}"
         )
+    if text in FOLDERS:
+        raise ModelReferenceError(f"fetch {text} with `fastvlm download {text}`, and pass the folder that it prints")
     raise ModelReferenceError(f"{text} is neither a folder nor one of {known}")
+
+
+def _cached_checkpoint(hub_id: str, folder: Path) -> Checkpoint:
+    """The checkpoint in the hub's cache. Raises CheckpointError that says how to complete it, where it is not whole."""
+    try:
+        return FolderCheckpoint(folder, name=hub_id.rpartition("/")[2])
+    except CheckpointError as reason:
+        raise type(reason)(f"{reason}; if it is not all there, run `fastvlm download {hub_id}`") from reason

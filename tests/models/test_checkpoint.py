@@ -282,7 +282,8 @@ def test_random_tensors_repeat_and_differ_by_name_and_seed() -> None:
     ("reference", "message"),
     [
         ("random:9b", "random:9b is unknown"),
-        ("apple/FastVLM-0.5B", "hf download apple/FastVLM-0.5B"),
+        ("nobody/FastVLM-0.5B", "fastvlm download nobody/FastVLM-0.5B"),
+        ("0.5b-stage3", "fastvlm download 0.5b-stage3"),
         ("no such thing", "neither a folder"),
         (__file__, "is a file"),
     ],

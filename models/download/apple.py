@@ -1,0 +1,105 @@
+"""Apple's archives by name: fetched, checked, unpacked into a folder that appears only when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..disk import check_space
+from ..errors import DownloadError, OutputError
+from .archives import FOLDERS, archive_url, is_needed
+from .http_file import OnProgress, fetch
+from .unpack import unpack
+
+RECORD = "fastvlm-download.json"
+"""Beside the files: where they are from."""
+ROOM = 2
+"""Times the archive's size: itself, and what comes out of it."""
+
+
+def download_archive(
+    name: str,
+    destination: Path,
+    *,
+    url: str | None = None,
+    sha256: str | None = None,
+    on_progress: OnProgress = lambda here, total: None,
+) -> dict[str, Any]:
+    """Fetches one of `FOLDERS` into `destination` and returns what is known of it: url, sha256 of the archive.
+
+    What an earlier attempt left in `.DESTINATION.download` is gone on from. Apple publishes no checksums: with no
+    `sha256` given, the size, the archive's own checksums and the weights' headers are what is checked.
+
+    Raises:
+        DownloadError: see `fetch` and `unpack`; or the archive holds no checkpoint.
+        OutputError: the destination is in use, or the disk is full.
+    """
+    if is_present(destination, name):
+        return {"already_there": True}
+    check_free(destination)
+    with work_folder(destination) as work:
+        archive = work / f"{FOLDERS[name]}.zip"
+        source = url or archive_url(name)
+        digest = fetch(source, archive, sha256=sha256, room=ROOM, on_progress=on_progress)
+        check_space(destination, archive.stat().st_size)
+        unpacked = work / "unpacked"
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpacked.mkdir()
+        try:
+            check_checkpoint(unpack(archive, unpacked, is_needed), source)
+        except DownloadError:
+            archive.unlink()  # it would fail again
+            raise
+        record = {"archive": name, "url": source, "sha256": digest, "sha256_was_known": sha256 is not None}
+        (unpacked / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if destination.exists():
+            destination.rmdir()  # empty, as was checked
+        unpacked.replace(destination)
+    return record
+
+
+def is_present(destination: Path, name: str) -> bool:
+    """Whether `destination` is what an earlier download of `name` made."""
+    try:
+        return json.loads((destination / RECORD).read_text(encoding="utf-8")).get("archive") == name
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def check_free(destination: Path) -> None:
+    """Raises OutputError when something is at `destination` already."""
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise OutputError(f"{destination} exists and is no folder: choose another with --to")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise OutputError(f"{destination} exists and is not empty: remove it, or choose another folder with --to")
+
+
+def check_checkpoint(names: list[str], source: str) -> None:
+    """Raises DownloadError unless there are a config and weights among the files."""
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        found = ", ".join(sorted(names)[:6]) or "nothing that is needed"
+        raise DownloadError(f"{source} holds no checkpoint (config.json and *.safetensors); found {found}")
+
+
+@contextlib.contextmanager
+def work_folder(destination: Path) -> Iterator[Path]:
+    """A hidden folder beside `destination` that outlives an attempt that fails, and is removed after one that does not.
+
+    Raises:
+        OutputError: another process is at it.
+    """
+    import fcntl
+
+    work = destination.absolute().with_name(f".{destination.name}.download")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is downloading to {destination}: wait for it") from None
+        yield work
+        shutil.rmtree(work, ignore_errors=True)

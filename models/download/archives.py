@@ -1,0 +1,46 @@
+"""Apple's archives: their names, where they are, and which files of a checkpoint are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+BASE_URL = "https://ml-site.cdn-apple.com/datasets/fastvlm"
+
+FOLDERS: Mapping[str, str] = {
+    **{
+        f"{size}-stage{stage}": f"llava-fastvithd_{size}_stage{stage}"
+        for size in ("0.5b", "1.5b", "7b")
+        for stage in (2, 3)
+    },
+    **{
+        f"{size}-stage3-{kind}": f"llava-fastvithd_{size}_stage3_llm.{kind}"
+        for size, kind in (("0.5b", "fp16"), ("1.5b", "int8"), ("7b", "int4"))
+    },
+}
+"""Our name -> Apple's, which the archive and the folder in it have. Sources: `get_models.sh` (checkpoints) and
+`app/get_pretrained_mlx_model.sh` (exported for Apple Silicon) of https://github.com/apple/ml-fastvlm."""
+
+LICENCE_NOTE = (
+    "FastVLM's weights are under Apple's model licence, for research only: "
+    "https://github.com/apple/ml-fastvlm/blob/main/LICENSE_MODEL"
+)
+
+NEEDED = (
+    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "fastvlm.json", "fastvithd.mlpackage/*",
+    "LICENSE*", "LICENCE*", "ACKNOWLEDGEMENTS*",
+)  # fmt: skip
+"""Of a checkpoint or an exported folder; no code, no pickles, no training state."""
+
+
+def archive_url(name: str) -> str:
+    return f"{BASE_URL}/{FOLDERS[name]}.zip"
+
+
+def is_needed(path: str) -> bool:
+    """Whether the file at `path`, relative to the checkpoint's folder, is one that we read or a licence."""
+    inside = "/" in path and not path.startswith("fastvithd.mlpackage/")
+    return not inside and any(fnmatch(path, pattern) for pattern in NEEDED) and PurePosixPath(path).name[0] != "."

@@ -1,0 +1,136 @@
+"""Checkpoints from the Hugging Face hub, through its own client: resumable, by revision, hashes checked."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..disk import check_space
+from ..errors import DownloadError, FastVLMError
+from .apple import check_checkpoint, check_free, work_folder
+from .archives import is_needed
+
+OnStage = Callable[[str], None]
+
+
+def download_from_hub(
+    hub_id: str,
+    to: Path | None = None,
+    revision: str | None = None,
+    *,
+    endpoint: str | None = None,
+    on_stage: OnStage = lambda _: None,
+) -> Path:
+    """Fetches the needed files of `hub_id` into the folder `to`, or into the hub's cache, and returns the folder.
+
+    `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` count, as for every client of the hub.
+
+    Raises:
+        DownloadError: there is no such checkpoint, access is not granted, the hub cannot be reached, or a file's hash
+            is not what the hub says.
+        OutputError: the destination is in use, or there is too little room.
+    """
+    on_stage(f"ask the hub about {hub_id}")
+    files, commit = _asked(hub_id, revision, endpoint)
+    check_checkpoint(list(files), hub_id)
+    needed = sum(size for size, _ in files.values())
+    on_stage(f"fetch {len(files)} files, {needed / 1e6:,.0f} MB")
+    if to is None:
+        folder = _fetched(hub_id, commit, list(files), endpoint)
+        _check_hashes(folder, files, on_stage)
+        return folder
+    check_free(to)
+    check_space(to, needed)
+    with work_folder(to) as work:
+        folder = work / "files"
+        _fetched(hub_id, commit, list(files), endpoint, local_dir=folder)
+        _check_hashes(folder, files, on_stage)
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
+        if to.exists():
+            to.rmdir()  # empty, as was checked
+        folder.replace(to)
+    return to
+
+
+def _asked(hub_id: str, revision: str | None, endpoint: str | None) -> tuple[dict[str, tuple[int, str | None]], str]:
+    """(size, sha256 where the hub knows it) of each needed file, and the commit that `revision` stands for."""
+    from huggingface_hub import HfApi
+
+    info = _told(hub_id, lambda: HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, files_metadata=True))
+    files = {
+        file.rfilename: (file.size or 0, file.lfs.sha256 if file.lfs else None)
+        for file in info.siblings or ()
+        if is_needed(file.rfilename)
+    }
+    return files, str(info.sha)
+
+
+def _fetched(hub_id: str, commit: str, names: list[str], endpoint: str | None, local_dir: Path | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        _told(
+            hub_id,
+            lambda: snapshot_download(
+                hub_id, revision=commit, allow_patterns=names, local_dir=local_dir, endpoint=endpoint
+            ),
+        )
+    )
+
+
+def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
+    """The client's answer; what it raises in one line of ours."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        return ask()
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{hub_id} is gated: accept its terms on the hub, then set HF_TOKEN to your token"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise DownloadError(f"{hub_id} has no such revision: leave --revision out, or look at the hub") from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(
+            f"{hub_id} is not on the hub, or private: check the name, or set HF_TOKEN to a token that may read it"
+        ) from None
+    except errors.HFValidationError as reason:
+        raise DownloadError(f"{hub_id} is no hub id: {str(reason).splitlines()[0]}") from None
+    except errors.OfflineModeIsEnabled:
+        raise DownloadError(f"{hub_id} was not fetched: HF_HUB_OFFLINE is set, which forbids the network") from None
+    except errors.LocalEntryNotFoundError:
+        raise DownloadError(
+            f"{hub_id}: the hub cannot be reached: check the connection, then run the same again"
+        ) from None
+    except errors.HfHubHTTPError as reason:
+        raise DownloadError(f"{hub_id}: the hub answers: {str(reason).splitlines()[0]}") from None
+    except (httpx.HTTPError, OSError) as reason:
+        if isinstance(reason, FastVLMError) or getattr(reason, "errno", None) == 28:
+            raise
+        cause = (str(reason) or type(reason).__name__).splitlines()[0]
+        raise DownloadError(f"{hub_id}: the transfer failed ({cause}): run the same command again to go on") from None
+
+
+def _check_hashes(folder: Path, files: dict[str, tuple[int, str | None]], on_stage: OnStage) -> None:
+    """Raises DownloadError, and removes the file, when its size or sha256 is not what the hub says."""
+    on_stage("check sizes and hashes")
+    for name, (size, sha256) in files.items():
+        file = folder / name
+        fault = None
+        if not file.is_file() or file.stat().st_size != size:
+            fault = f"has {file.stat().st_size if file.is_file() else 0} bytes instead of {size}"
+        elif sha256 is not None and _sha256(file) != sha256:
+            fault = f"has another sha256 than the hub says ({sha256[:12]}...)"
+        if fault:
+            for path in {file.resolve(), file}:  # in the cache a link to the content
+                path.unlink(missing_ok=True)
+            raise DownloadError(f"{name} {fault}: it was removed; run the same command again")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

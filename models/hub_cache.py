@@ -1,0 +1,23 @@
+"""Checkpoints that the Hugging Face hub's client keeps on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+"""`apple/FastVLM-0.5B`: an owner and a name."""
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """The folder in which the hub's cache holds `hub_id`, perhaps not all of it; None where it is not there."""
+    if not HUB_ID.fullmatch(hub_id):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(hub_id, "config.json")
+    except (HFValidationError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None

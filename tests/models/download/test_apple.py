@@ -1,0 +1,107 @@
+"""Apple's archives by name: a folder that is whole or not there, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm.models.checkpoint import FolderCheckpoint
+from fastvlm.models.download.apple import download_archive
+from fastvlm.models.download.archives import FOLDERS, archive_url
+from fastvlm.models.errors import DownloadError, OutputError
+from fastvlm.models.references import TINY_FOLDER
+
+NAME = "0.5b-stage3"
+
+
+@pytest.fixture
+def served(server: Any) -> str:
+    """The address of `tiny` as Apple packs a checkpoint."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in TINY_FOLDER.iterdir():
+            archive.write(file, f"llava-fastvithd_0.5b_stage3/{file.name}")
+        archive.writestr("llava-fastvithd_0.5b_stage3/training_args.bin", b"pickle")
+    server.files["/a.zip"] = packed.getvalue()
+    return f"{server.url}/a.zip"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_archive_becomes_a_checkpoint(served: str, tmp_path: Path) -> None:
+    destination = tmp_path / "out" / "model"
+    record = download_archive(NAME, destination, url=served)
+    checkpoint = FolderCheckpoint(destination)
+    assert checkpoint.layout == "Apple LLaVA"
+    assert not (destination / "training_args.bin").exists()
+    assert json.loads((destination / "fastvlm-download.json").read_text()) == record
+    assert not record["sha256_was_known"]
+    assert names(tmp_path / "out") == {"model"}
+    assert download_archive(NAME, destination, url="http://127.0.0.1:9/") == {"already_there": True}
+
+
+def test_interrupted_archive_goes_on_and_never_looks_whole(server: Any, served: str, tmp_path: Path) -> None:
+    destination = tmp_path / "out" / "model"
+    server.cut_after = 2_000_000
+    with pytest.raises(DownloadError, match="cut off"):
+        download_archive(NAME, destination, url=served)
+    assert names(tmp_path / "out") == {".model.download"}
+    download_archive(NAME, destination, url=served)
+    assert server.asked[-1] == ("/a.zip", "bytes=2000000-")
+    FolderCheckpoint(destination)
+    assert names(tmp_path / "out") == {"model"}
+
+
+def test_damaged_archive_is_removed_so_that_the_next_attempt_is_new(server: Any, served: str, tmp_path: Path) -> None:
+    good = server.files["/a.zip"]
+    server.files["/a.zip"] = good[:1_000_000] + bytes([good[1_000_000] ^ 1]) + good[1_000_001:]
+    with pytest.raises(DownloadError, match="not a whole zip archive"):
+        download_archive(NAME, tmp_path / "model", url=served)
+    assert not (tmp_path / "model").exists()
+    server.files["/a.zip"] = good
+    download_archive(NAME, tmp_path / "model", url=served)
+    FolderCheckpoint(tmp_path / "model")
+
+
+def test_archive_without_weights_is_refused(server: Any, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a/config.json", "{}")
+        archive.writestr("a/pytorch_model.bin", "pickle")
+    server.files["/a.zip"] = packed.getvalue()
+    with pytest.raises(DownloadError, match=r"holds no checkpoint .*; found config.json"):
+        download_archive(NAME, tmp_path / "model", url=f"{server.url}/a.zip")
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_in_the_way_is_never_touched(served: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"):
+        download_archive(NAME, tmp_path / "model", url=served)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with pytest.raises(OutputError, match="is no folder"):
+        download_archive(NAME, tmp_path / "link", url=served)
+    assert names(tmp_path / "model") == {"mine.txt"}
+
+
+def test_two_downloads_to_one_place_do_not_mix(served: str, tmp_path: Path) -> None:
+    from fastvlm.models.download.apple import work_folder
+
+    with work_folder(tmp_path / "model"), pytest.raises(OutputError, match="another process is downloading"):
+        download_archive(NAME, tmp_path / "model", url=served)
+
+
+def test_addresses_are_apples() -> None:
+    base = "https://ml-site.cdn-apple.com/datasets/fastvlm/llava-fastvithd"
+    assert archive_url("0.5b-stage3") == f"{base}_0.5b_stage3.zip"
+    assert archive_url("7b-stage2") == f"{base}_7b_stage2.zip"
+    assert archive_url("1.5b-stage3-int8") == f"{base}_1.5b_stage3_llm.int8.zip"
+    assert len(FOLDERS) == 9
