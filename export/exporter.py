@@ -28,6 +28,7 @@ from .interface import interface_for
 from .mlx_encoder import beside_encoder, encoder_bytes, mlx_scheme, read_encoder
 from .model_folder import (
     PROCESSOR_CONFIG,
+    copy_licences,
     exported_config,
     file_table,
     preprocessor_config,
@@ -217,6 +218,7 @@ def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenize
     write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
+    copy_licences(checkpoint, folder)
 
 
 def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, result: Export) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..models.checkpoint import Checkpoint
 from ..models.config import PATCH_SIZE
 from ..models.file_digest import sample_sha256, sha256
-from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, MANIFEST_NAME, WEIGHTS_NAME
+from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, LICENCE_FILES, MANIFEST_NAME, WEIGHTS_NAME
 from ..quant.decoder_scheme import DecoderScheme
 
 if TYPE_CHECKING:
@@ -107,6 +107,15 @@ PROCESSOR_CONFIG = {
     "patch_size": PATCH_SIZE,
     "processor_class": "LlavaProcessor",
 }
+
+
+def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
+    """Licence files beside a checkpoint go where its weights go."""
+    source = getattr(checkpoint, "folder", None)
+    for pattern in LICENCE_FILES if isinstance(source, Path) else ():
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                (folder / file.name).write_bytes(file.read_bytes())
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:

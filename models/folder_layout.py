@@ -32,6 +32,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "ACKNOWLEDGEMENTS*", "NOTICE*")
+"""What goes along with weights wherever they go."""
 MANIFEST_NAME = "fastvlm.json"
 MANIFEST_FORMAT = 1
 """Raised when a manifest changes in a way that an older reader would misread."""

@@ -13,6 +13,7 @@ from ...models.folder_layout import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
+    LICENCE_FILES,
     PACKAGE_NAME,
     weight_files,
 )
@@ -25,7 +26,6 @@ from .tensors import saved_tensors
 
 COPIED = ("tokenizer.json", "special_tokens_map.json", GENERATION_CONFIG_NAME)
 TEMPLATE_FILE = "chat_template.jinja"
-LICENCES = ("LICENSE*", "ACKNOWLEDGEMENTS*", "NOTICE*")
 
 LEFT_OUT = ("rope_scaling", "rope_parameters", "auto_map", "transformers_version")
 """Of config.json: the first two are null or say what rope_theta says, or the folder would not have been read."""
@@ -54,7 +54,7 @@ def write_files(source: Path, folder: Path, contract: Contract) -> None:
         shutil.copyfile(file, folder / file.name)
     if (source / INDEX_NAME).is_file():
         shutil.copyfile(source / INDEX_NAME, folder / INDEX_NAME)
-    for name in (*COPIED, *(path.name for pattern in LICENCES for path in source.glob(pattern) if path.is_file())):
+    for name in (*COPIED, *(path.name for pattern in LICENCE_FILES for path in source.glob(pattern) if path.is_file())):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     config = read_json_object(source / CONFIG_NAME)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +27,7 @@ MAX_OTHERS = 200
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 ZIP_MODE = 0o644 << 16
+UNIX = 3
 
 
 def bundle_folder(to: Path, contract: Contract) -> Path:
@@ -97,7 +98,14 @@ def publish_beside_others(partial: Path, folder: Path) -> None:
                 raise OutputError(f"{folder / name} is not of an earlier bundle and is in the way: move it first")
             target.parent.mkdir(parents=True, exist_ok=True)
             carry(folder / name, target)
+        carry_empty_folders(folder, partial)
     publish(partial, folder)
+
+
+def carry_empty_folders(folder: Path, partial: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            (partial / path.relative_to(folder)).mkdir(parents=True, exist_ok=True)
 
 
 def carry(source: Path, target: Path) -> None:
@@ -134,18 +142,12 @@ def is_bundle_zip(file: Path) -> bool:
 
 def publish_zip(partial: Path, file: Path) -> None:
     """`partial`'s content as a zip: sorted, stored, of one time, so that equal bundles give equal bytes."""
-    temporary = partial.with_name(f"{partial.name}.zip")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for path in sorted(paths(partial)):
-                entry = zipfile.ZipInfo(path.relative_to(partial).as_posix(), ZIP_TIME)
-                entry.external_attr = ZIP_MODE
-                with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
-                    shutil.copyfileobj(source, target, 2**20)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def paths(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+    content = sorted(path for path in partial.rglob("*") if path.is_file())
+    temporary = partial / ".zip"  # in there, so that it goes when the folder goes
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for path in content:
+            entry = zipfile.ZipInfo(path.relative_to(partial).as_posix(), ZIP_TIME)
+            entry.external_attr, entry.create_system = ZIP_MODE, UNIX
+            with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, 2**20)
+    temporary.replace(file)

@@ -43,7 +43,7 @@ def _package_lacks(folder: Path, contract: Contract) -> Iterator[str]:
     program = read_package(folder / PACKAGE_NAME)
     options = list(_border_options(program, contract))
     if options:
-        found = ", ".join(str(tensor) for tensor in (*program.inputs, *program.outputs))
+        found = ", ".join(f"{t.name} {t}" for t in (*program.inputs, *program.outputs))
         yield f"the package has {found}; export again with {' '.join(options)}"
 
 
