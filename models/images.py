@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
 from .errors import ImageError
+from .thin_images import resize_stripe_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +42,9 @@ damaged ones.)"""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 """What Pillow decodes itself: others would start programs (EPS: Ghostscript) or are no pictures of today."""
+
+THIN = 4
+"""Height over width from which on it pays to leave out the black beside an image."""
 
 STRIP_PIXELS = 2**22
 """Of the padded square, resized at a time: 16 MiB in Pillow's four bytes per pixel."""
@@ -107,7 +111,8 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     """The image centred on a black square of its longer side, resized to `size`.
 
     Pillow resizes rows first, then columns, with a rounding to uint8 between the two. Doing the rows strip by strip
-    gives the same bits, and never holds the square, which is 900 megapixels for a screenshot of 1200 x 30000.
+    gives the same bits, and never holds the square, which is 900 megapixels for a screenshot of 1200 x 30000. Where
+    most of a row is black, its part is not computed at all.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -115,6 +120,10 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, image.height, rows):
         stop = min(start + rows, image.height)
+        if THIN * image.width < side:
+            stripe = np.asarray(image.crop((0, start, image.width, stop)))  # (rows, W, 3)
+            narrow.paste(Image.fromarray(resize_stripe_rows(stripe, left, side, size)), (0, top + start))
+            continue
         strip = image.crop((-left, start, side - left, stop))  # black where it reaches past the image
         narrow.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
     return narrow.resize((size, size), Image.Resampling.BICUBIC)

@@ -269,3 +269,12 @@ def test_thinnest_images_are_squared_or_refused(size: tuple[int, int], fit: imag
         assert images.preprocess(Image.new("RGB", size), 256, fit).shape == (3, 256, 256)
     except ImageError as reason:
         assert fit == "crop" and "too long and thin to crop" in str(reason)
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(1, 700, 256), (7, 1023, 128), (60, 600, 64), (3, 100, 256)])
+def test_thin_images_have_the_bits_that_pillow_gives(width: int, height: int, size: int) -> None:
+    image = noise(width, height)
+    square = Image.new("RGB", (height, height))
+    square.paste(image, ((height - width) // 2, 0))
+    expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(preprocess(image, size, "pad"), expected)
