@@ -10,14 +10,20 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def cached_folder(hub_id: str) -> Path | None:
-    """The folder in which the hub's cache holds `hub_id`, perhaps not all of it; None where it is not there."""
+    """The folder in which the hub's cache holds `hub_id`, perhaps not all of it; None where it is not there.
+
+    That is its main branch, or the only revision that is there.
+    """
     if not HUB_ID.fullmatch(hub_id):
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(hub_id, "config.json")
+        found = try_to_load_from_cache(hub_id, "config.json", cache_dir=constants.HF_HUB_CACHE)
     except (HFValidationError, OSError):
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    if isinstance(found, str):
+        return Path(found).parent
+    revisions = list(Path(constants.HF_HUB_CACHE).glob(f"models--{hub_id.replace('/', '--')}/snapshots/*/config.json"))
+    return revisions[0].parent if len(revisions) == 1 else None

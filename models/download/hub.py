@@ -39,7 +39,7 @@ def download_from_hub(
     needed = sum(size for size, _ in files.values())
     on_stage(f"fetch {len(files)} files, {needed / 1e6:,.0f} MB")
     if to is None:
-        folder = _fetched(hub_id, commit, list(files), endpoint)
+        folder = _fetched(hub_id, revision, list(files), endpoint)  # by its name, which the cache then knows
         _check_hashes(folder, files, on_stage)
         return folder
     check_free(to)
@@ -68,14 +68,16 @@ def _asked(hub_id: str, revision: str | None, endpoint: str | None) -> tuple[dic
     return files, str(info.sha)
 
 
-def _fetched(hub_id: str, commit: str, names: list[str], endpoint: str | None, local_dir: Path | None = None) -> Path:
+def _fetched(
+    hub_id: str, revision: str | None, names: list[str], endpoint: str | None, local_dir: Path | None = None
+) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(
         _told(
             hub_id,
             lambda: snapshot_download(
-                hub_id, revision=commit, allow_patterns=names, local_dir=local_dir, endpoint=endpoint
+                hub_id, revision=revision, allow_patterns=names, local_dir=local_dir, endpoint=endpoint
             ),
         )
     )
@@ -83,9 +85,9 @@ def _fetched(hub_id: str, commit: str, names: list[str], endpoint: str | None, l
 
 def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
     """The client's answer; what it raises in one line of ours."""
-    import httpx
     from huggingface_hub import errors
 
+    transport = getattr(errors, "HTTPError", OSError)  # of whichever HTTP library the client uses
     try:
         return ask()
     except errors.GatedRepoError:
@@ -108,7 +110,7 @@ def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
         ) from None
     except errors.HfHubHTTPError as reason:
         raise DownloadError(f"{hub_id}: the hub answers: {str(reason).splitlines()[0]}") from None
-    except (httpx.HTTPError, OSError) as reason:
+    except (transport, OSError) as reason:
         if isinstance(reason, FastVLMError) or getattr(reason, "errno", None) == 28:
             raise
         cause = (str(reason) or type(reason).__name__).splitlines()[0]

@@ -1,0 +1,103 @@
+"""The hub's client against a server on this machine: what is fetched, checked, and said when it goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from fastvlm.models.checkpoint import FolderCheckpoint
+from fastvlm.models.download.hub import download_from_hub
+from fastvlm.models.errors import DownloadError, ModelReferenceError
+from fastvlm.models.references import TINY_FOLDER, open_checkpoint
+
+HUB_ID = "someone/FastVLM-tiny"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache of the test's own."""
+    folder = tmp_path / "cache"
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if hasattr(huggingface_hub.constants, name):
+            monkeypatch.setattr(huggingface_hub.constants, name, str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    return folder
+
+
+@pytest.fixture
+def files(serve_repository: Callable[..., None]) -> dict[str, bytes]:
+    """Those of `tiny`."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    files = {name: (TINY_FOLDER / name).read_bytes() for name in names}
+    serve_repository(HUB_ID, {**files, "llava_qwen.py": b"code", "onnx/model.onnx": b"x", "pytorch_model.bin": b"p"})
+    return files
+
+
+def test_needed_files_arrive_in_a_folder(server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path) -> None:
+    stages: list[str] = []
+    folder = download_from_hub(HUB_ID, tmp_path / "to" / "model", endpoint=server.url, on_stage=stages.append)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["model"]
+    assert FolderCheckpoint(folder).layout == "Apple LLaVA"
+    assert f"fetch {len(files)} files" in stages[1]
+
+
+def test_hub_id_opens_once_it_is_in_the_cache(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    with pytest.raises(ModelReferenceError, match=f"`fastvlm download {HUB_ID}`"):
+        open_checkpoint(HUB_ID)
+    folder = download_from_hub(HUB_ID, endpoint=server.url)
+    assert folder.is_relative_to(cache)
+    checkpoint = open_checkpoint(HUB_ID)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    assert checkpoint.name == "FastVLM-tiny"
+
+
+def test_only_revision_in_the_cache_is_the_one_that_is_meant(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    download_from_hub(HUB_ID, revision="c" * 40, endpoint=server.url)
+    assert open_checkpoint(HUB_ID).name == "FastVLM-tiny"
+
+
+def test_part_of_a_checkpoint_in_the_cache_says_what_to_do(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    folder = download_from_hub(HUB_ID, endpoint=server.url)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(Exception, match=rf"no \*.safetensors.*run `fastvlm download {HUB_ID}`"):
+        open_checkpoint(HUB_ID)
+
+
+def test_content_with_another_hash_is_removed(
+    server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
+    good = server.files[path]
+    server.files[path] = good[:-1] + bytes([good[-1] ^ 1])
+    with pytest.raises(DownloadError, match=r"model.safetensors has another sha256 than the hub says.*was removed"):
+        download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
+    assert not (tmp_path / "model").exists()
+    server.files[path] = good
+    download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == good
+
+
+def test_what_the_hub_refuses_is_told(server: Any, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="nobody/nothing"):
+        download_from_hub("nobody/nothing", endpoint=server.url)
+    with pytest.raises(DownloadError, match="run the same|cannot be reached"):
+        download_from_hub(HUB_ID, endpoint="http://127.0.0.1:9")
+
+
+def test_offline_mode_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
+        download_from_hub(HUB_ID)
+
+
+def test_repository_without_a_checkpoint_is_refused(
+    server: Any, cache: Path, serve_repository: Callable[..., None]
+) -> None:
+    serve_repository(HUB_ID, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    with pytest.raises(DownloadError, match=r"holds no checkpoint .*; found config.json"):
+        download_from_hub(HUB_ID, endpoint=server.url)
