@@ -19,6 +19,7 @@ from ..models.folder_layout import (
     has_mlx_encoder,
     saved_weights,
 )
+from ..models.hub_cache import cached_folder
 from ..models.json_file import read_json_object
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def open_folder(path: str | Path, *, verify_hashes: bool = False) -> ModelFolder
         ConfigError: `config.json` is malformed.
     """
     path = Path(path).expanduser()
+    if not path.is_dir():
+        path = cached_folder(str(path)) or path  # an exported folder on the hub, as apple/FastVLM-0.5B-fp16
     if not path.is_dir():
         raise ModelFolderError(f"{path} is not a folder; a model folder is what `fastvlm export` writes")
     manifest = read_json_object(path / MANIFEST_NAME, ModelFolderError) if (path / MANIFEST_NAME).is_file() else None
