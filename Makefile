@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SAMPLES := runtime/samples
+MINUTES ?= 15
 
-.PHONY: demo test check accuracy bench clean
+.PHONY: demo test check accuracy bench soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastvlm export --quant int8 --force --out demo/model
@@ -28,6 +29,11 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
 	$(BIN)/fastvlm export random:0.5b --quant int8 --force --out bench/model
 	$(BIN)/python tests/bench/bench_reuse.py bench/model
+
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak/soak_parsers.py --minutes $(MINUTES) --cases 6000
+	$(BIN)/python tests/soak/soak_kills.py --minutes $(MINUTES) --kills 100
+	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

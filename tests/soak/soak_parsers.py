@@ -60,6 +60,8 @@ def main() -> None:
             if not waiting:
                 break
             for p in waiting:
+                if time.monotonic() > deadline:
+                    break
                 left = round(per_share * p.share) - tallies[p.name].cases
                 run_round(p.name, tallies[p.name], min(ROUND, left), inputs, folder, deadline)
         report(tallies)
