@@ -142,6 +142,12 @@ class QuantizedKVCache(KVCache):
         return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=KV_BITS)
 
 
+def check_kv_bits(kv_bits: int | None) -> None:
+    """Raises UsageError unless it is None or 8."""
+    if kv_bits not in (None, KV_BITS):
+        raise UsageError(f"kv_bits should be {KV_BITS}, or left out; found {kv_bits!r:.40}")
+
+
 def stacked(caches: Sequence[KVCache], room: int) -> KVCache:
     """One cache with the rows of all, aligned at their ends, and room for `room` positions more."""
     offset = max(cache.offset for cache in caches)

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from . import mlx_cpu
 from ._mlx import mx, nn, on_cpu
 from .config import Qwen2Config
-from .errors import UsageError
-from .kv_cache import KV_BITS, KVCache, Padding, QuantizedKVCache
+from .kv_cache import KVCache, Padding, QuantizedKVCache, check_kv_bits
 
 
 class Attention(nn.Module):
@@ -163,8 +162,7 @@ class Qwen2(nn.Module):
         Raises:
             UsageError: another number of bits, or heads that hold no whole groups.
         """
-        if kv_bits not in (None, KV_BITS):
-            raise UsageError(f"kv_bits should be {KV_BITS}, or left out; found {kv_bits!r:.40}")
+        check_kv_bits(kv_bits)
         if kv_bits is None:
             return [KVCache(capacity) for _ in self.model.layers]
         return [QuantizedKVCache(self.config.head_dim, capacity) for _ in self.model.layers]

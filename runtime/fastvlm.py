@@ -13,6 +13,7 @@ from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError
 from ..models.folder_layout import IMAGE_TOKEN
 from ..models.images import ImageSource
+from ..models.kv_cache import check_kv_bits
 from ..models.language import LanguageSide, load_language
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
@@ -90,6 +91,7 @@ class FastVLM:
             MachineError: this machine lacks the back end.
             UsageError: `vision`, `compute_units` or `kv_bits` is none of these, or does not fit the model.
         """
+        check_kv_bits(kv_bits)
         start = time.perf_counter()
         opened = open_folder(folder, verify_hashes=verify_hashes)
         config = opened.config

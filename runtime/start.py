@@ -11,6 +11,7 @@ import numpy as np
 from ..models._mlx import mx
 from ..models.config import FastVLMConfig
 from ..models.errors import PromptError, WeightsError
+from ..models.folder_layout import IMAGE_TOKEN
 from ..models.images import Fit, preprocess, to_pixel_values
 from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
@@ -109,12 +110,16 @@ class Starter:
         hits = self.feature_cache.hits
         held, cache = self._recall(cells, memory)
         reused_tokens = position_count(cells[:held], self.config.tokens_per_image)
-        image_features, held, cache = self._encoded(cells, held, cache)
+        lead = fixed_lead(request.messages, cells)
+        image_features, held, cache = self._encoded(cells, lead, held, cache)
         stages_ms["encode_ms"] = clock.lap_ms()
         projected = self._project(image_features)
         stages_ms["project_ms"] = clock.lap_ms()
         room = min(request.options.max_tokens, self.config.max_context - length)
-        logits, cache = self._prefill(cells, held, cache, projected, length + min(room, CACHE_ROOM))
+        if held < len(lead):
+            held, cache = len(lead), self._read_lead(lead, held, cache)
+        cache = cache or self._empty(0)
+        logits = self._prefill(cells[held:], cache, projected, length + min(room, CACHE_ROOM))
         stages_ms["prefill_ms"] = clock.lap_ms()
         sampler = Sampler(request.options.sampling, prompt.ids)
         first = sampler(logits[0])
@@ -150,12 +155,11 @@ class Starter:
         return (own, cache) if own >= held else (held, prefix)
 
     def _encoded(
-        self, cells: Sequence[Cell], held: int, cache: list[KVCache]
+        self, cells: Sequence[Cell], lead: Sequence[int], held: int, cache: list[KVCache]
     ) -> tuple[list[NDArray[np.float32]], int, list[KVCache]]:
         """`image_features` (1, N, C) of the images not held yet. Text before them may be read meanwhile."""
         wanted = [cell for cell in cells[held:] if isinstance(cell, Picture)]
-        lead = lead_of(cells)
-        if not (self.beside and held < len(lead) <= MAX_PREFIX):
+        if not (self.beside and held < len(lead)):
             return [self._features(picture) for picture in wanted], held, cache
         from concurrent.futures import ThreadPoolExecutor
 
@@ -183,18 +187,14 @@ class Starter:
         return projected
 
     def _prefill(
-        self, cells: Sequence[Cell], held: int, cache: list[KVCache], projected: list[mx.array], capacity: int
-    ) -> tuple[mx.array, list[KVCache]]:
-        """Reads the cells after the first `held`; logits (1, V), computed, and a cache with room for `capacity`."""
-        lead = lead_of(cells)
-        if held < len(lead) <= MAX_PREFIX:
-            held, cache = len(lead), self._read_lead(lead, held, cache)
-        cache = cache or self._empty(capacity)
+        self, cells: Sequence[Cell], cache: list[KVCache], projected: list[mx.array], capacity: int
+    ) -> mx.array:
+        """Reads `cells` into a cache that gets room for `capacity` positions; logits (1, V), computed."""
         for layer in cache:
             layer.reserve(capacity)
-        logits = prefill(self.language.language_model, self._embed(cells[held:], projected), cache)
+        logits = prefill(self.language.language_model, self._embed(cells, projected), cache)
         _check_finite(logits)
-        return logits, cache
+        return logits
 
     def _read_lead(self, lead: Sequence[Cell], held: int, cache: list[KVCache], pinned: bool = False) -> list[KVCache]:
         """A cache of the text `lead`, of which `cache` holds the first cells; it is remembered for other prompts."""
@@ -216,6 +216,18 @@ class Starter:
             for segment in segments(cells)
         ]
         return mx.concatenate(parts, axis=1)  # (1, L, D)
+
+
+def fixed_lead(messages: Sequence[Message], cells: Sequence[Cell]) -> list[int]:
+    """What stands in front of the first image, where that is the template's and the system prompt's; else nothing.
+
+    Where a user wrote it, it will not come again: to read it apart would cost a pass over the weights.
+    """
+    asked = next((message for message in messages if message.role == "user"), None)
+    if asked is None or not asked.image_count:
+        return []
+    lead = lead_of(cells) if IMAGE_TOKEN not in asked.content or asked.content.startswith(IMAGE_TOKEN) else []
+    return lead if len(lead) <= MAX_PREFIX else []
 
 
 def _check_finite(logits: mx.array) -> None:

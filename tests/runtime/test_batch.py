@@ -12,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.errors import FastVLMError, ImageError, PromptError, UsageError
+from fastvlm.models.kv_cache import QuantizedKVCache
 from fastvlm.runtime import batch as batch_module
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import Request, prepare
+from fastvlm.runtime.reuse import Memory
 
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
 OTHER = 255 - PICTURE
@@ -40,6 +42,16 @@ def test_answers_are_those_of_one_by_one(vlm: FastVLM, pairs: list[tuple[Any, st
     assert [(one.text, one.finish_reason, one.prompt_tokens) for one in found] == [
         (one.text, one.finish_reason, one.prompt_tokens) for one in expected
     ]
+
+
+def test_answers_are_those_of_one_by_one_in_8_bits(vlm: FastVLM) -> None:
+    small = FastVLM(vlm.folder, vlm.encoder, vlm.language, vlm.tokenizer, 1.0, kv_bits=8)
+    start, _ = small.start(prepare(PICTURE, "Hi"), Memory())
+    assert {type(layer) for layer in start.cache} == {QuantizedKVCache}
+    prompts = ["Hi", "What is it?", "Why, then?"]
+    expected = [small.generate(PICTURE, prompt, max_tokens=8, temperature=1.0, seed=1).token_ids for prompt in prompts]
+    found = small.generate_batch([PICTURE] * 3, prompts, max_tokens=8, temperature=1.0, seed=1, batch_size=2)
+    assert [one.token_ids for one in found] == expected
 
 
 def varied(vlm: FastVLM, stops: list[tuple[str, ...]], lengths: list[int]) -> list[Request]:

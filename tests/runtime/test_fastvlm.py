@@ -22,6 +22,7 @@ from fastvlm.runtime import start as start_module
 from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.folder import ModelFolder
+from fastvlm.runtime.reuse import Memory
 from fastvlm.runtime.timings import TTFT_STAGES
 from fastvlm.runtime.tokenizer import Tokenizer
 
@@ -182,14 +183,11 @@ def test_context_bounds_prompt_and_answer_together(write_folder: Write, open_vlm
         vlm.generate(None, "q" * (60 - vlm.generate(None, "", max_tokens=1).prompt_tokens))
 
 
-def test_cache_is_not_allocated_for_a_whole_answer(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    capacities: list[int] = []
-    decoder = vlm.language.language_model
-    original = type(decoder).make_cache
-    monkeypatch.setattr(type(decoder), "make_cache", lambda self, n, bits: capacities.append(n) or original(self, n))
-    prompt_tokens = vlm.generate(None, "Hi", max_tokens=3).prompt_tokens
-    next(vlm.stream(None, "Hi", max_tokens=5000))
-    assert capacities == [prompt_tokens + 3, prompt_tokens + 512]
+@pytest.mark.parametrize(("max_tokens", "room"), [(3, 3), (5000, 512)])
+def test_cache_is_not_allocated_for_a_whole_answer(vlm: FastVLM, max_tokens: int, room: int) -> None:
+    start, _ = vlm.start(request_module.prepare(None, "Hi", max_tokens=max_tokens), Memory())
+    assert start.room == max_tokens
+    assert {buffer.shape[2] for layer in start.cache for buffer in layer.buffers} == {start.prompt_tokens + room}
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7, "seed": 1}])
@@ -440,6 +438,11 @@ def test_note_is_made_when_weights_stay_small_on_a_cpu(write_folder: Write, open
     again = FastVLM(vlm.folder, vlm.encoder, vlm.language, vlm.tokenizer, 1.0)
     assert any("slow" in note for note in again.notes) is (mx.default_device() == mx.cpu)
     assert len(again.generate(PICTURE, "Hi", max_tokens=3, ignore_eos=True).token_ids) == 3  # in 16 bits, too
+
+
+def test_usage_error_comes_before_the_folder_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="kv_bits should be 8, or left out; found 4"):
+        fastvlm.load(tmp_path, kv_bits=4)
 
 
 def test_folder_error_when_there_is_no_model(tmp_path: Path) -> None:

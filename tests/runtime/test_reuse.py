@@ -17,7 +17,9 @@ from fastvlm.models.qwen2 import Qwen2, Qwen2Model
 from fastvlm.runtime import fastvlm as runtime
 from fastvlm.runtime import start as start_module
 from fastvlm.runtime.fastvlm import FastVLM
-from fastvlm.runtime.reuse import Memory, Picture, Prefixes, lead_of, segments, shared_count
+from fastvlm.runtime.prompt import Message
+from fastvlm.runtime.reuse import MAX_PREFIX, Memory, Picture, Prefixes, lead_of, segments, shared_count
+from fastvlm.runtime.start import fixed_lead
 from fastvlm.runtime.timings import TTFT_STAGES
 
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
@@ -188,6 +190,19 @@ def test_cells_are_found_again_and_split() -> None:
     assert shared_count([], [1]) == 0
     assert lead_of([5, 6, one, 7]) == [5, 6]
     assert lead_of([5, 6]) == lead_of([one, 5]) == []
+
+
+def test_beginning_is_kept_where_no_user_wrote_it(vlm: FastVLM) -> None:
+    one, rest = Picture(PICTURE), [7, 8]
+    asked = [Message("system", "S"), Message("user", "What?", 1), Message("user", "a <image>", 1)]
+    assert fixed_lead(asked, [1, 2, one, *rest]) == [1, 2]
+    assert fixed_lead([Message("user", "<image> What?", 1)], [1, 2, one, *rest]) == [1, 2]
+    assert fixed_lead([Message("user", "See <image> What?", 1)], [1, 2, one, *rest]) == []
+    assert fixed_lead([Message("user", "What?", 0), Message("user", "What?", 1)], [1, 2, one]) == []
+    assert fixed_lead([Message("user", "What?", 1)], [1] * (MAX_PREFIX + 1) + [one]) == []
+    assert fixed_lead([Message("system", "S")], [1, 2]) == []
+    vlm.generate(PICTURE, "See <image> now.", max_tokens=1)
+    assert vlm.generate(PICTURE, "See <image> now.", max_tokens=1).timings.reused_tokens == 0
 
 
 def test_memory_leaves_out_what_the_cache_does_not_hold(vlm: FastVLM) -> None:
