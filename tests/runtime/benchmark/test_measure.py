@@ -108,9 +108,11 @@ def test_environment_names_machine_and_versions() -> None:
 
 
 def test_power_of_a_mac_is_read_from_pmset() -> None:
-    """The two outputs as macOS 15 prints them."""
+    """Both outputs shortened; no Mac was at hand to print them."""
     source = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1234)\t85%; discharging; 5:12 remaining"
-    settings = "System-wide power settings:\nCurrently in use:\n standby              1\n lowpowermode         1\n sleep 1"
+    settings = (
+        "System-wide power settings:\nCurrently in use:\n standby              1\n lowpowermode         1\n sleep 1"
+    )
     assert mac_power(source, settings) == "Battery power, low power mode on"
     assert mac_power("Now drawing from 'AC Power'", settings.replace("mode         1", "mode         0")) == (
         "AC power, low power mode off"

@@ -24,7 +24,7 @@ from fastvlm.runtime.estimate.work import body_weights, decoder_weights, encoder
 
 
 def test_the_encoder_costs_what_its_census_says() -> None:
-    """FastViTHD at 1024 px: 487 GFLOP; 122.5 M weights in convolutions, of 125 M parameters with biases and the rest."""
+    """FastViTHD at 1024 px: 487 GFLOP; 122.5 M of its 125 M parameters are weights of convolutions."""
     cost = encoder_cost(FastViTConfig(), 1024, bits=16)
     assert cost.flops == 486_707_822_592
     assert cost.weight_bytes == pytest.approx(245e6, rel=1e-3)
