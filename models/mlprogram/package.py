@@ -16,7 +16,8 @@ from .spec import model_class
 from .values import BlobReader, decode_type, decode_value
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_MAX_MODEL_BYTES = 1 << 28  # a program without its weights is under 1 MB for FastViTHD
+_MAX_MODEL_BYTES = 1 << 24  # a program without its weights is under 1 MB for FastViTHD
+_MAX_OPERATIONS = 20_000  # some 2,000 for FastViTHD, constants included
 _MODEL_PREFIX = "@model_path/"
 _WHAT_TO_DO = "export the model again"
 
@@ -116,6 +117,8 @@ class _Reader:
     def program(self, path: Path) -> Program:
         function = self._main()
         block = function.block_specializations[function.opset]
+        if len(block.operations) > _MAX_OPERATIONS:
+            raise self._error(f"expected at most {_MAX_OPERATIONS} operations, found {len(block.operations)}")
         inputs = tuple(self._define(item) for item in function.inputs)
         operations = tuple(self._operation(item) for item in block.operations)
         outputs = tuple(self._lookup(name, "the outputs") for name in block.outputs)

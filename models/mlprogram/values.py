@@ -19,6 +19,7 @@ _NAMES = {"STRING": "string", "BOOL": "bool", "FLOAT16": "fp16", "FLOAT32": "fp3
 _FIELDS = {"string": "strings", "bool": "bools", "fp32": "floats", "fp64": "doubles"}
 _FIELDS |= {"int16": "ints", "uint16": "ints", "int32": "ints", "int64": "longInts", "uint64": "longInts"}
 _MAX_RANK = 16
+_MAX_CHARACTERS = 1 << 20
 _MAX_ELEMENTS = 1 << 48  # numpy cannot even describe shapes far above this
 
 
@@ -82,6 +83,8 @@ def _immediate(type: TensorType, tensor: Any) -> np.ndarray:
     if field == "bytes":
         return np.frombuffer(values, dtype=np.uint8)
     if field == "strings":
+        if type.elements * max(map(len, values), default=0) > _MAX_CHARACTERS:  # numpy gives each the longest's room
+            raise PackageError(f"{type.name}: expected at most {_MAX_CHARACTERS} characters of text, found more")
         return np.array(list(values), dtype=np.str_).reshape(type.shape)
     return _numbers(type, values)
 

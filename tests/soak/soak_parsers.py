@@ -99,23 +99,26 @@ def run_round(
     command = [sys.executable, HERE / "worker.py", *inputs, place, name, first, last]
     errors = (folder / "stderr").open("w+")
     worker = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
-    begun = None
+    begun, late = None, False
     assert worker.stdout is not None
     for line in worker.stdout:
         told = json.loads(line)
         begun = told["seed"] if told["outcome"] == "began" else None
         if begun is None:
             count_case(tally, told)
-        if time.monotonic() > deadline + 60:
+        if time.monotonic() > deadline and begun is None:
+            late = True
             worker.kill()
+            break
     code = worker.wait()
     if begun is not None:
         kind = "hang" if code == -26 else "crash"  # SIGVTALRM
         count_case(tally, {"seed": begun, "outcome": kind, "detail": f"exit code {code}"})
-    elif code:
+    elif code and not late:
         errors.seek(0)
         raise SystemExit(f"the worker of {name} failed before its first case: {errors.read()[-2000:]}")
     errors.close()
+    print(f"{name}: {tally.cases} cases, {len(tally.faults)} faults", *tally.faults, sep="\n  ", flush=True)
 
 
 def count_case(tally: Tally, told: dict) -> None:
