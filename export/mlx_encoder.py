@@ -153,7 +153,9 @@ def verify_mlx_encoder(
     saved = saved_encoder(folder)
     audit = audit_weights(saved, encoder.reparameterize(), quant)
     network = FastViTMLX.from_tensors(saved)
-    outputs, stages, ranges = [], {}, {}
+    outputs: list[np.ndarray] = []
+    stages: dict[str, float] = {}
+    ranges: dict[str, float] = {}
     for image in images:
         found = {name: np.array(result) for name, result in network.results(mx.array(image))}
         outputs.append(found.pop("image_features"))

@@ -44,7 +44,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, mx.array], metadata: Map
             stream.write(raw(tensors[name]))
 
 
-def raw(tensor: mx.array) -> memoryview:
+def raw(tensor: mx.array) -> bytes:
     """The tensor's bytes, row by row."""
     plain = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
-    return memoryview(np.ascontiguousarray(np.array(plain, copy=False))).cast("B")
+    return np.array(plain, copy=False).tobytes()

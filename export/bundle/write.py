@@ -91,10 +91,10 @@ def bundle(
     if manifest:
         on_stage("compare files with the manifest")
         check_hashes(source)
-    check = check_zip if zipped else partial(check_place, contract=contract)
+    check: Callable[[Path], None] = check_zip if zipped else partial(check_place, contract=contract)
     check(destination)
     check_space(destination, (2 if zipped else 1) * sum(file.stat().st_size for file in all_files(source)))
-    finish = publish_zip if zipped else publish_beside_others
+    finish: Callable[[Path, Path], None] = publish_zip if zipped else publish_beside_others
     with new_folder(destination, force=True, check=check, finish=finish) as written:
         on_stage("write the bundle")
         write_files(source, written, contract)

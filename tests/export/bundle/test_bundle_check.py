@@ -1,0 +1,272 @@
+"""Each fault of a bundle is seen and named: one key, type, name or shape wrong at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm.export.bundle.check import check_bundle
+from fastvlm.export.bundle.contract import KINDS, Rule
+from fastvlm.export.safetensors_file import write_safetensors
+from fastvlm.models._mlx import mx
+from fastvlm.models.errors import ModelFolderError, UsageError
+from fastvlm.models.mlprogram.spec import model_class
+
+TOWER = "vision_tower.vision_model."
+Change = Callable[[Path], None]
+
+
+def test_whole_bundles_pass(bundles: dict[str, Path]) -> None:
+    for target, folder in bundles.items():
+        assert check_bundle(folder, target).faults == ()
+
+
+def test_bundles_are_judged_for_their_own_client(bundles: dict[str, Path]) -> None:
+    assert not check_bundle(bundles["apple-app"], "mlx-vlm").passed
+    assert not check_bundle(bundles["mlx-vlm"], "apple-app").passed
+
+
+def json_value(file: str, key: str, value: Any = None) -> Change:
+    """Sets a dotted key of a JSON file; without a value takes it away."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        *path, last = key.split(".")
+        place = content
+        for name in path:
+            place = place[name]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+        (folder / file).write_text(json.dumps(content))
+
+    return change
+
+
+def config(key: str, value: Any = None) -> Change:
+    return json_value("config.json", key, value)
+
+
+def pixels(key: str, value: Any = None) -> Change:
+    return json_value("preprocessor_config.json", key, value)
+
+
+def settings(key: str, value: Any = None) -> Change:
+    return json_value("tokenizer_config.json", key, value)
+
+
+def tensors(edit: Callable[[dict[str, mx.array]], object]) -> Change:
+    def change(folder: Path) -> None:
+        found = mx.load(str(folder / "model.safetensors"))
+        edit(found)
+        mx.eval(found)
+        write_safetensors(folder / "model.safetensors", found, {})
+
+    return change
+
+
+def renamed(old: str, new: str) -> Change:
+    return tensors(lambda found: found.update({new: found.pop(old)}))
+
+
+def replaced(name: str, edit: Callable[[mx.array], mx.array]) -> Change:
+    return tensors(lambda found: found.update({name: edit(found[name])}))
+
+
+def tokenizer(edit: Callable[[dict[str, Any]], object]) -> Change:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        edit(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return change
+
+
+def without_token(token: str) -> Change:
+    def edit(content: dict[str, Any]) -> None:
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+
+    return tokenizer(edit)
+
+
+def past_the_table(content: dict[str, Any]) -> None:
+    content["added_tokens"].append({"id": 5000, "content": "<|extra|>", "special": True})
+
+
+def package(edit: Callable[[Any], object]) -> Change:
+    """Edits the model description and its program."""
+
+    def change(folder: Path) -> None:
+        (file,) = (folder / "fastvithd.mlpackage").rglob("model.mlmodel")
+        model = model_class()()
+        model.ParseFromString(file.read_bytes())
+        edit(model)
+        file.write_bytes(model.SerializeToString())
+
+    return change
+
+
+def float16_input(model: Any) -> None:
+    model.mlProgram.functions["main"].inputs[0].type.tensorType.dataType = 10  # MIL's FLOAT16
+
+
+def other_size(model: Any) -> None:
+    model.mlProgram.functions["main"].inputs[0].type.tensorType.dimensions[2].constant.size = 320
+
+
+def renamed_output(model: Any) -> None:
+    model.description.output[0].name = "features"
+    (block,) = model.mlProgram.functions["main"].block_specializations.values()
+    name = block.outputs[0]
+    block.outputs[0] = "features"
+    for operation in block.operations:
+        for output in operation.outputs:
+            if output.name == name:
+                output.name = "features"
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+PROJECTOR = "multi_modal_projector.linear_0.weight"
+NORM = "language_model.model.norm.weight"
+
+APPLE = [
+    (config("model_type", "qwen2"), "'model_type' should be 'llava_qwen2'; found 'qwen2'"),
+    (config("vocab_size"), "lacks 'vocab_size', a positive integer"),
+    (config("vocab_size", "1024"), "'vocab_size' should be a positive integer; found '1024'"),
+    (config("hidden_size", 128.5), "'hidden_size' should be a positive integer; found 128.5"),
+    (config("hidden_size", 256), "embed_tokens.scales should be of shape"),
+    (config("num_attention_heads", True), "'num_attention_heads' should be a positive integer; found True"),
+    (config("num_key_value_heads", 4), "k_proj.bias should be of shape [128]; found [64]"),
+    (config("num_hidden_layers", 4), "tensors missing: language_model.model.layers.3."),
+    (config("intermediate_size", 512), "should be of shape"),
+    (config("mm_hidden_size", 3072), "'mm_hidden_size' should be 512; found 3072"),
+    (config("image_token_index", -200), "'image_token_index' should be a positive integer; found -200"),
+    (config("image_token_index", 7), "should be the id of <image> in tokenizer.json, 1023; found 7"),
+    (config("rms_norm_eps", "1e-6"), "'rms_norm_eps' should be a number; found '1e-6'"),
+    (config("rope_scaling", {"type": "linear"}), "'rope_scaling' should not be there"),
+    (config("tie_word_embeddings", "yes"), "'tie_word_embeddings' should be true or false"),
+    (config("tie_word_embeddings", False), "tensors missing: language_model.lm_head.weight"),
+    (config("quantization"), "names no 'quantization'"),
+    (config("quantization.bits", 4), "should be of shape"),
+    (config("quantization.group_size", "64"), "'quantization.group_size' should be a positive integer"),
+    (config("eos_token_id", 3), "'eos_token' has the id 1022, config.json's eos_token_id is [3]"),
+    (pixels("size.shortest_edge", 1024), "'size.shortest_edge' should be 256; found 1024"),
+    (pixels("size", 256), "lacks 'size.shortest_edge'"),
+    (pixels("crop_size.width"), "lacks 'crop_size.width'"),
+    (pixels("crop_size.height", 128), "'crop_size.height' should be 256; found 128"),
+    (pixels("image_mean", [0.48, 0.45, 0.4]), "'image_mean' should be [0, 0, 0]"),
+    (pixels("image_std", [1.0, 1.0]), "'image_std' should be a list of three numbers"),
+    (pixels("processor_class", "FastVLMProcessor"), "'processor_class' should be 'LlavaProcessor'"),
+    (json_value("processor_config.json", "patch_size", 14), "'patch_size' should be 64; found 14"),
+    (tensors(lambda found: found.pop(NORM)), f"1 tensors missing: {NORM}"),
+    (tensors(lambda found: found.update(extra=mx.zeros(3))), "1 tensors that the client has no place for: extra"),
+    (renamed(PROJECTOR, "mm_projector.0.weight"), "no place for: mm_projector.0.weight"),
+    (replaced(PROJECTOR, lambda t: t.T), "linear_0.weight should be of shape [128, 512]; found [512, 128]"),
+    (replaced(NORM, lambda t: t.view(mx.uint16).astype(mx.uint32)), "norm.weight should hold BF16 or F16 or F32"),
+    (truncated, "model.safetensors"),
+    (settings("tokenizer_class"), "lacks 'tokenizer_class'"),
+    (settings("eos_token", "</s>"), "'eos_token' should be an added token of tokenizer.json; found '</s>'"),
+    (without_token("<|im_end|>"), "<|im_end|> should be an added token"),
+    (without_token("<image>"), "should be the id of <image>"),
+    (tokenizer(past_the_table), "<|extra|> has the id 5000, past the 1024 rows"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is not valid JSON"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json does not exist"),
+    (lambda folder: shutil.rmtree(folder / "fastvithd.mlpackage"), "fastvithd.mlpackage"),
+    (lambda folder: (folder / "fastvithd.mlpackage").rename(folder / "encoder.mlpackage"), "fastvithd.mlpackage"),
+    (package(float16_input), "fastvithd.mlpackage"),
+    (package(other_size), "the input should be images fp32 [1, 3, 256, 256]; found images"),
+    (package(renamed_output), "the output should be image_features fp32 [1, 16, 512]; found features"),
+]  # fmt: skip
+
+MLX = [
+    (config("image_token_index", 1023), "'image_token_index' should be -200; found 1023"),
+    (config("eos_token_id", [1022, 1023]), "'eos_token_id' should be an integer; found [1022, 1023]"),
+    (config("mm_projector_type", "linear"), "'mm_projector_type' should be 'mlp2x_gelu'"),
+    (config("tokenizer_model_max_length"), "lacks 'tokenizer_model_max_length'"),
+    (config("tokenizer_padding_side"), "lacks 'tokenizer_padding_side'"),
+    (config("vision_config"), "lacks 'vision_config', an object"),
+    (config("vision_config.cls_ratio", 1.0), "'vision_config.cls_ratio' should be 2.0; found 1.0"),
+    (config("vision_config.layers", [1, 2, 2, 1]), "'vision_config.layers' should be a list of five sizes"),
+    (config("vision_config.layers", [1, 2, 3, 1, 1]), "tensors missing: vision_tower.vision_model.network.4.2."),
+    (config("vision_config.embed_dims", [32, 32, 64, 128, 256]), "should be of shape"),
+    (config("vision_config.embed_dims", []), "'vision_config.embed_dims' should be a list of five sizes; found []"),
+    (config("vision_config.layers", [1, 2, 10**9, 1, 1]), "should be a list of five sizes"),
+    (config("vision_config.mlp_ratios", [4, 4, 4, 4, 3]), "should be of shape"),
+    (config("vision_config.pos_embs_shapes", [None] * 5), "'vision_config.pos_embs_shapes' should be"),
+    (config("vision_config.token_mixers", ["repmixer"] * 5), "'vision_config.token_mixers' should be"),
+    (config("vision_config.projection_dim", 512), "head.proj should be of shape [512, 512]; found [512, 768]"),
+    (config("vision_config.image_size", 1024), "'size.shortest_edge' should be 1024; found 256"),
+    (config("vision_config.layer_scale_init_value", "small"), "should be a number; found 'small'"),
+    (pixels("processor_class", "LlavaProcessor"), "'processor_class' should be 'FastVLMProcessor'"),
+    (settings("chat_template"), "lacks 'chat_template'"),
+    (settings("chat_template", "{% for message in messages %}{{ message['content'] }}{% endfor %}"), "parts of type"),
+    (settings("chat_template", "{% for 'image' <image>"), "'chat_template' is no template"),
+    (tensors(lambda found: found.pop(f"{TOWER}head.proj")), f"1 tensors missing: {TOWER}head.proj"),
+    (
+        renamed(f"{TOWER}patch_embed.blocks.0.reparam_conv.bias", f"{TOWER}patch_embed.0.reparam_conv.bias"),
+        f"no place for: {TOWER}patch_embed.0.reparam_conv.bias",
+    ),
+    (
+        replaced(f"{TOWER}patch_embed.blocks.1.reparam_conv.weight", lambda t: t.transpose(0, 3, 1, 2)),
+        "should be of shape [16, 3, 3, 1]; found [16, 1, 3, 3]",
+    ),
+    (
+        replaced(f"{TOWER}network.0.0.layer_scale", lambda t: t.transpose(2, 0, 1)),
+        "layer_scale should be of shape [1, 1, 16]; found [16, 1, 1]",
+    ),
+    (renamed("mm_projector.2.bias", "multi_modal_projector.linear_2.bias"), "missing: mm_projector.2.bias"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "message"),
+    [
+        *(("apple-app", *case) for case in APPLE),
+        *(("mlx-swift-lm", *case) for case in MLX),
+        ("mlx-vlm", *MLX[0]),
+    ],
+)
+def test_mutated_bundles_are_rejected_by_name(
+    bundles: dict[str, Path], tmp_path: Path, target: str, change: Change, message: str
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles[target], folder)
+    change(folder)
+    found = check_bundle(folder, target)
+    assert not found.passed
+    assert message in "\n".join(found.faults)
+
+
+def test_an_empty_folder_lacks_every_file(tmp_path: Path) -> None:
+    found = check_bundle(tmp_path, "apple-app")
+    assert len(found.faults) == 4
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="is not a folder"):
+        check_bundle(tmp_path / "absent", "mlx-vlm")
+    with pytest.raises(UsageError, match="--target should be one of apple-app, mlx-swift-lm, mlx-vlm; found 'android'"):
+        check_bundle(tmp_path, "android")
+
+
+def test_null_is_as_good_as_absent_for_what_is_optional() -> None:
+    rule = Rule("rope_theta", "a number", required=False)
+    assert list(rule.faults({"rope_theta": None}, "c")) == []
+    assert list(rule.faults({"rope_theta": 1}, "c")) == []
+    assert list(rule.faults({"rope_theta": True}, "c")) != []
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, "1", [], {}, -1, 2**40])
+def test_no_kind_takes_a_value_of_another(value: Any) -> None:
+    assert sum(test(value) for test in KINDS.values()) <= 4
+    assert not KINDS["a list of five sizes"](value)
