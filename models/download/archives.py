@@ -42,5 +42,7 @@ def archive_url(name: str) -> str:
 
 def is_needed(path: str) -> bool:
     """Whether the file at `path`, relative to the checkpoint's folder, is one that we read or a licence."""
-    inside = "/" in path and not path.startswith("fastvithd.mlpackage/")
-    return not inside and any(fnmatch(path, pattern) for pattern in NEEDED) and PurePosixPath(path).name[0] != "."
+    parts = PurePosixPath(path).parts
+    if ".." in parts or (len(parts) > 1 and parts[0] != "fastvithd.mlpackage"):
+        return False
+    return any(fnmatch(path, pattern) for pattern in NEEDED) and PurePosixPath(path).name[0] != "."

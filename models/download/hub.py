@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import check_space
-from ..errors import DownloadError, FastVLMError
+from ..errors import DownloadError
 from .apple import check_checkpoint, check_free, work_folder
 from .archives import is_needed
 
@@ -111,7 +112,7 @@ def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
     except errors.HfHubHTTPError as reason:
         raise DownloadError(f"{hub_id}: the hub answers: {str(reason).splitlines()[0]}") from None
     except (transport, OSError) as reason:
-        if isinstance(reason, FastVLMError) or getattr(reason, "errno", None) == 28:
+        if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         cause = (str(reason) or type(reason).__name__).splitlines()[0]
         raise DownloadError(f"{hub_id}: the transfer failed ({cause}): run the same command again to go on") from None

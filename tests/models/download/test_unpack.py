@@ -113,3 +113,10 @@ def test_damaged_archives_are_told(write_zip: Callable[..., Path], tmp_path: Pat
     archive.write_bytes(content)
     with pytest.raises(DownloadError):
         unpack(archive, tmp_path / "out", is_needed)
+
+
+@pytest.mark.parametrize(
+    "name", ["fastvithd.mlpackage/../../config.json", "onnx/config.json", "model.bin", ".config.json", "run.py"]
+)
+def test_files_that_nobody_asked_for_are_not_needed(name: str) -> None:
+    assert not is_needed(name)
