@@ -42,6 +42,10 @@ app.command("bundle")(bundle_command)
 app.command("download")(download_command)
 app.command("doctor")(doctor_command)
 
+OUT_OF_MEMORY = "out of memory: close other programs, or use a smaller model or image size"
+ALLOCATION_FAILED = ("not enough memory", "Unable to allocate", "can't allocate memory", "Insufficient Memory")
+"""How torch's, MLX's and Metal's allocators say it, which raise no MemoryError."""
+
 
 def print_version(wanted: bool) -> None:
     if wanted:
@@ -72,7 +76,11 @@ def main() -> NoReturn:
     except Interrupted as error:
         _fail("interrupted", 128 + error.signal_number)
     except MemoryError:
-        _fail("out of memory: close other programs, or use a smaller model or image size")
+        _fail(OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ALLOCATION_FAILED):
+            raise
+        _fail(OUT_OF_MEMORY)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     sys.exit(0)

@@ -18,6 +18,9 @@ from ..models.folder_layout import MANIFEST_NAME
 FULL_BELOW_BYTES = 8 * 2**20
 """With less than this left, a failed write is put down to the disk: native writers fail before the last byte."""
 
+_being_written: set[Path] = set()
+"""Partial folders of this process."""
+
 
 @contextlib.contextmanager
 def new_folder(
@@ -40,6 +43,9 @@ def new_folder(
     check = check or functools.partial(check_destination, force=force)
     check(destination)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    if partial in _being_written:
+        raise OutputError(f"{destination} is being written by this process: wait for it, or choose another folder")
+    _being_written.add(partial)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(destination)
@@ -60,6 +66,7 @@ def new_folder(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _being_written.discard(partial)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
@@ -85,18 +92,22 @@ def publish(partial: Path, destination: Path) -> None:
     destination.rename(replaced)
     try:
         partial.rename(destination)
-    except OSError:
-        replaced.rename(destination)
+    except BaseException:  # Ctrl-C too
+        if not destination.exists():
+            replaced.rename(destination)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_abandoned(destination: Path) -> None:
-    """Removes what killed runs left for the same destination; one killed between two renames is undone."""
+    """Removes what killed runs left for the same destination; one killed between two renames is undone.
+
+    A container gives each run the same process id: what bears ours is a killed run's, too.
+    """
     for kind in ("replaced", "partial"):
         for folder in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
             pid = folder.name.rpartition("-")[2]
-            if not pid.isdigit() or _is_running(int(pid)):
+            if not pid.isdigit() or (_is_running(int(pid)) and int(pid) != os.getpid()) or not folder.is_dir():
                 continue
             if kind == "replaced" and not destination.exists():
                 folder.rename(destination)
@@ -110,6 +121,8 @@ def is_output(path: Path, partial: Path) -> bool:
 
 
 def output_error(reason: OSError, destination: Path) -> OutputError:
+    if reason.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return OutputError(f"{destination} exists: another process wrote it meanwhile; pass --force to replace it")
     if reason.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full: {destination} was not written; free some space or choose another disk")
     return OutputError(f"{destination} cannot be written: {reason.strerror or reason}")
