@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .export.verify import verify as verify
     from .models.errors import FastVLMError as FastVLMError
     from .runtime.conversation import Conversation as Conversation
+    from .runtime.benchmark.run import benchmark as benchmark
     from .runtime.evaluation.run import evaluate as evaluate
     from .runtime.fastvlm import FastVLM as FastVLM
     from .runtime.fastvlm import load as load
@@ -31,6 +32,7 @@ PUBLIC = {
     "FastVLM": ".runtime.fastvlm",
     "FastVLMError": ".models.errors",
     "Generation": ".runtime.generate",
+    "benchmark": ".runtime.benchmark.run",
     "bundle": ".export.bundle.write",
     "evaluate": ".runtime.evaluation.run",
     "export": ".export",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
+from ..models.hub_cache import cached_folder
 from .bench_estimate import print_estimates
 from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import StageProgress, note
@@ -78,7 +79,7 @@ def bench_command(
         raise typer.BadParameter("name at least one exported folder to measure", param_hint="FOLDER...")
     workload = Workload(image or SAMPLE, prompt or PROMPT, max_tokens, runs, warmup)
     old = None if compare is None else read_benchmark(compare)
-    with StageProgress() as progress, exported(models, sizes, quant, progress) as cases:
+    with StageProgress() as progress, prepared(models, sizes, quant, progress) as cases:
         found = benchmark(cases, workload, prompt_tokens=lengths, processes=processes, vision=vision, on_stage=progress)
     comparison = compared(found, old) if old else None
     text = "\n".join((*report(found, comparison), *(("", *published_lines()) if published else ()))) + "\n"
@@ -116,7 +117,7 @@ def check_picture(plot: Path | None) -> None:
 
 
 @contextmanager
-def exported(
+def prepared(
     models: Sequence[str], sizes: Sequence[int], quant: str | None, on_stage: StageProgress
 ) -> Iterator[list[Case]]:
     """What is to be measured; a MODEL is exported for as long as the block runs.
@@ -130,8 +131,8 @@ def exported(
     cases = []
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
         for model in models:
-            if is_exported(model):
-                cases.append(folder_case(Path(model).expanduser(), sizes, quant))
+            if exported := exported_folder(model):
+                cases.append(folder_case(exported, sizes, quant))
                 continue
             from ..export.exporter import export  # folders are measured without it
 
@@ -144,10 +145,12 @@ def exported(
         yield cases
 
 
-def is_exported(model: str) -> bool:
-    """Whether it is an exported folder; else it is for `export` to say what it is."""
+def exported_folder(model: str) -> Path | None:
+    """An exported folder, perhaps in the hub's cache; None where it is for `export` to say what `model` is."""
     folder = Path(model).expanduser()
-    return (folder / MANIFEST_NAME).is_file() or (folder / PACKAGE_NAME).is_dir()
+    if not folder.is_dir():
+        folder = cached_folder(model) or folder
+    return folder if (folder / MANIFEST_NAME).is_file() or (folder / PACKAGE_NAME).is_dir() else None
 
 
 def folder_case(folder: Path, sizes: Sequence[int], quant: str | None) -> Case:

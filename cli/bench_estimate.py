@@ -61,11 +61,11 @@ def works(models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int]) -
     from ..models.fastvit_config import FastViTConfig
     from ..models.references import open_checkpoint
     from ..runtime.estimate.work import architecture_work, folder_work
-    from .bench import folder_case, is_exported
+    from .bench import exported_folder, folder_case
 
     for model in models:
-        if is_exported(model):
-            folder = folder_case(Path(model).expanduser(), sizes, None).folder
+        if exported := exported_folder(model):
+            folder = folder_case(exported, sizes, None).folder
             yield from (folder_work(folder, length) for length in lengths or (None,))
             continue
         checkpoint = open_checkpoint(model)
