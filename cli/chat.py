@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..models.errors import FastVLMError, UsageError
 from . import options as given
 from .interrupt import Interrupted
 from .progress import note, one_line
@@ -101,8 +102,6 @@ class Session:
 
     def take(self, line: str) -> bool:
         """Follows a line. False when it says to leave."""
-        from ..models.errors import FastVLMError
-
         text = line.strip()
         try:
             if text.startswith("/"):
@@ -115,8 +114,6 @@ class Session:
         return True
 
     def _command(self, name: str, argument: str = "") -> bool:
-        from ..models.errors import UsageError
-
         if name == "/quit":
             return False
         if name == "/help":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from ..models import _mlx
 from ..models.language import LanguageSide
@@ -20,7 +20,8 @@ def bound_memory(language: LanguageSide) -> tuple[str, ...]:
         return ()
     _mlx.mx.set_memory_limit(recommended)
     _mlx.mx.set_wired_limit(recommended)
-    weight_bytes = sum(array.nbytes for _, array in tree_flatten(language.parameters()))
+    weights = cast("list[tuple[str, _mlx.mx.array]]", tree_flatten(language.parameters()))
+    weight_bytes = sum(array.nbytes for _, array in weights)
     if weight_bytes <= recommended:
         return ()
     return (

@@ -200,6 +200,7 @@ class CoreMLTools:
     """
 
     _ct: Any
+    _compute_units: str
     version: str
 
     def __init__(self, compute_units: str = COMPUTE_UNITS[0]) -> None:
