@@ -43,6 +43,7 @@ def chat_command(
     vision: given.Vision = None,
     compute_units: given.ComputeUnits = None,
     kv_bits: given.KVBits = None,
+    verify_hashes: given.VerifyHashes = False,
 ) -> None:
     """Talk about images: a question per line, from the terminal or a pipe. Answers to stdout, timings to stderr."""
     from ..runtime.fastvlm import load
@@ -61,7 +62,7 @@ def chat_command(
     }
     prepare(None, "", **options)  # what is wrong is told before the model is loaded
     images = opened(image)
-    model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits)
+    model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
     for text in model.notes:
         note(text)
     session = Session(model.chat(images, system), options, model.config.max_context)

@@ -44,6 +44,7 @@ def generate_command(
     vision: given.Vision = None,
     compute_units: given.ComputeUnits = None,
     kv_bits: given.KVBits = None,
+    verify_hashes: given.VerifyHashes = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, token ids and timings as JSON.")] = False,
 ) -> None:
     """Answer a prompt about an image: text to stdout as it comes, timings to stderr. Or caption a folder of images."""
@@ -68,7 +69,7 @@ def generate_command(
     question = given.text_from(sys.stdin) if prompt == "-" else prompt
 
     def opened() -> FastVLM:
-        return load(folder, vision, compute_units=compute_units, kv_bits=kv_bits)
+        return load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
 
     if images and out:
         caption_folder(folder, opened, images, question, out, options, batch_size)

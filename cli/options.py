@@ -34,6 +34,9 @@ Vision = Annotated[
 ComputeUnits = Annotated[
     str | None, typer.Option(help="For coreml: CPU_AND_NE (default), CPU_ONLY, CPU_AND_GPU or ALL.")
 ]
+VerifyHashes = Annotated[
+    bool, typer.Option("--verify-hashes", help="Compare every byte of the folder with its manifest first.")
+]
 KVBits = Annotated[int | None, typer.Option(help="8: keep keys and values in 8 bits, to save memory.")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 import zipfile
 import zlib
@@ -43,6 +44,11 @@ def unpack(archive: Path, folder: Path, is_needed: Callable[[str], bool]) -> lis
             return written
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as reason:
         raise DownloadError(f"{archive.name} is not a whole zip archive ({reason}): fetch it again") from None
+    except OSError as reason:
+        if reason.errno != errno.EINVAL:
+            raise
+        # a place in the archive that no file can have
+        raise DownloadError(f"{archive.name} is not a whole zip archive: fetch it again") from None
 
 
 def check_members(members: list[zipfile.ZipInfo], packed_bytes: int) -> None:

@@ -1,0 +1,60 @@
+"""What `pip install` gets: every module and file that the package reads, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("cli", "export", "models", "quant", "runtime")
+FILES = ("__init__.py", "_version.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The files in a wheel that is built from a copy: building writes into its folder."""
+    pytest.importorskip("setuptools", minversion="77")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in FILES:
+        shutil.copy(ROOT / file, source)
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(out)]
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", str(source), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = out.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_every_module(names: set[str]) -> None:
+    modules = {
+        f"fastvlm/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
+    }
+    assert modules - names == set(), "list new packages in pyproject.toml"
+    assert {"fastvlm/__init__.py", "fastvlm/_version.py"} <= names
+
+
+def test_wheel_holds_what_the_package_reads(names: set[str]) -> None:
+    read = [path for path in (ROOT / "models/tiny/checkpoint").iterdir() if path.suffix in (".json", ".safetensors")]
+    read += (ROOT / "runtime/samples").glob("*.png")
+    assert {f"fastvlm/{path.relative_to(ROOT).as_posix()}" for path in read} - names == set()
+
+
+def test_wheel_holds_nothing_else(names: set[str]) -> None:
+    own = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in own} == {"fastvlm"}
+    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png"}
+    assert not any("/tests/" in name for name in names)
+
+
+def test_command_that_the_wheel_installs_is_there(names: set[str]) -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"fastvlm": "fastvlm.cli.start:main"}
+    assert "fastvlm/cli/start.py" in names
