@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .export.exporter import export as export
     from .export.verify import verify as verify
     from .models.errors import FastVLMError as FastVLMError
-    from .runtime.conversation import Conversation as Conversation
     from .runtime.benchmark.run import benchmark as benchmark
+    from .runtime.conversation import Conversation as Conversation
     from .runtime.evaluation.run import evaluate as evaluate
     from .runtime.fastvlm import FastVLM as FastVLM
     from .runtime.fastvlm import load as load
