@@ -26,7 +26,8 @@ class Executor:
 
     Arithmetic is float32. With precision "float32" the program's float16 tensors are float32, with "float16" every
     result that the program types as float16 is rounded to it, as the engine stores it (accumulation stays float32);
-    constants are as stored either way. Rank 4 activations are kept channels-last.
+    constants are as stored either way. Rank 4 activations are kept channels-last. Where only the outputs are asked
+    for, in float32, chains of operations run as one.
 
     `outputs` asks for other values than the program's own outputs, by name: any result on the way.
 
@@ -56,7 +57,8 @@ class Executor:
         self.ranges: dict[str, float] = {}
         self.first_overflow: str | None = None
         self._outputs = self._output_types(outputs)
-        self._plan = lower(self.program, [output.name for output in self._outputs])
+        fuse = precision == "float32" and not record_ranges
+        self._plan = lower(self.program, [output.name for output in self._outputs], fuse)
         self.working_bytes = self._plan.working_bytes
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,7 +10,10 @@ from torch import Tensor
 from ..errors import PackageError
 from .binding import TORCH_TYPES, Kind, Parameters, Step, to_tensor
 from .constexpr import Constants
+from .fusion import fused
+from .limits import check_memory, check_results
 from .ops import KINDS
+from .ops_fused import FUSED_KINDS
 from .program import Argument, Operation, Program, TensorType, Value
 
 
@@ -46,21 +49,28 @@ class Plan:
         return len(self.slots) - 1
 
 
-def lower(program: Program, outputs: Sequence[str]) -> Plan:
+def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
     """Bind every operation that `outputs` depend on. Weights are decoded here, once.
+
+    `fuse` runs chains of operations as one: for runs that ask for nothing of each result but its value.
 
     Raises:
         PackageError: an operation of an unknown kind or type, or parameters that it cannot be run with.
     """
     live = _live(program, outputs)
+    check_results(program, live)
+    if fuse:
+        live = fused(program, live, outputs)
     lowering = _Lowering(program, live, outputs)
+    working_bytes = _working_bytes(program, live, lowering.dying)
+    check_memory(program, live, working_bytes)
     for tensor in program.inputs:
         lowering.plan.slot(tensor.name)
     for index, operation in enumerate(live):
         lowering.bind(index, operation)
     for name in outputs:
         lowering.slot_of(name)
-    lowering.plan.working_bytes = _working_bytes(program, live, lowering.dying)
+    lowering.plan.working_bytes = working_bytes
     return lowering.plan
 
 
@@ -104,7 +114,7 @@ class _Lowering:
         parameters = Parameters(operation, self.constants, self._reusable(operation, dying))
         try:
             step = kind.bind(parameters)
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
             raise _error(operation, str(error)) from error
         operands = tuple(self.slot_of(argument) for name in kind.operands for argument in _present(operation, name))
         outputs = tuple(self.plan.slot(output.name) for output in operation.outputs)
@@ -134,7 +144,7 @@ class _Lowering:
 
 
 def _kind(operation: Operation) -> Kind:
-    kind = KINDS.get(operation.kind)
+    kind = KINDS.get(operation.kind) or FUSED_KINDS.get(operation.kind)
     if kind is None:
         raise PackageError(
             f"{operation.name}: the reference executor does not know operation {operation.kind!r}; "

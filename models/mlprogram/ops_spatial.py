@@ -32,6 +32,11 @@ class _Padding:
         if len(self.custom) != 2 * axes:
             raise PackageError(f"{p.operation.name}: expected {2 * axes} paddings, found {len(self.custom)}")
 
+    @property
+    def is_none(self) -> bool:
+        """Whether a 1x1 kernel that does not stride needs none: `same` then pads nothing either."""
+        return not any(self.custom)
+
     def amounts(self, shape: Sequence[int]) -> list[tuple[int, int]]:
         """Return (before, after) per spatial axis for an input of spatial `shape`."""
         if self.kind in ("valid", "custom"):
@@ -68,10 +73,21 @@ def _conv(p: Parameters) -> Step:
     if weight.ndim == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
     conv = _CONV[weight.ndim]
+    if weight.ndim == 4 and weight.shape[2:] == (1, 1) and groups == 1 and set(strides) == {1} and padding.is_none:
+        return _pointwise(weight.flatten(1), bias)
 
     def step(x: Tensor) -> Tensor:
         x, pad = padding.split(x)
         return conv(x, weight, bias, strides, pad, dilations, groups)
+
+    return step
+
+
+def _pointwise(weight: Tensor, bias: Tensor | None) -> Step:
+    """A 1x1 convolution as one matrix product over all positions: oneDNN would rearrange the weight on every call."""
+
+    def step(x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)  # (B, C_out, H, W), channels-last
 
     return step
 

@@ -1,0 +1,114 @@
+"""Chains of operations that run as one: the same numbers, and left alone where somebody sees inside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlm.models.mlprogram import ops_fused, read_package
+from fastvlm.models.mlprogram.executor import Executor
+from fastvlm.models.mlprogram.lowering import lower
+from fastvlm.models.mlprogram.ops_fused import ATTENTION, FEED_FORWARD, FEED_FORWARD_ADD
+
+DRAW = np.random.default_rng(0)
+WIDE, NARROW, KERNEL = (DRAW.normal(size=shape) for shape in ((48, 16, 1, 1), (16, 48, 1, 1), (48, 16, 3, 3)))
+SHAPE = (1, 16, 5, 7)
+
+
+def mlp(mb: Any, x: Any, name: str, up: np.ndarray = WIDE, mode: str = "EXACT", bias: bool = True) -> tuple[Any, Any]:
+    """(hidden values in front of the GELU, result)."""
+    biases = [{"bias": DRAW.normal(size=len(weight))} if bias else {} for weight in (up, NARROW)]
+    hidden = mb.conv(x=x, weight=up, pad_type="same", name=f"{name}_up", **biases[0])
+    return hidden, mb.conv(x=mb.gelu(x=hidden, mode=mode), weight=NARROW, name=f"{name}_down", **biases[1])
+
+
+def attention(mb: Any, x: Any, axis: int = -1, turn: bool = True) -> Any:
+    query, key, value = mb.split(x=mb.reshape(x=x, shape=[1, 6, 8, 10]), num_splits=3, axis=1)  # (1, 2, 8, 10) each
+    weights = mb.softmax(x=mb.matmul(x=query, y=key, transpose_x=True), axis=axis)
+    return mb.matmul(x=value, y=weights, transpose_y=turn)
+
+
+@pytest.fixture(scope="module")
+def chains(save_program: Callable[..., Path]) -> Path:
+    """Each chain as it is in an encoder, with a residual that is read again."""
+
+    def build(mb: Any, x: Any, tokens: Any) -> Any:
+        source = mb.exp(x=x)
+        added = mb.add(x=source, y=mlp(mb, mb.tanh(x=source), "added")[1], name="sum")
+        plain = mlp(mb, added, "plain", bias=False)[1]
+        return [mb.mul(x=source, y=plain, name="out"), attention(mb, tokens)]
+
+    return save_program(build, {"x": SHAPE, "tokens": (1, 48, 2, 5)})
+
+
+@pytest.fixture(scope="module")
+def lookalikes(save_program: Callable[..., Path]) -> Path:
+    """What only looks like a chain."""
+
+    def build(mb: Any, x: Any, tokens: Any) -> Any:
+        seen, result = mlp(mb, x, "seen")
+        spread = mlp(mb, x, "spread", up=KERNEL)[1]
+        other_gelu = mlp(mb, x, "other_gelu", mode="TANH_APPROXIMATION")[1]
+        return [
+            mb.exp(x=seen),
+            result,
+            spread,
+            other_gelu,
+            attention(mb, tokens, axis=2),
+            attention(mb, tokens, turn=False),
+        ]
+
+    return save_program(build, {"x": SHAPE, "tokens": (1, 48, 2, 5)})
+
+
+def inputs() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    return {
+        "x": draw.normal(size=SHAPE).astype(np.float32),
+        "tokens": draw.normal(size=(1, 48, 2, 5)).astype(np.float32),
+    }
+
+
+def kinds(package: Path, outputs: list[str] | None = None, fuse: bool = True) -> Counter[str]:
+    program = read_package(package)
+    names = outputs or [output.name for output in program.outputs]
+    return Counter(instruction.operation.kind for instruction in lower(program, names, fuse).instructions)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 1000])
+def test_chains_compute_what_their_operations_do(
+    chains: Path, rows: int, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
+) -> None:
+    monkeypatch.setattr(ops_fused, "HIDDEN_BYTES", 0)
+    monkeypatch.setattr(ops_fused, "LEAST_ROWS", rows)  # of 35: with a rest, and all at once
+    found, expected = Executor(chains).run(inputs()), Executor(chains, record_ranges=True).run(inputs())
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=tolerance("op_float32") * np.abs(values).max(), rtol=0)
+
+
+def test_chains_are_found_and_lookalikes_are_not(chains: Path, lookalikes: Path) -> None:
+    found = kinds(chains)
+    assert [found[kind] for kind in (FEED_FORWARD_ADD, FEED_FORWARD, ATTENTION)] == [1, 1, 1]
+    assert not {"conv", "gelu", "softmax", "matmul", "add"} & found.keys()
+    assert not {FEED_FORWARD_ADD, FEED_FORWARD, ATTENTION} & kinds(lookalikes).keys()
+    assert not {FEED_FORWARD_ADD, FEED_FORWARD, ATTENTION} & kinds(chains, fuse=False).keys()
+
+
+def test_value_inside_a_chain_that_is_asked_for_is_computed(chains: Path) -> None:
+    program = read_package(chains)
+    hidden = next(o.outputs[0].name for o in program.operations if o.name == "added_up")
+    assert kinds(chains, [hidden, "out"])[FEED_FORWARD_ADD] == 0
+    found = Executor(chains, outputs=[hidden, "out"]).run(inputs())
+    assert found[hidden].shape == (1, 48, 5, 7)
+    np.testing.assert_allclose(found["out"], Executor(chains).run(inputs())["out"], rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_and_ranges_see_every_operation(chains: Path) -> None:
+    for options in ({"precision": "float16"}, {"record_ranges": True}):
+        executor = Executor(chains, **options)
+        assert {i.operation.kind for i in executor._plan.instructions} >= {"conv", "gelu", "softmax", "matmul"}
