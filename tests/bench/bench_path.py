@@ -54,16 +54,17 @@ def main() -> None:
     parser.add_argument("--model", default="random:0.5b")
     parser.add_argument("--out", type=Path, default=None, help="a folder for the JSON")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--mixed", action="store_true", help="also search `mixed` at the SNR that int8 reaches")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        figures = measure(arguments.model, Path(scratch), arguments.runs)
+        figures = measure(arguments.model, Path(scratch), arguments.runs, mixed=arguments.mixed)
     print(table(figures))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "path.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def measure(model: str, scratch: Path, runs: int) -> dict[str, Any]:
+def measure(model: str, scratch: Path, runs: int, *, mixed: bool = False) -> dict[str, Any]:
     folder = scratch / "model"
     command = [sys.executable, "-m", "fastvlm.cli.main"]
     log("export")
@@ -83,15 +84,32 @@ def measure(model: str, scratch: Path, runs: int) -> dict[str, Any]:
         "--json",
     ]
     generate = run_measured([*words, "--max-tokens", "16"])
+    export["result"] = json.loads(export.pop("stdout"))
     return {
         "machine": machine(),
         "model": model,
-        "export": {**export, "result": json.loads(export.pop("stdout"))},
+        "export": export,
+        "mixed": mixed_at(encoder_figures(export)[1], model, scratch) if mixed else None,
         "plain_conversion": {key: plain[key] for key in ("seconds", "peak_bytes")},
         "generate": {**generate, "result": json.loads(generate.pop("stdout"))},
         "encode": encode_times(model, folder, runs),
         "decoder": decoder_times(folder, runs),
     }
+
+
+def mixed_at(snr_db: float, model: str, scratch: Path) -> dict[str, Any]:
+    """`mixed` asked for an SNR of `image_features`."""
+    log(f"export mixed at {snr_db:.1f} dB")
+    words = ["export", model, "--quant", "mixed", "--min-snr", f"{snr_db:.2f}", "-o", str(scratch / "mixed"), "--json"]
+    run = run_measured([sys.executable, "-m", "fastvlm.cli.main", *words])
+    return {**run, "result": json.loads(run.pop("stdout"))}
+
+
+def encoder_figures(export: dict[str, Any]) -> tuple[int, float]:
+    """Bytes of an export's package, and the SNR in dB of its executed output."""
+    result = export["result"]
+    size = sum(count for name, count in result["file_bytes"].items() if ".mlpackage/" in name)
+    return size, result["parity"]["image_features"]["snr_db"]
 
 
 def run_measured(command: list[str]) -> dict[str, Any]:
@@ -236,6 +254,10 @@ def table(figures: dict[str, Any]) -> str:
         ("encode, executor", f"{encode['executor']:.2f} s", f"{encode['executor'] / eager:.2f} x eager torch float32"),
         ("encode, GEMM bound", f"{bound:.2f} s", f"executor takes {encode['executor'] / bound:.2f} x that"),
     ]
+    if mixed := figures["mixed"]:
+        (size, snr_db), (int8_size, int8_db) = encoder_figures(mixed), encoder_figures(export)
+        beside = f"int8 {int8_size / 1e6:.1f} MB, {int8_db:.1f} dB"
+        rows.append(("package, mixed", f"{size / 1e6:.1f} MB, {snr_db:.1f} dB in {mixed['seconds']:.0f} s", beside))
     for ours, theirs, what in (
         ("prefill", "torch_prefill", f"prefill of {PROMPT_TOKENS} tokens"),
         ("decode_8", "torch_decode_8", "decode of 8 tokens"),
