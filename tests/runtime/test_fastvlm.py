@@ -225,7 +225,7 @@ def test_stages_are_timed_where_the_work_is(vlm: FastVLM, monkeypatch: pytest.Mo
     for module in (start_module, request_module):
         monkeypatch.setattr(module, "LapClock", Clock)
     for owner, name, seconds in [
-        (request_module, "open_image", 1.0),
+        (request_module, "open_images", 2.0),
         (start_module, "preprocess", 2.0),
         (vlm._prompts, "encode", 0.5),
         (vlm.encoder, "encode", 4.0),
