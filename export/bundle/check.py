@@ -18,7 +18,7 @@ from ...models.folder_layout import (
 )
 from ...models.json_file import read_json_object
 from .contract import Contract
-from .targets import contract_for
+from .targets import OPTIONAL_FILES, contract_for
 from .tensors import tensor_faults
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -61,6 +61,8 @@ def bundle_faults(folder: Path, contract: Contract) -> Iterator[str]:
     files: dict[str, Mapping[str, Any]] = {}
     faulty = False
     for name, rules in contract.rules.items():
+        if name in OPTIONAL_FILES and not (folder / name).exists():
+            continue
         try:
             files[name] = read_json_object(folder / name, ModelFolderError)
         except ModelFolderError as reason:

@@ -10,6 +10,9 @@ from .contract import ABSENT, STAGES, Contract, Rule
 
 SIZE = "a positive integer"
 
+OPTIONAL_FILES = ("processor_config.json",)
+"""Clients read it where there is no preprocessor_config.json, or not at all; one that is there should not mislead."""
+
 MODEL_TYPE = Rule("model_type", "a string", "llava_qwen2")
 
 DECODER = (

@@ -1,0 +1,324 @@
+"""Bundles as they are written: where they go, what they leave alone, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fastvlm
+from fastvlm.export.bundle import memory, write
+from fastvlm.export.bundle.check import check_bundle
+from fastvlm.export.bundle.memory import PHONES, Estimate, estimate
+from fastvlm.export.bundle.place import MAX_OTHERS, publish_beside_others
+from fastvlm.export.bundle.targets import APPLE_APP, MLX_VLM, TARGETS
+from fastvlm.export.bundle.write import LICENCE_NOTE, bundle
+from fastvlm.models.errors import ModelFolderError, OutputError, UsageError, VerificationError
+from fastvlm.models.json_file import read_json_object
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_app_bundle_holds_what_the_app_reads(bundles: dict[str, Path], folders: dict[str, Path]) -> None:
+    names = {path.name for path in bundles["apple-app"].iterdir()}
+    assert names == {"config.json", "fastvithd.mlpackage", "fastvlm-bundle.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}  # fmt: skip
+    weights = "model.safetensors"
+    assert (bundles["apple-app"] / weights).read_bytes() == (folders["apple"] / weights).read_bytes()
+
+
+def test_manifest_lists_every_file_with_its_hash(bundles: dict[str, Path]) -> None:
+    for target, folder in bundles.items():
+        manifest = read_json_object(folder / "fastvlm-bundle.json")
+        assert manifest["target"] == target
+        assert manifest["files"].keys() == contents(folder).keys() - {"fastvlm-bundle.json"}
+        assert manifest["notes"] == ["random weights: the text means nothing"]
+
+
+def test_mlx_bundle_describes_its_encoder(bundles: dict[str, Path]) -> None:
+    config = read_json_object(bundles["mlx-swift-lm"] / "config.json")
+    assert "image_token_index" not in config
+    assert config["eos_token_id"] == 1022
+    assert config["vision_config"]["layers"] == [1, 2, 2, 1, 1]
+    assert config["vision_config"]["pos_embs_shapes"] == [None, None, None, [7, 7], [7, 7]]
+    settings = read_json_object(bundles["mlx-swift-lm"] / "tokenizer_config.json")
+    assert "part['type'] == 'image'" in settings["chat_template"]
+
+
+def test_template_gives_the_training_prompt(bundles: dict[str, Path], folders: dict[str, Path]) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    settings = read_json_object(bundles["mlx-swift-lm"] / "tokenizer_config.json")
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        settings["chat_template"]
+    )
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    expected = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for content in (parts, "<image>\nWhat is this?"):
+        messages = [{"role": "user", "content": content}]
+        assert template.render(messages=messages, add_generation_prompt=True) == expected
+
+
+def test_two_bundles_are_equal(bundles: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    again = fastvlm.bundle(folders["apple"], "apple-app", tmp_path / "again")
+    assert contents(again.path) == contents(bundles["apple-app"])
+    assert again.total_bytes == sum(map(len, contents(again.path).values())) - len(
+        (again.path / "fastvlm-bundle.json").read_bytes()
+    )
+
+
+def test_zips_are_equal_and_hold_the_bundle(bundles: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    first = bundle(folders["mlx"], "mlx-vlm", tmp_path / "first", zipped=True).path
+    second = bundle(folders["mlx"], "mlx-vlm", tmp_path / "second.zip", zipped=True).path
+    assert first == tmp_path / "first.zip"
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == contents(bundles["mlx-vlm"])
+        assert archive.namelist() == sorted(archive.namelist())
+    bundle(folders["mlx"], "mlx-vlm", first, zipped=True)  # over an earlier one
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.zip", "second.zip"]
+
+
+def test_zip_that_is_no_bundle_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("photo.jpg", b"")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="exists and is no bundle's zip"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "photos.zip", zipped=True)
+    assert contents(tmp_path) == before
+
+
+def test_app_checkout_gets_the_model_in_its_place(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = tmp_path / "app" / "FastVLM" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "FastVLM.swift").write_text("// Swift")
+    (model / "README.txt").write_text("put models here")
+    (model / "more").mkdir()
+    (model / "more" / "link").symlink_to("../README.txt")
+    (model / "empty").mkdir()
+    os.chmod(model / "README.txt", 0o640)  # noqa: PTH101
+    before = (model / "README.txt").stat()
+    assert bundle(folders["apple"], "apple-app", tmp_path).path == model
+    assert check_bundle(model, "apple-app").passed
+    after = (model / "README.txt").stat()
+    assert (after.st_ino, after.st_mode, after.st_mtime_ns) == (before.st_ino, before.st_mode, before.st_mtime_ns)
+    assert (model / "more" / "link").readlink() == Path("../README.txt")
+    assert (model / "empty").is_dir()
+    bundle(folders["apple"], "apple-app", tmp_path / "app")  # again, over the earlier one
+    assert (model / "README.txt").read_text() == "put models here"
+    assert sorted(path.name for path in model.parent.iterdir()) == ["FastVLM.swift", "model"]
+
+
+def test_files_of_an_earlier_bundle_that_are_no_longer_needed_go(folders: dict[str, Path], tmp_path: Path) -> None:
+    bundle(folders["apple"], "apple-app", tmp_path / "b")
+    (tmp_path / "b" / "mine.txt").write_text("kept")
+    bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    assert not (tmp_path / "b" / "fastvithd.mlpackage").exists()
+    assert check_bundle(tmp_path / "b", "mlx-vlm").passed
+    assert (tmp_path / "b" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["config.json", "fastvithd.mlpackage/Manifest.json"])
+def test_files_of_others_are_never_replaced(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    (tmp_path / "b" / name).parent.mkdir(parents=True)
+    (tmp_path / "b" / name).write_text("somebody else's")
+    with pytest.raises(OutputError, match="is not of an earlier bundle and is in the way"):
+        bundle(folders["apple"], "apple-app", tmp_path / "b")
+    assert contents(tmp_path) == {f"b/{name}": b"somebody else's"}
+
+
+def test_bundled_files_that_were_changed_since_are_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+    bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="config.json was changed since it was bundled"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").read_text() == "{}"
+
+
+def test_folder_of_something_else_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    for index in range(MAX_OTHERS + 1):
+        (tmp_path / f"{index}.txt").write_text("")
+    with pytest.raises(OutputError, match="name a folder of its own inside it"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path)
+    assert len(list(tmp_path.iterdir())) == MAX_OTHERS + 1
+
+
+def test_damaged_bundle_manifest_is_no_licence_to_replace(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "fastvlm-bundle.json").write_text('{"files": {"../../etc/passwd": {"sha256": "0"}}}')
+    with pytest.raises(OutputError, match="is damaged"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path)
+
+
+def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
+    (partial := tmp_path / "partial").mkdir()
+    (partial / "config.json").write_text("new")
+    (folder := tmp_path / "b").mkdir()
+    (folder / "config.json").write_text("somebody else's")
+    with pytest.raises(OutputError, match="in the way"):
+        publish_beside_others(partial, folder)
+    assert (folder / "config.json").read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "contract", "message"),
+    [
+        ("mlx", "apple-app", APPLE_APP, "runs the encoder with Core ML; export again with --layout apple"),
+        ("apple", "mlx-vlm", MLX_VLM, "runs the encoder in MLX; export again with --layout mlx"),
+        ("apple", "apple-app", APPLE_APP, "export again with --image-size 1024"),
+        ("apple", "apple-app", replace(APPLE_APP, image_size=256), "takes 3072 channels, this encoder gives 512"),
+        ("mlx", "mlx-vlm", MLX_VLM, "knows FastViTHD only, depths 2-12-24-4-2"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_written(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    target: str,
+    contract: object,
+    message: str,
+) -> None:
+    monkeypatch.setitem(TARGETS, target, contract)
+    with pytest.raises(UsageError, match=message):
+        bundle(folders[layout], target, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"io": "float16"}, "again with --io float32$"),
+        ({"io": "image"}, "again with --io float32$"),
+        ({"with_projector": True}, "again with --no-projector$"),
+    ],
+)
+def test_packages_with_another_border_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    """Only the border counts: the network inside is left out."""
+    import torch
+
+    from fastvlm.export.bundle.requirements import check_requirements
+    from fastvlm.export.coreml import convert_encoder
+    from fastvlm.export.interface import Interface
+
+    interface = Interface(**options)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 512, 1, 64), torch.nn.Flatten(2))
+    (folder := tmp_path / "model").mkdir()
+    convert_encoder(
+        network.eval(), 256, {}, folder / "fastvithd.mlpackage", metadata={}, on_stage=print, interface=interface
+    )
+    (folder / "config.json").write_text(json.dumps({"mm_hidden_size": 512}))
+    with pytest.raises(UsageError, match=message):
+        check_requirements(folder, replace(APPLE_APP, image_size=256, channels=512))
+
+
+def test_damaged_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["mlx"], tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match="does not match its manifest in tokenizer.json"):
+        bundle(tmp_path / "model", "mlx-vlm", tmp_path / "b")
+    (tmp_path / "model" / "fastvlm.json").unlink()  # a folder of somebody else's, without a manifest
+    with pytest.raises(ModelFolderError, match="'added_tokens'"):
+        bundle(tmp_path / "model", "mlx-vlm", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_result_that_breaks_the_contract_does_not_appear(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "bundle_faults", lambda folder, contract: iter(["a fault"]))
+    with pytest.raises(VerificationError, match="no bundle for mlx-vlm was written: a fault"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_licence_files_come_along_and_are_spoken_of(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(folders["mlx"], source)
+    (source / "LICENSE_MODEL").write_text("for research")
+    manifest = read_json_object(source / "fastvlm.json")
+    manifest["files"]["LICENSE_MODEL"] = {"bytes": 12, "sha256": write_sha256(source / "LICENSE_MODEL")}
+    (source / "fastvlm.json").write_text(json.dumps({**manifest, "trained": True, "notes": []}))
+    result = bundle(source, "mlx-vlm", tmp_path / "b")
+    assert (result.path / "LICENSE_MODEL").read_text() == "for research"
+    assert result.notes == (LICENCE_NOTE,)
+
+
+def write_sha256(file: Path) -> str:
+    from fastvlm.export.bundle.place import sha256
+
+    return sha256(file)
+
+
+def test_memory_counts_every_part(folders: dict[str, Path]) -> None:
+    found = estimate(folders["mlx"], TARGETS["mlx-vlm"], 1000)
+    assert found.parts["key-value cache"] == 2 * 3 * 2 * 32 * 1000 * 2  # layers, heads, width, float16
+    assert found.parts["encoder, running"] == 3 * 64 * 64 * 64 * 4  # hidden width of stage 0 at a quarter of 256
+    weights = (folders["mlx"] / "model.safetensors").stat().st_size
+    assert found.parts["decoder"] + found.parts["encoder"] == weights
+    assert found.total_bytes == sum(found.parts.values())
+    twice = estimate(folders["mlx"], TARGETS["mlx-vlm"], 2000)
+    assert twice.parts["key-value cache"] == 2 * found.parts["key-value cache"]
+
+
+@pytest.mark.parametrize("context", [0, -1, 10**9])
+def test_context_beyond_the_model_is_refused(folders: dict[str, Path], context: int, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--context should be from 1 to the model's 32768 tokens"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "b", context=context)
+
+
+@pytest.mark.parametrize(
+    ("parts", "advice"),
+    [
+        ({"decoder": 1e9}, []),
+        ({"decoder": 2.3e9}, ["4 GB (iPhone 12 mini): only with the entitlement"]),
+        ({"decoder": 8e9}, ["4 GB", "6 GB", "8 GB (iPhone 15 Pro): will not fit", "--decoder-bits 4"]),
+        ({"decoder": 1e9, "key-value cache": 9e9}, ["4 GB", "6 GB", "8 GB", "less than --context 2048"]),
+    ],
+)
+def test_advice_says_what_would_help(parts: dict[str, int], advice: list[str]) -> None:
+    found = Estimate({name: int(size) for name, size in parts.items()}, 2048).advice
+    assert len(found) == len(advice)
+    assert all(expected in text for expected, text in zip(advice, found, strict=True))
+
+
+def test_phones_name_their_source() -> None:
+    assert all(phone.source.startswith("https://") and phone.limit_bytes < phone.entitled_bytes for phone in PHONES)
+    assert memory.DEFAULT_CONTEXT == 2048
+
+
+def run(*arguments: str, expected: int = 0) -> str:
+    from typer.testing import CliRunner
+
+    from fastvlm.cli.main import app
+
+    result = CliRunner().invoke(app, ["bundle", *arguments])
+    assert result.exit_code == expected, result.output
+    return result.output
+
+
+def test_command_writes_and_judges(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = str(tmp_path / "b")
+    written = run(str(folders["mlx"]), "--target", "mlx-swift-lm", "--to", out)
+    assert "for mlx-swift-lm, checked" in written
+    assert "key-value cache" in written
+    assert "6 GB phone (iPhone 13 Pro: 3.1 GB, 4.2 GB with the entitlement): fits" in written
+    assert "is what mlx-swift-lm wants" in run("--check", out, "--target", "mlx-swift-lm")
+    judged = json.loads(run("--check", out, "--target", "apple-app", "--json", expected=1))
+    assert judged["passed"] is False
+    assert "image_token_index" in judged["faults"][0]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--target", "mlx-vlm"), ("model", "--target", "mlx-vlm", "--check", "b")])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    run(*arguments, expected=2)
