@@ -55,6 +55,7 @@ def fetch(
 ) -> str:
     """Fetches `url` to `target`, going on where an earlier attempt ended, and returns its sha256 in hex.
 
+    A `target` that is there already, whole from an earlier attempt, is not fetched again unless its sha256 is wrong.
     `room` times its size has to be free on the disk before anything is fetched.
 
     Raises:
@@ -62,6 +63,8 @@ def fetch(
             for another attempt), or the file is not what it should be (which removes it).
         OutputError: there is too little room.
     """
+    if target.is_file() and (digest := _sha256(target)) == (sha256.lower() if sha256 else digest):
+        return digest
     part, notes = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     start = _resumable(part, notes, url)
     response = _open(url, start, _validator(notes) if start else None)

@@ -70,6 +70,21 @@ def test_damaged_archive_is_removed_so_that_the_next_attempt_is_new(server: Any,
     FolderCheckpoint(tmp_path / "model")
 
 
+def test_archive_that_was_fetched_but_not_unpacked_is_not_fetched_again(
+    server: Any, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fastvlm.models.download.apple.unpack", stop)
+        download_archive(NAME, tmp_path / "model", url=served)
+    asked = len(server.asked)
+    download_archive(NAME, tmp_path / "model", url=served)
+    assert len(server.asked) == asked
+    FolderCheckpoint(tmp_path / "model")
+
+
 def test_archive_without_weights_is_refused(server: Any, tmp_path: Path) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
