@@ -28,7 +28,7 @@ TOLERANCES = {
     "decoder_16_snr_db": Tolerance(50.0, "dB at least; weights rounded to float16", "58.7 dB"),
     "decoder_8_snr_db": Tolerance(30.0, "dB at least; affine, groups of 64", "33.4 dB"),
     "decoder_4_snr_db": Tolerance(8.0, "dB at least; affine, groups of 64, random weights", "9.1 dB"),
-    "client_logits_float32": Tolerance(1e-4, "relative; the clients' own networks on our weights, float32", "not recorded"),
+    "client_logits_float32": Tolerance(1e-4, "relative; clients' own networks on our weights, float32", "not recorded"),
     "encoder_mlx_float32": Tolerance(
         1e-4, "relative to the largest of each stage; MLX and torch sum in another order", "1.4e-6"
     ),

@@ -82,6 +82,14 @@ def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
     settings.setdefault("tokenizer_class", "Qwen2Tokenizer")
     if (source / TEMPLATE_FILE).is_file():
         settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
+    tokenizer = read_json_object(source / "tokenizer.json")
+    added_ids(tokenizer)  # raises when they are malformed
+    # transformers believes this list, where there is one, and not tokenizer.json's
+    listed = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in tokenizer["added_tokens"]
+    }
+    settings["added_tokens_decoder"] = {**listed, **(settings.get("added_tokens_decoder") or {})}
     template = settings.get("chat_template")
     if templated and (not isinstance(template, str) or list(template_faults(template))):
         settings["chat_template"] = TEMPLATE
