@@ -112,7 +112,9 @@ PROCESSOR_CONFIG = {
 def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
     """Licence files beside a checkpoint go where its weights go."""
     source = getattr(checkpoint, "folder", None)
-    for pattern in LICENCE_FILES if isinstance(source, Path) else ():
+    if not isinstance(source, Path):
+        return
+    for pattern in LICENCE_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 (folder / file.name).write_bytes(file.read_bytes())

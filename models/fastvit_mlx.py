@@ -51,7 +51,7 @@ def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     _, H, W, _ = x.shape
     kernel_size = weight.shape[1]
     pad = kernel_size // 2
-    x = mx.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
     total = mx.array(0.0, dtype=x.dtype)
     for i in range(kernel_size):
         for j in range(kernel_size):

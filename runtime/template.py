@@ -117,8 +117,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.literal_characters = 0
         self._spent = threading.local()
-        kept = {name: self._weighing(self.filters[name]) for name in FILTERS}
-        own = {"join": self.joined, "replace": self.replaced, "tojson": self.tojson, "safe": lambda text: text}
+        kept: dict[str, Any] = {name: self._weighing(self.filters[name]) for name in FILTERS}
+        own: dict[str, Any] = {
+            "join": self.joined,
+            "replace": self.replaced,
+            "tojson": self.tojson,
+            "safe": lambda x: x,
+        }
         self.filters = {**kept, **{name: self._weighing(own[name]) for name in own}}
         self.filters |= {"_turns": self._turns, "_weighed": self.weighed, "_concat": self.joined}
         self.globals = {
@@ -155,7 +160,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(obj, Macro):
             self.spend(self.literal_characters)
         elif isinstance(owner, str) and name == "join":
-            return self.joined(*args, d=owner)
+            return self.joined(args[0], owner)
         elif isinstance(owner, str) and name == "replace":
             return self.replaced(owner, *args)
         elif not any(obj is known for known in self.globals.values()) and name not in METHODS.get(type(owner), ()):
@@ -190,10 +195,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def tojson(self, value: Any, indent: int | None = None, **options: Any) -> str:
         if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 8):
             raise ExcessError(f"indents JSON by {str(indent)!r:.20}")
-        allowed = {key: options[key] for key in ("sort_keys", "ensure_ascii", "separators") if key in options}
+        allowed: dict[str, Any] = {
+            key: options[key] for key in ("sort_keys", "ensure_ascii", "separators") if key in options
+        }
         if any(len(str(text)) > 8 for text in allowed.get("separators") or ()):
             raise ExcessError("separates JSON by long texts")
-        return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **allowed})
+        return json.dumps(value, **dict[str, Any](ensure_ascii=False, indent=indent) | allowed)
 
     def _weighing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # keeps what says that it takes the context
@@ -235,9 +242,10 @@ class _Bounds(NodeTransformer):
         return _filter(node, "_weighed") if literal or part else node
 
 
-def _filter(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+def _filter(node: Any, name: str, *args: nodes.Expr) -> nodes.Filter:
     made = nodes.Filter(node, name, list(args), [], None, None)
-    return made.set_lineno(getattr(node, "lineno", 0) or 0)
+    made.set_lineno(getattr(node, "lineno", 0) or 0)
+    return made
 
 
 def _literal_characters(node: nodes.Node) -> int:
