@@ -53,8 +53,8 @@ def _bias(p: Parameters, name: str, weight: Tensor) -> Tensor:
 def _attention(p: Parameters) -> Step:
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # (B, heads, N, head_dim) each; without the copies it is 6 times slower
-        turned = (x.mT.contiguous() for x in (query, key, value))
-        return F.scaled_dot_product_attention(*turned, scale=1.0).mT
+        query, key, value = (x.mT.contiguous() for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0).mT
 
     return step
 
