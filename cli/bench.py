@@ -140,7 +140,9 @@ def prepared(
                 name = Path(model).name if Path(model).exists() else model
                 label = " ".join([name, quant or "int8", *([f"{size} px"] if size else [])])
                 folder = Path(scratch) / str(len(cases))
-                export(model, folder, quant=quant, image_size=size, on_stage=on_stage)
+                export(
+                    model, folder, quant=quant, image_size=size, allow_shortfall=True, on_stage=on_stage
+                )  # for its speed
                 cases.append(Case(label, folder))
         yield cases
 

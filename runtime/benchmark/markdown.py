@@ -79,7 +79,7 @@ def about(benchmark: Benchmark) -> Iterator[str]:
         f"({image.get('width')} x {image.get('height')}), {asked.get('max_tokens')} tokens each time"
     )
     yield (
-        f"- runs: {len(one.processes)} processes x {len(one.processes[0].runs)}, each after a cold answer and "
+        f"- runs: {len(one.processes)} x {len(one.processes[0].runs)}, each process after a cold answer and "
         f"{asked.get('warmup')} to warm up; load average at the beginning {found.get('load_average', 0):.1f}"
     )
 
