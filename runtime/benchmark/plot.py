@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ..evaluation.plot import plain
@@ -47,17 +48,18 @@ class Bar:
 
 
 def bars_of(configurations: Sequence[Configuration]) -> list[Bar]:
-    """Each stage's median, scaled by a hair so that together they are the median of the whole."""
+    """A row each."""
     return [bar_of(one) for one in configurations]
 
 
 def bar_of(one: Configuration) -> Bar:
-    medians = {stage.removesuffix("_ms"): one.summary[stage].p50 for stage in TTFT_STAGES}
-    whole = one.summary[TTFT]
-    scale = whole.p50 / sum(medians.values())
-    cold = one.cold(TTFT)
+    """The stages of the run in the middle (of the two in the middle, their means): they add up to the median."""
+    runs = sorted(one.runs, key=lambda run: run.ttft_ms)
+    middle = runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]
+    parts = {stage.removesuffix("_ms"): fmean(getattr(run, stage) for run in middle) for stage in TTFT_STAGES}
+    whole, cold = one.summary[TTFT], one.cold(TTFT)
     note = "" if cold is None else f"cold {milliseconds(cold)} ms"
-    return Bar(one.label, {stage: ms * scale for stage, ms in medians.items()}, whole.p50, whole.p90, note)
+    return Bar(one.label, parts, whole.p50, whole.p90, note)
 
 
 def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:

@@ -19,7 +19,7 @@ from fastvlm.runtime.benchmark.spread import spread_of
 from fastvlm.runtime.benchmark.workload import Workload, largest
 from fastvlm.runtime.fastvlm import FastVLM
 
-ENCODE_SECONDS = 0.1
+ENCODE_SECONDS = 0.3
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def slow(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> FastVLM:
 
 def test_stages_add_up_to_the_time_measured_from_outside(slow: FastVLM, tolerance: Callable[[str], float]) -> None:
     request = Workload(max_tokens=1).request("Describe the image.")
-    runs = [answer(slow, request)[0] for _ in range(4)]
+    runs = [answer(slow, request)[0] for _ in range(5)]
     missing = min(abs(run.answer_ms - run.ttft_ms) / run.answer_ms for run in runs)
     assert missing < tolerance("stages_of_ttft")
     assert all(run.encode_ms >= 1000 * ENCODE_SECONDS for run in runs)
