@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,8 +46,6 @@ class Batch(NamedTuple):
     """(B, L): which question's answer a label belongs to, numbered over the batch; -1 elsewhere."""
     kinds: list[str]
     """Of each question of the batch."""
-    contents: Tensor
-    """(B, 2 x 9 + 4): shape and colour in each place, and the text's characters; 0 for nothing."""
     cells: Tensor
     """(B, 3, 16, 16): shape, colour and character that cover the middle of each cell of 16 x 16 pixels; 0 for none."""
     tokens: Tensor
@@ -98,7 +96,6 @@ class Packer:
             labels=torch.from_numpy(labels),
             answer_index=torch.from_numpy(answers),
             kinds=[question.kind for questions in asked for question in questions],
-            contents=torch.tensor([contents(one) for one in scenes]),
             cells=torch.from_numpy(np.stack([cells(one) for one in scenes])),
             tokens=torch.from_numpy(np.stack([token_contents(one) for one in scenes])),
             image_start=len(self.encode(BEFORE_IMAGE)),
@@ -109,16 +106,6 @@ class Packer:
         for question in questions:
             prompt = self.encode(question.text + BEFORE_ANSWER)
             yield prompt + self.encode(question.answer + END), len(prompt)
-
-
-def contents(scene: Scene) -> list[int]:
-    """What is where, as class numbers; see `Batch.contents`."""
-    shapes, colours = [0] * len(PLACES), [0] * len(PLACES)
-    for one in scene.objects:
-        place = PLACES.index(one.place)
-        shapes[place], colours[place] = 1 + SHAPES.index(one.shape), 1 + list(COLOURS).index(one.colour)
-    spelled = [1 + CHARACTERS.index(c) for c in scene.text.content] if scene.text else []
-    return shapes + colours + spelled + [0] * (MAX_CHARACTERS - len(spelled))
 
 
 def cells(scene: Scene) -> np.ndarray:
@@ -140,33 +127,25 @@ def token_contents(scene: Scene) -> np.ndarray:
     """What is centred in each image token's patch; see `Batch.tokens`."""
     found = np.zeros((PATCHES, PATCHES, 4 + MAX_CHARACTERS), np.int64)
     for one in scene.in_painting_order():
-        found[patch_of(one.x, one.y)][:3] = (
+        found[one.patch][:3] = (
             1 + SHAPES.index(one.shape),
             1 + list(COLOURS).index(one.colour),
             1 + PLACES.index(one.place),
         )
     if scene.text:
-        patch = found[patch_of(scene.text.x, scene.text.y)]
+        patch = found[scene.text.patch]
         patch[3] = 1 + PLACES.index(scene.text.place)
         patch[4 : 4 + len(scene.text.content)] = [1 + CHARACTERS.index(c) for c in scene.text.content]
     return found.reshape(TOKENS_PER_IMAGE, -1)
 
 
-def patch_of(x: float, y: float) -> tuple[int, int]:
-    """Row and column of the image token whose patch holds a point."""
-    return int(y) // PATCH_SIZE, int(x) // PATCH_SIZE
-
-
 class Batches(Dataset[Batch]):
     """Batch i is made of its own scenes and never changes: training resumes where it stopped."""
 
-    def __init__(
-        self, tokenizer_json: str, seeds: range, batch_size: int, questions: int | Callable[[int], int]
-    ) -> None:
-        """`questions` about each scene: as many in every batch, or as many as it says for batch i."""
+    def __init__(self, tokenizer_json: str, seeds: range, batch_size: int, questions: int) -> None:
+        """`batch_size` scenes in each, and as many `questions` about each scene."""
         self.packer = Packer(Tokenizer.from_str(tokenizer_json))
-        self.seeds, self.batch_size = seeds, batch_size
-        self.questions = questions if callable(questions) else lambda _: questions
+        self.seeds, self.batch_size, self.questions = seeds, batch_size, questions
 
     def __len__(self) -> int:
         return len(self.seeds) // self.batch_size
@@ -174,7 +153,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         seeds = self.seeds[index * self.batch_size : (index + 1) * self.batch_size]
         scenes = [draw_scene(seed) for seed in seeds]
-        return self.packer.pack(scenes, [asked_in_training(scene, self.questions(index)) for scene in scenes])
+        return self.packer.pack(scenes, [asked_in_training(scene, self.questions) for scene in scenes])
 
 
 def asked_in_training(scene: Scene, count: int) -> list[Question]:

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KIND_PREFIX = "right/"
+LOSSES = (
+    ("answers", "#1f6fb4", "answers"),
+    ("tokens", "#c8781e", "tokens (auxiliary)"),
+    ("cells", "#6a9a3b", "cells (auxiliary)"),
+    ("imitation", "#8a63b0", "imitation of the teacher (share of variance)"),
+)
+"""(entry of the log, colour, label)."""
 
 
 def plot_log(entries: Sequence[dict[str, float]], path: Path) -> None:
@@ -16,10 +23,10 @@ def plot_log(entries: Sequence[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (losses, shares) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, colour, label in (("answers", "#1f6fb4", "answers"), ("contents", "#c8781e", "contents (auxiliary)")):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        losses.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2)
-    losses.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="Loss")
+    for name, colour, label in LOSSES:
+        if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
+            losses.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2)
+    losses.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
     losses.legend(frameon=False)
     kinds = sorted({name for entry in entries for name in entry if name.startswith(KIND_PREFIX)})
     for kind in kinds:

@@ -128,7 +128,7 @@ def ask_shape(scene: Scene, draw: np.random.Generator) -> Asked:
 def ask_where(scene: Scene, draw: np.random.Generator) -> Asked:
     if scene.text and draw.random() < 0.2:
         return phrase("where", draw, the_thing="the text"), f"It is {at(scene.text.place)}."
-    things = [(f"the {one.colour} {one.shape}", one) for one in alone(scene, lambda one: (one.colour, one.shape))]
+    things = [(f"the {one.colour} object", one) for one in alone(scene, lambda one: one.colour)]
     things += [(f"the {one.shape}", one) for one in alone(scene, lambda one: one.shape)]
     if not things:
         return None
@@ -143,7 +143,7 @@ def ask_text(scene: Scene, draw: np.random.Generator) -> Asked:
 
 
 def ask_yes_no(scene: Scene, draw: np.random.Generator) -> Asked:
-    """As many yes as no; what is not there often shares its colour or its shape with what is."""
+    """As many yes as no: of text, of things in a place, of a shape and of a colour."""
     true = bool(draw.random() < 0.5)
     if draw.random() < 0.2:
         return phrase("yes-no", draw, a_thing="any text"), "Yes." if scene.text else "No."
@@ -151,14 +151,12 @@ def ask_yes_no(scene: Scene, draw: np.random.Generator) -> Asked:
         taken = {one.place for one in scene.objects} | ({scene.text.place} if scene.text else set())
         places = [place for place in PLACES if (place in taken) == true]
         return phrase("yes-no", draw, a_thing=f"something {at(pick(places, draw))}"), "Yes." if true else "No."
-    there = {(one.colour, one.shape) for one in scene.objects}
-    colour, shape = pick(sorted(there), draw)
-    if not true:
-        if draw.random() < 0.5:
-            colour = pick([c for c in COLOURS if (c, shape) not in there], draw)
-        else:
-            shape = pick([s for s in SHAPES if (colour, s) not in there], draw)
-    return phrase("yes-no", draw, a_thing=f"{article(colour)} {colour} {shape}"), "Yes." if true else "No."
+    if draw.random() < 0.5:
+        noun = pick([shape for shape in SHAPES if any(one.shape == shape for one in scene.objects) == true], draw)
+    else:
+        colours = [colour for colour in COLOURS if any(one.colour == colour for one in scene.objects) == true]
+        noun = f"{pick(colours, draw)} object"
+    return phrase("yes-no", draw, a_thing=f"{article(noun)} {noun}"), "Yes." if true else "No."
 
 
 ASKERS = {

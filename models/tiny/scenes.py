@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config import PATCH_SIZE
 from .backgrounds import draw_background
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 CENTRE = "centre"
-MARGIN = 8
-"""No centre is nearer to a border between two places, in pixels: each belongs clearly to one."""
+BORDERS = (*(SCENE_SIZE * i / 3 for i in (1, 2)), *range(PATCH_SIZE, SCENE_SIZE, PATCH_SIZE))
+"""Between places, and between the patches of the image tokens."""
+MARGIN = 6
+"""No centre is nearer to a border, in pixels: each thing belongs clearly to one place and to one image token."""
 
-RADII = (17.0, 40.0)
+RADII = (20.0, 42.0)
 """Smallest and largest distance from a shape's centre to its rim, in pixels."""
 MIN_DISTANCE = 0.85
 """Centres are at least this share of the sum of both radii apart: shapes may overlap, but not hide each other."""
 
-TEXT_SIZES = (26, 56)
+TEXT_SIZES = (36, 56)
 """Smallest and largest font size, in pixels."""
-TEXT_SHARE = 0.6
+TEXT_SHARE = 0.7
 """Share of the scenes that hold text."""
 DIGITS_SHARE = 0.5
 """Share of the texts that are numbers."""
@@ -84,6 +87,10 @@ class Shape:
     def place(self) -> str:
         return place_of(self.x, self.y)
 
+    @property
+    def patch(self) -> tuple[int, int]:
+        return patch_of(self.x, self.y)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -96,6 +103,10 @@ class Text:
     @property
     def place(self) -> str:
         return place_of(self.x, self.y)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return patch_of(self.x, self.y)
 
     @cached_property
     def extent(self) -> tuple[float, float]:
@@ -112,7 +123,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen, and how to draw it. At most one thing is in each of the nine places."""
+    """What is to be seen, and how to draw it.
+
+    At most one thing is in each of the nine places, and at most one shape is centred in the patch of an image token.
+    """
 
     seed: int
     objects: tuple[Shape, ...]
@@ -139,6 +153,11 @@ def place_of(x: float, y: float) -> str:
     third = SCENE_SIZE / 3
     row, column = ROWS[min(2, int(y / third))], COLUMNS[min(2, int(x / third))]
     return f"{row} {column}".strip() or CENTRE
+
+
+def patch_of(x: float, y: float) -> tuple[int, int]:
+    """Row and column of the image token whose patch holds a point."""
+    return int(y) // PATCH_SIZE, int(x) // PATCH_SIZE
 
 
 PLACES = tuple(place_of(85.0 * column + 40, 85.0 * row + 40) for row in range(3) for column in range(3))
@@ -204,14 +223,14 @@ def draw_shape(draw: np.random.Generator) -> Shape:
 
 
 def is_clear(position: float) -> bool:
-    """Whether a coordinate of a centre is clear of the borders between places."""
-    third = SCENE_SIZE / 3
-    return min(abs(position - third), abs(position - 2 * third)) >= MARGIN
+    """Whether a coordinate of a centre is clear of the borders."""
+    return all(abs(position - border) >= MARGIN for border in BORDERS)
 
 
 def fits(one: Shape, other: Shape) -> bool:
     distance = math.hypot(one.x - other.x, one.y - other.y)
-    return one.place != other.place and distance >= MIN_DISTANCE * (one.radius + other.radius)
+    apart = one.place != other.place and one.patch != other.patch
+    return apart and distance >= MIN_DISTANCE * (one.radius + other.radius)
 
 
 def is_beside(shape: Shape, text: Text) -> bool:

@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .auxiliary import CellsHead, ContentsHead, TokensHead
+from .auxiliary import CellsHead, Teacher, TokensHead, imitation_loss
 from .data import IGNORED, Batch, Batches
 from .layout import write_checkpoint
 from .network import TinyFastVLM, is_kernel
@@ -36,31 +35,27 @@ STATE_NAME, LOG_NAME, PLOT_NAME = "state.pt", "log.jsonl", "loss.png"
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    steps: int = 3800
+    steps: int = 5400
     batch_size: int = 24
     """Scenes per step."""
-    questions: int = 4
+    questions: int = 6
     """About each scene."""
-    later_questions: int = 8
-    """As many instead once the encoder has learned most of its part, and the decoder needs practice."""
-    later_from_step: int = 2700
-    learning_rate: float = 1e-3
-    """After warm-up; it falls along a cosine that would reach zero after `cosine_steps`."""
+    learning_rate: float = 1.2e-3
+    """After warm-up; it falls along a cosine to a hundredth of it."""
     warmup_steps: int = 150
-    cosine_steps: int = 5400
-    later_rates: tuple[tuple[int, float], ...] = (
-        (2700, 7e-4), (3300, 7e-4), (3499, 5.6e-4), (3500, 7e-4), (3800, 7e-6)
-    )  # fmt: skip
-    """(step, learning rate) from `later_from_step` on, with straight lines between."""
     weight_decay: float = 0.05
     auxiliary_weight: float = 0.5
-    """Of each auxiliary head's loss, next to the answers'."""
-    tokens_from_step: int = 1600
-    """When `TokensHead` joins: by then the encoder tells shapes, colours and characters apart."""
+    """Of each loss besides the answers'."""
+    taught_share: float = 0.35
+    """For this share of the steps the decoder reads the teacher's tokens, for as many scenes as there are."""
+    blended_share: float = 0.2
+    """And over this share more and more scenes' tokens come from the encoder instead, until all do."""
     seed: int = 0
 
-    def questions_at(self, step: int) -> int:
-        return self.questions if step < self.later_from_step else self.later_questions
+    def seen_at(self, step: int) -> int:
+        """For how many scenes of a batch the decoder reads the encoder's tokens."""
+        progress = (step / self.steps - self.taught_share) / self.blended_share
+        return round(self.batch_size * min(1.0, max(0.0, progress)))
 
 
 VALIDATE_EVERY = 300
@@ -75,10 +70,10 @@ class Trainer:
         self.recipe, self.out, self.save_every = recipe, out, save_every
         self.tokenizer_json = learned_tokenizer()
         self.network = TinyFastVLM()
-        self.contents_head, self.cells_head, self.tokens_head = ContentsHead(), CellsHead(), TokensHead()
+        self.teacher, self.cells_head, self.tokens_head = Teacher(), CellsHead(), TokensHead()
         self.modules = {
             "network": self.network,
-            "contents": self.contents_head,
+            "teacher": self.teacher,
             "cells": self.cells_head,
             "tokens": self.tokens_head,
         }
@@ -93,7 +88,7 @@ class Trainer:
         recipe = self.recipe
         self.resume()
         seeds = scene_seeds("train", recipe.steps * recipe.batch_size)
-        batches = Batches(self.tokenizer_json, seeds, recipe.batch_size, recipe.questions_at)
+        batches = Batches(self.tokenizer_json, seeds, recipe.batch_size, recipe.questions)
         order = range(self.step, recipe.steps)
         loader = DataLoader(batches, batch_size=None, sampler=order, num_workers=1, prefetch_factor=4)
         for batch in loader:
@@ -113,15 +108,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.recipe)
         features, middle = self.network.observed_features(batch.pixel_values.float() / 255)
-        projected = self.network.mm_projector(features)
-        predicted, labels, _ = answer_logits(self.network, projected, batch)
+        projected, taught = self.network.mm_projector(features), self.teacher(batch.tokens)
+        seen = self.recipe.seen_at(self.step)
         losses = {
-            "answers": F.cross_entropy(predicted, labels),
-            "contents": self.contents_head(features, batch.contents),
+            "answers": answers_loss(*answer_logits(self.network, torch.cat((projected[:seen], taught[seen:])), batch)),
+            "imitation": imitation_loss(projected, taught, batch.tokens),
+            "tokens": self.tokens_head(features, batch.tokens),
             "cells": self.cells_head(middle, batch.cells),
         }
-        if self.step >= self.recipe.tokens_from_step:
-            losses["tokens"] = self.tokens_head(projected, batch.tokens)
         loss = losses["answers"] + self.recipe.auxiliary_weight * sum(list(losses.values())[1:])
         loss.backward()
         nn.utils.clip_grad_norm_([p for module in self.modules.values() for p in module.parameters()], 1.0)
@@ -182,12 +176,10 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 
 def learning_rate(step: int, recipe: TrainingRecipe) -> float:
-    """Linear warm-up and a cosine while the encoder learns most; then along the recipe's lines."""
-    if step >= recipe.later_from_step:
-        return float(np.interp(step, [at for at, _ in recipe.later_rates], [rate for _, rate in recipe.later_rates]))
+    """Linear warm-up, then a cosine."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / (recipe.cosine_steps - recipe.warmup_steps)
+    progress = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
     return recipe.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
@@ -196,6 +188,13 @@ def answer_logits(network: TinyFastVLM, projected: Tensor, batch: Batch) -> tupl
     inside = batch.labels != IGNORED
     hidden = network.hidden_states(projected, batch)[inside]  # (M, D)
     return network.logits(hidden), batch.labels[inside], batch.answer_index[inside]
+
+
+def answers_loss(logits: Tensor, labels: Tensor, answers: Tensor) -> Tensor:
+    """The mean over answers of each one's mean cross-entropy: "Yes." weighs as much as a long description."""
+    losses = F.cross_entropy(logits, labels, reduction="none")  # (M,)
+    weights = 1 / torch.bincount(answers)[answers]
+    return (losses * weights).sum() / weights.sum()
 
 
 @torch.inference_mode()

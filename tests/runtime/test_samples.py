@@ -14,7 +14,7 @@ from fastvlm.models.tiny.scenes import draw_scene
 from fastvlm.models.tiny.splits import FIRST_SEED
 
 SAMPLES = Path(fastvlm.__file__).parent / "runtime" / "samples"
-SEEDS = {"shapes": 2_000_500_046, "word": 2_000_500_003, "number": 2_000_500_020}
+SEEDS = {"shapes": 2_000_500_019, "word": 2_000_500_190, "number": 2_000_500_188}
 
 
 @pytest.fixture(scope="module")
@@ -37,4 +37,4 @@ def test_default_export_describes_the_sample_rightly(name: str, model: fastvlm.F
 
 
 def test_default_export_reads_the_sample_word(model: fastvlm.FastVLM) -> None:
-    assert model.generate(SAMPLES / "word.png", "What is written?").text == "It says WOLF."
+    assert model.generate(SAMPLES / "word.png", "What is written?").text == "It says GATE."

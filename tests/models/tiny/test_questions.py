@@ -26,8 +26,8 @@ def test_yes_no_answers_are_true_of_the_scene(scene: Scene, draw: np.random.Gene
         things = [*scene.objects, *([scene.text] if scene.text else [])]
         true = match[1] in {one.place for one in things}
     else:
-        colour, shape = thing.split()[1:]
-        true = (colour, shape) in {(one.colour, one.shape) for one in scene.objects}
+        named = thing.split()[1]
+        true = named in {name for one in scene.objects for name in (one.colour, one.shape)}
     assert question.answer == ("Yes." if true else "No.")
 
 

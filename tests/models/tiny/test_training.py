@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="training needs the dev extra's transformers")
 
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.layerwise import LayerwiseDecoder, Prompt, checkpoint_reader, run_layerwise
+from fastvlm.models.tiny.auxiliary import TOKEN_GROUPS, Teacher, imitation_loss
 from fastvlm.models.tiny.data import CHARACTERS, IGNORED, Batches, Packer, asked_in_training, cells, token_contents
 from fastvlm.models.tiny.layout import write_checkpoint
 from fastvlm.models.tiny.network import TOKENS_PER_IMAGE, TinyFastVLM
 from fastvlm.models.tiny.questions import questions_about
 from fastvlm.models.tiny.scenes import COLOURS, PLACES, SHAPES, draw_scene
 from fastvlm.models.tiny.tokenizer import learned_tokenizer
-from fastvlm.models.tiny.train import Trainer, TrainingRecipe, learning_rate, read_log
+from fastvlm.models.tiny.train import Trainer, TrainingRecipe, answers_loss, learning_rate, read_log
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +155,10 @@ def test_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_learning_rate_rises_along_the_warm_up_and_ends_near_zero() -> None:
     recipe = TrainingRecipe()
     rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
-    warm, later = recipe.warmup_steps, recipe.later_from_step
+    warm = recipe.warmup_steps
     assert rates[warm - 1] == recipe.learning_rate == max(rates)
     assert rates[:warm] == sorted(rates[:warm])
-    assert rates[warm:later] == sorted(rates[warm:later], reverse=True)
-    for step, rate in recipe.later_rates[:-1]:
-        assert rates[step] == pytest.approx(rate)
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
     assert rates[-1] < 0.02 * recipe.learning_rate
 
 
@@ -177,10 +177,40 @@ def test_cells_and_tokens_name_what_is_there() -> None:
         assert {CHARACTERS[c - 1] for c in covered[2].flat if c} <= set(scene.text.content if scene.text else "")
 
 
-def test_later_batches_ask_more_questions(tokenizer_json: str) -> None:
-    recipe = TrainingRecipe(later_from_step=1)
-    batches = Batches(tokenizer_json, range(4), 2, recipe.questions_at)
-    assert [len(batches[i].kinds) for i in range(2)] == [2 * recipe.questions, 2 * recipe.later_questions]
+def test_decoder_reads_the_teacher_first_and_the_encoder_alone_in_the_end() -> None:
+    recipe = TrainingRecipe()
+    seen = [recipe.seen_at(step) for step in range(recipe.steps)]
+    assert seen == sorted(seen)
+    assert set(seen) == set(range(recipe.batch_size + 1))
+    assert seen.count(0) / recipe.steps == pytest.approx(recipe.taught_share, abs=0.01)
+    left = 1 - recipe.taught_share - recipe.blended_share
+    assert seen.count(recipe.batch_size) / recipe.steps == pytest.approx(left, abs=0.01)
+
+
+def test_each_answer_weighs_the_same_however_long_it_is() -> None:
+    logits = torch.zeros(6, 4)  # every token costs log 4; wrong ones a little more
+    logits[5, 1] = 3.0
+    labels, answers = torch.zeros(6, dtype=torch.long), torch.tensor([0, 0, 0, 0, 0, 1])
+    costs = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(answers_loss(logits, labels, answers), (costs[0] + costs[5]) / 2)
+
+
+def test_imitation_loss_is_the_unexplained_share_of_the_teacher_s_variance(tokenizer_json: str) -> None:
+    tokens = Batches(tokenizer_json, range(8), 8, 1)[0].tokens
+    taught = Teacher()(tokens)
+    assert imitation_loss(taught, taught, tokens).item() == 0
+    filled = tokens.any(-1)
+    off = taught + torch.where(filled, 2.0, 0.0)[..., None] * taught.std()
+    assert imitation_loss(off, taught, tokens).item() == pytest.approx(2.0)  # 4 where something is, 0 elsewhere
+
+
+def test_teacher_tells_every_thing_and_place_apart() -> None:
+    teacher = Teacher()
+    for column, classes in enumerate(TOKEN_GROUPS):
+        tokens = torch.zeros(classes, 1, len(TOKEN_GROUPS), dtype=torch.long)
+        tokens[:, 0, column] = torch.arange(classes)
+        distances = torch.cdist(teacher(tokens)[:, 0], teacher(tokens)[:, 0]) + torch.eye(classes) * 1e3
+        assert distances.min() > 1
 
 
 def test_training_log_becomes_a_picture(tmp_path: Path) -> None:
@@ -189,8 +219,6 @@ def test_training_log_becomes_a_picture(tmp_path: Path) -> None:
 
     from fastvlm.models.tiny.plot import plot_log
 
-    entries = json.loads(
-        '[{"step": 20, "answers": 2.0, "contents": 4.0}, {"step": 40, "answers": 1.0, "contents": 3.0}]'
-    )
+    entries = json.loads('[{"step": 20, "answers": 2.0, "tokens": 4.0}, {"step": 40, "answers": 1.0, "tokens": 3.0}]')
     plot_log([*entries, {"step": 40, "right/count": 0.5}], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").width > 600
