@@ -44,14 +44,14 @@ def test_chat_follows_piped_lines(model: Path, tmp_path: Path) -> None:
 def test_chat_says_when_the_context_is_full(model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "tokenizer_model_max_length": 60}))
+    (copy / "config.json").write_text(json.dumps({**config, "tokenizer_model_max_length": 24}))
     (copy / "fastvlm.json").unlink()
     done = run("chat", copy, stdin=b"What?\nAnd?\n", cwd=tmp_path)
     errors = done.stderr.decode()
-    if "context of 60 tokens is full" in errors:
-        assert "error: the prompt takes" in errors
-    assert done.returncode in (0, 1)
+    assert "the context of 24 tokens is full: /reset begins anew" in errors
+    assert "error: the prompt takes" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
