@@ -217,9 +217,9 @@ def test_config_error_when_the_template_file_is_not_utf8(write_tokenizer: Write)
     [
         ("{{ raise_exception('no images') }}", "refuses these messages: no images"),
         ("{{ messages[9].content }}", "cannot take these messages"),
-        ("{{ messages[0].content.missing() }}", "cannot take these messages"),
+        ("{{ messages[0].content.missing() }}", "which templates may not"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "cannot take these messages"),
-        ("{{ messages.append(1) }}", "cannot take these messages"),
+        ("{{ messages.append(1) }}", "which templates may not"),
         ("hello", "leaves out the user message"),
         ("{{ messages[0].content | length }}", "leaves out the user message"),
         ("{{ messages[0].content }}\ue0007\ue001", "private-use characters"),
