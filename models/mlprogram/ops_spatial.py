@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import PackageError
 from .binding import Kind, Parameters, Step
+from .dense import dense, rows
 
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _AVG_POOL = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
@@ -85,9 +86,11 @@ def _conv(p: Parameters) -> Step:
 
 def _pointwise(weight: Tensor, bias: Tensor | None) -> Step:
     """A 1x1 convolution as one matrix product over all positions: oneDNN would rearrange the weight on every call."""
+    product = dense(weight, bias)
 
     def step(x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)  # (B, C_out, H, W), channels-last
+        batch, _, height, width = x.shape
+        return product(rows(x)).view(batch, height, width, -1).permute(0, 3, 1, 2)  # (B, C_out, H, W), channels-last
 
     return step
 
