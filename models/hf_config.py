@@ -110,11 +110,12 @@ def _image_size(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
     """The square that the image processor makes, in pixels; where it is not there, what the token count implies."""
     for key in ("crop_size", "size"):
         size = preprocessor.get(key)
-        edges = set(size.values()) if isinstance(size, Mapping) else {size} if size is not None else set()
-        if len(edges) > 1 or not all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges):
+        edges = list(size.values()) if isinstance(size, Mapping) else [] if size is None else [size]
+        whole = all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges)
+        if not whole or len(set(edges)) > 1:
             raise ConfigError(f"preprocessor_config.json: {key} should be a square's side; found {size!r:.80}")
         if edges:
-            return edges.pop(), ()
+            return edges[0], ()
     tokens = field(config, "image_seq_length", int, LLAVA_IMAGE_TOKENS)
     side = math.isqrt(max(tokens, 0))
     if tokens not in (0, LLAVA_IMAGE_TOKENS) and side * side == tokens:

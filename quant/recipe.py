@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..models.errors import UsageError
@@ -59,6 +60,16 @@ def read_recipe(path: str | Path) -> SavedRecipe:
 
 REQUIRED = object()
 
+DECODER_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "bits": (int, str),
+    "group_size": (int,),
+    "quantize_embeddings": (bool,),
+    "quantizer": (str,),
+    "avg_bits": (int, float, NoneType),
+    "layers": (dict,),
+}
+"""Of `DecoderScheme`, as JSON has them; bits of single layers are whole numbers."""
+
 
 def _typed(settings: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
     value = settings.get(key)
@@ -84,10 +95,11 @@ def _decoder(settings: Mapping[str, Any]) -> DecoderScheme | None:
     saved = settings.get("decoder")
     if saved is None:
         return None
-    known = {field.name for field in fields(DecoderScheme)}
-    if not isinstance(saved, Mapping) or not known >= saved.keys():
-        raise UsageError(f"'decoder' should be an object with {', '.join(sorted(known))}; found {str(saved)!r:.80}")
-    try:
-        return DecoderScheme(**saved)
-    except TypeError:
-        raise UsageError(f"'decoder' holds a value of a wrong type: {str(dict(saved))!r:.120}") from None
+    if not isinstance(saved, Mapping) or not DECODER_FIELDS.keys() >= saved.keys():
+        known = ", ".join(sorted(DECODER_FIELDS))
+        raise UsageError(f"'decoder' should be an object with {known}; found {str(saved)!r:.80}")
+    layers = saved.get("layers")
+    for name, value in {**(layers if isinstance(layers, dict) else {}), **saved}.items():
+        if type(value) not in DECODER_FIELDS.get(name, (int,)):
+            raise UsageError(f"'decoder' holds a value of a wrong type: {name} is {value!r:.80}")
+    return DecoderScheme(**saved)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
+from ..errors import PackageError
+from .constexpr import Constants
 from .program import Operation, Program, TensorType
 
 COSTLY = ("conv", "linear", "matmul")
@@ -14,29 +16,43 @@ def flops(program: Program, operation: Operation) -> int:
     """Floating-point operations of a convolution, matrix product or linear layer; 0 for others, which are small.
 
     A multiplication and an addition count as two.
+
+    Raises:
+        PackageError: an operand is missing, or of no shape that the kind has.
     """
     if operation.kind in ("conv", "linear"):
-        return 2 * operation.outputs[0].elements * prod(_operand(program, operation, "weight").shape[1:])
+        return 2 * _result(operation).elements * prod(_operand(program, operation, "weight").shape[1:])
     if operation.kind == "matmul":
         x = _operand(program, operation, "x").shape
-        transposed = operation.values.get("transpose_x")
-        if transposed is None and "transpose_x" in operation.inputs:
-            name = operation.inputs["transpose_x"][0]
-            assert isinstance(name, str)
-            transposed = program.producers[name].values["val"]
-        inner = x[-2] if transposed is not None and bool(transposed.array()) else x[-1]
-        return 2 * operation.outputs[0].elements * inner
+        summed = x[-2:-1] if _is_transposed(program, operation) else x[-1:]
+        return 2 * _result(operation).elements * prod(summed)
     return 0
 
 
 def moved_elements(program: Program, operation: Operation) -> int:
-    """Values that such an operation reads and writes, without its weights; 0 for others."""
+    """Values that such an operation reads and writes, without its weights; 0 for others. Raises as `flops`."""
     if operation.kind not in COSTLY:
         return 0
     read = [_operand(program, operation, name) for name in ("x", "y") if name in operation.inputs]
-    return sum(tensor.elements for tensor in (*read, operation.outputs[0]))
+    return sum(tensor.elements for tensor in (*read, _result(operation)))
+
+
+def _is_transposed(program: Program, operation: Operation) -> bool:
+    """Whether the first operand of a matrix product is turned."""
+    given = operation.values.get("transpose_x")
+    arguments = operation.inputs.get("transpose_x", ()) if given is None else (given,)
+    flags = [Constants(program).array(argument) for argument in arguments]
+    return any(flag.dtype.kind in "biu" and flag.any() for flag in flags)
 
 
 def _operand(program: Program, operation: Operation, name: str) -> TensorType:
-    argument = operation.inputs[name][0]
-    return program.types[argument] if isinstance(argument, str) else argument.type
+    arguments = operation.inputs.get(name, ())
+    if not arguments:
+        raise PackageError(f"{operation.name} ({operation.kind}): {name} is missing; export the model again")
+    return program.types[arguments[0]] if isinstance(arguments[0], str) else arguments[0].type
+
+
+def _result(operation: Operation) -> TensorType:
+    if not operation.outputs:
+        raise PackageError(f"{operation.name} ({operation.kind}): it has no result; export the model again")
+    return operation.outputs[0]

@@ -220,9 +220,10 @@ def test_image_size_stands_in_the_preprocessor(written: Callable[..., Path]) -> 
     folder = written("hf")
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 512}}))
     assert FolderCheckpoint(folder).config.image_size == 512
-    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 256, "width": 512}}))
-    with pytest.raises(ConfigError, match="crop_size should be a square's side"):
-        FolderCheckpoint(folder)
+    for wrong in ({"height": 256, "width": 512}, {"height": {}, "width": 256}, {"height": True}, [256], "256"):
+        (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": wrong}))
+        with pytest.raises(ConfigError, match="crop_size should be a square's side"):
+            FolderCheckpoint(folder)
     (folder / "preprocessor_config.json").unlink()
     assert FolderCheckpoint(folder).config.image_size == 256  # from image_seq_length 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from fastvlm.models.errors import UsageError
 from fastvlm.quant.decoder_scheme import DecoderScheme
 from fastvlm.quant.encoder_scheme import EncoderScheme, encoder_scheme, parsed_bytes
-from fastvlm.quant.recipe import read_recipe
+from fastvlm.quant.recipe import DECODER_FIELDS, read_recipe
 
 RECIPE: dict[str, Any] = {"quant": "mixed", "min_snr": 35, "weights": {"0.0": "fp16", "2.0": "pal6", "3": "int8"}}
 
@@ -93,6 +94,10 @@ def test_recipe_is_read_alone_from_a_manifest_and_from_a_folder(tmp_path: Path) 
         ({"decoder": {"bits": 4, "colour": "red"}}, "'decoder' should be an object with .*bits"),
         ({"decoder": {"bits": 3}}, "--decoder-bits should be one of"),
         ({"decoder": [4]}, "'decoder' should be an object"),
+        ({"decoder": {"layers": 1e308}}, "'decoder' holds a value of a wrong type: layers is 1e"),
+        ({"decoder": {"layers": {"lm_head": 8.0}}}, "wrong type: lm_head is 8.0"),
+        ({"decoder": {"group_size": 64.0}}, "wrong type: group_size is 64.0"),
+        ({"decoder": {"avg_bits": "5"}}, "wrong type: avg_bits is '5'"),
     ],
 )
 def test_wrong_recipes_are_refused_with_the_file_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -101,6 +106,10 @@ def test_wrong_recipes_are_refused_with_the_file_named(tmp_path: Path, change: d
         read_recipe(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_every_field_of_a_decoder_has_its_type() -> None:
+    assert DECODER_FIELDS.keys() == {field.name for field in fields(DecoderScheme)}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"recipe": 3}'])
