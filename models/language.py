@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from ._mlx import mx, nn, on_cpu
 from .apple_layout import language_shapes, saved_name
@@ -22,6 +24,9 @@ HEAD = "language_model.lm_head"
 FLOAT_DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 
 MAX_STREAMS = 8
+
+_own = threading.local()
+"""What each thread has of its own: MLX's streams serve the thread that made them."""
 
 MEMORY_SHARE = 0.8
 """Of the available memory that expanded weights may take: caches, activations and the vision encoder need the rest."""
@@ -200,9 +205,9 @@ def quantized_shapes(
 def _expanded(weights: dict[str, mx.array], quantization: Quantization | None) -> Iterator[tuple[str, mx.array]]:
     """(name, float32 tensor), taken out of `weights` a few at a time, so that their sources are freed at once.
 
-    One stream is one thread on the CPU; tensors of like sizes share a turn, the largest first.
+    Tensors of like sizes share a turn, the largest first.
     """
-    streams = [mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, MAX_STREAMS))]
+    streams = _cpu_streams()
     names = [name for name in weights if not name.endswith((".scales", ".biases"))]
     names.sort(key=lambda name: -weights[name].size)
     for start in range(0, len(names), len(streams)):
@@ -212,6 +217,13 @@ def _expanded(weights: dict[str, mx.array], quantization: Quantization | None) -
         ]
         mx.eval(tensors)
         yield from zip(turn, tensors, strict=True)
+
+
+def _cpu_streams() -> tuple[mx.Stream, ...]:
+    """Streams of this thread, each of them another one on the CPU that MLX never ends: so they serve every load."""
+    if not hasattr(_own, "streams"):
+        _own.streams = tuple(mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, MAX_STREAMS)))
+    return cast("tuple[mx.Stream, ...]", _own.streams)
 
 
 def dequantized(

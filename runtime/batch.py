@@ -108,7 +108,7 @@ class Batch:
     def _step(self) -> None:
         """One more token for every answer; those that end with it leave."""
         model = self._model
-        with model.turn:
+        with model.turn, model.stream_of_turn():
             self._gather()
             tokens = mx.concatenate([row.token for row in self._rows])  # (B,)
             logits = decode_one_token(model.language.language_model, tokens, self._cache)  # (B, V)

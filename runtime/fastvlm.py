@@ -25,6 +25,7 @@ from .prompt import PromptEncoder
 from .request import Request, prepare
 from .reuse import Memory, Picture
 from .sampling import id_on_host
+from .shared_stream import SharedStream
 from .start import Start, Starter
 from .timings import Timings
 from .tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class FastVLM:
         notes: what a user should know of this folder on this machine.
         feature_cache: the features of the last few images; clear it to measure the time that encoding takes.
         load_ms: time that loading took, without the first-use compilation of the package.
-        turn: held by whoever computes with this model.
+        turn: held by whoever computes with this model, in what `stream_of_turn` gives.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FastVLM:
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.eos_token_ids = tuple(dict.fromkeys((*self.config.eos_token_ids, *own)))
         self.turn = threading.Lock()
+        self.stream_of_turn = SharedStream()
 
     @classmethod
     def load(
@@ -170,7 +172,7 @@ class FastVLM:
 
     def start(self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()) -> tuple[Start, bool]:
         """The first token of an answer, and whether it is the first of this process. See `Starter.start`."""
-        with self.turn:
+        with self.turn, self.stream_of_turn():
             start = self._starter.start(request, memory, pictures)
         return start, next(_answers) == 0  # counted once it has worked
 
@@ -201,7 +203,7 @@ class FastVLM:
         )
         while True:
             try:
-                with self.turn:
+                with self.turn, self.stream_of_turn():
                     token_id = next(rest, None)
             except BaseException:
                 memory.clear()

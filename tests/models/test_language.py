@@ -182,6 +182,15 @@ def test_weights_become_float32_when_they_are_expanded(dtype: mx.Dtype) -> None:
         assert mx.array_equal(array, weights(dtype=dtype)[name].astype(mx.float32)), name
 
 
+def test_streams_of_a_load_serve_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a thread behind it, for good."""
+    load_language(weights(dtype=mx.float16), CONFIG, expand=True)
+    made: list[object] = []
+    monkeypatch.setattr(language.mx, "new_stream", made.append)
+    load_language(weights(dtype=mx.float16), CONFIG, expand=True)
+    assert made == []
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_weights_keep_their_dtype_when_they_are_not_expanded(dtype: mx.Dtype) -> None:
     side = load_language(weights(dtype=dtype), CONFIG, expand=False)
