@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -163,7 +164,9 @@ class Trainer:
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
         entries = read_log(log) if log.exists() else []
-        log.write_text("".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= self.step))
+        partial = log.with_name(f"{LOG_NAME}.partial")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= self.step))
+        partial.replace(log)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -212,7 +215,8 @@ def validation_accuracy(network: TinyFastVLM, batches: Iterable[Batch]) -> dict[
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What was logged; a last line that a full disk has cut off is none."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def main() -> None:
@@ -225,11 +229,23 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(TrainingRecipe(steps=arguments.steps), arguments.out)
     trainer.run()
-    write_checkpoint(trainer.network, trainer.tokenizer_json, arguments.out / "checkpoint")
-    (arguments.out / "checkpoint" / "training.json").write_text(json.dumps(report(trainer), indent=2) + "\n")
+    publish(trainer, arguments.out / "checkpoint")
     from .plot import plot_log
 
     plot_log(read_log(arguments.out / LOG_NAME), arguments.out / PLOT_NAME)
+
+
+def publish(trainer: Trainer, checkpoint: Path) -> None:
+    """Writes the checkpoint, which gets its name when it is whole, in place of an earlier one."""
+    partial, replaced = (checkpoint.with_name(f"{checkpoint.name}.{kind}") for kind in ("partial", "replaced"))
+    for left in (partial, replaced):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    write_checkpoint(trainer.network, trainer.tokenizer_json, partial)
+    (partial / "training.json").write_text(json.dumps(report(trainer), indent=2) + "\n")
+    if checkpoint.exists():
+        checkpoint.rename(replaced)
+    partial.rename(checkpoint)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def report(trainer: Trainer) -> dict[str, Any]:
@@ -246,4 +262,8 @@ def report(trainer: Trainer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: the same command goes on from the last saved state\n")
+        sys.exit(130)

@@ -22,7 +22,7 @@ from fastvlm.models.tiny.network import TOKENS_PER_IMAGE, TinyFastVLM
 from fastvlm.models.tiny.questions import questions_about
 from fastvlm.models.tiny.scenes import COLOURS, PLACES, SHAPES, draw_scene
 from fastvlm.models.tiny.tokenizer import learned_tokenizer
-from fastvlm.models.tiny.train import Trainer, TrainingRecipe, answers_loss, learning_rate, read_log
+from fastvlm.models.tiny.train import Trainer, TrainingRecipe, answers_loss, learning_rate, publish, read_log
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,28 @@ def test_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     for name, tensor in straight.network.state_dict().items():
         assert torch.equal(tensor, resumed.network.state_dict()[name]), name
     assert [entry["step"] for entry in read_log(folders[1] / "log.jsonl")] == [3, 3]
+
+
+def test_log_whose_last_line_was_cut_off_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "answers": 2.0}\n{"step": 2, "ans')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "answers": 2.0}]
+
+
+def test_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, checkpoint = Trainer(TrainingRecipe(steps=2), tmp_path), tmp_path / "checkpoint"
+    (tmp_path / "log.jsonl").write_text("")
+
+    def stop(_: object) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fastvlm.models.tiny.train.report", stop)
+        publish(trainer, checkpoint)
+    assert not checkpoint.exists()
+    for _ in range(2):  # in place of an earlier one, too
+        publish(trainer, checkpoint)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "log.jsonl"]
+        assert FolderCheckpoint(checkpoint).layout == "Apple LLaVA"
 
 
 def test_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
