@@ -76,6 +76,17 @@ def damaged_json(content: bytes, rng: random.Random) -> bytes:
     return text
 
 
+def damaged_lines(content: bytes, rng: random.Random) -> bytes:
+    """A line of a file of JSON lines, damaged, doubled or left out."""
+    lines = content.splitlines(keepends=True)
+    at = rng.randrange(len(lines))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return damaged_bytes(content, rng)
+    lines[at] = lines[at] * 2 if kind == 1 else damaged_json(lines[at], rng) + b"\n"
+    return b"".join(lines)
+
+
 def _with_change(value: Any, rng: random.Random) -> Any:
     places = list(_places(value))
     if not places:

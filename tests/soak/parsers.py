@@ -1,129 +1,145 @@
-"""What reads files from strangers, each with a real file to damage and a way to damage it."""
+"""What reads files from strangers, each with real files to damage and a way to damage them."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from . import mutators
+from . import readers
+from .mutators import (
+    damaged_bytes,
+    damaged_json,
+    damaged_lines,
+    damaged_program,
+    damaged_safetensors,
+    damaged_template,
+)
+from .parser import Parser, damaged
 
-Damage = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass(frozen=True)
-class Parser:
-    """`read(folder)` reads what stands in a folder in which `files` are damaged, one of them at a time."""
-
-    name: str
-    files: dict[str, tuple[bytes, Damage]]
-    read: Callable[[Path], Any]
-    fixed: Path | None = None
-    """A folder whose files lie beside the damaged one."""
-    share: float = 1.0
-    """Of the cases that a parser gets on average."""
-
-    def prepare(self, folder: Path) -> None:
-        """The whole files, in a new `folder`."""
-        folder.mkdir(parents=True)
-        if self.fixed is not None:
-            shutil.copytree(self.fixed, folder, dirs_exist_ok=True)
-        for name, (content, _) in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-
-    def damage(self, folder: Path, seed: int) -> str:
-        """Damages one file and returns its name; `restore` mends it."""
-        rng = random.Random(f"{self.name} {seed}")
-        name = rng.choice(sorted(self.files))
-        content, damage = self.files[name]
-        (folder / name).write_bytes(damage(content, rng))
-        return name
-
-    def restore(self, folder: Path, name: str) -> None:
-        (folder / name).write_bytes(self.files[name][0])
+MANIFEST = "fastvlm.json"
+PACKAGE = "fastvithd.mlpackage"
 
 
-def read_weights(folder: Path) -> None:
-    from fastvlm.models._mlx import mx
-    from fastvlm.models.checkpoint import load_lazily
-    from fastvlm.models.safetensors_header import read_header
-
-    read_header(folder / "model.safetensors")
-    mx.eval(list(load_lazily(folder / "model.safetensors").values()))
-
-
-def read_checkpoint(folder: Path) -> None:
-    from fastvlm.models.checkpoint import FolderCheckpoint
-
-    FolderCheckpoint(folder)
+def parsers(model: Path, checkpoint: Path, extra: Path) -> list[Parser]:
+    """All of them: on an exported `model` folder, a source `checkpoint`, and what `inputs.py` makes in `extra`."""
+    return [
+        *checkpoint_parsers(checkpoint, extra),
+        *text_parsers(model),
+        *model_parsers(model, extra),
+        *bundle_parsers(extra),
+        *report_parsers(model, extra),
+        *download_parsers(extra),
+        *image_parsers(),
+    ]
 
 
-def read_tokenizer(folder: Path) -> None:
-    from fastvlm.export.tokenizer import export_tokenizer
-    from fastvlm.runtime.tokenizer import Tokenizer
+def checkpoint_parsers(checkpoint: Path, extra: Path) -> list[Parser]:
+    """Source checkpoints in each layout, shards, adapters."""
 
-    tokenizer = Tokenizer(folder)
-    ids = tokenizer.encode("What is <|im_start|> in the picture?  \n" * 20)
-    tokenizer.decode(ids)
-    export_tokenizer({path.name: path.read_bytes() for path in folder.iterdir()})
+    def source(name: str, folder: Path, *configs: str) -> Parser:
+        files = {
+            **damaged(damaged_json, folder, "config.json", *configs),
+            **damaged(damaged_safetensors, folder, "model.safetensors"),
+        }
+        return Parser(name, files, readers.read_checkpoint, folder)
 
-
-def read_template(folder: Path) -> None:
-    from fastvlm.runtime.prompt import Message, PromptEncoder
-    from fastvlm.runtime.tokenizer import Tokenizer
-
-    encoder = PromptEncoder(folder, Tokenizer(folder), 1)
-    encoder.encode([Message("system", "S"), Message("user", "Question", 1)])
-
-
-def read_package(folder: Path) -> None:
-    from fastvlm.models.mlprogram import Executor, read_package
-
-    program = read_package(folder / "fastvithd.mlpackage")
-    executor = Executor(program)
-    executor.run({tensor.name: np.zeros(tensor.shape, np.float32) for tensor in program.inputs})
-
-
-def read_image(folder: Path) -> None:
-    from fastvlm.models.images import open_image, preprocess
-
-    (path,) = [path for path in folder.iterdir() if path.name == "image"]
-    preprocess(open_image(path), 256, "pad")
+    index = damaged(damaged_json, extra / "shards", "model.safetensors.index.json", "config.json")
+    adapter = {
+        **damaged(damaged_json, extra / "adapter", "adapter_config.json"),
+        **damaged(damaged_safetensors, extra / "adapter", "adapter_model.safetensors"),
+    }
+    small = {"model.safetensors": (small_safetensors(), damaged_safetensors)}
+    return [
+        Parser("safetensors", small, readers.read_weights),
+        source("checkpoint", checkpoint),
+        source("checkpoint, hf", extra / "hf", "preprocessor_config.json", "tokenizer_config.json"),
+        source("checkpoint, mlx-vlm", extra / "mlx"),
+        Parser("checkpoint, shards", index, readers.read_checkpoint, extra / "shards", share=0.5),
+        Parser("adapter", adapter, readers.read_adapter),
+    ]
 
 
-def read_recipe(folder: Path) -> None:
-    from fastvlm.quant.recipe import read_recipe
-
-    read_recipe(folder / "fastvlm.json")
-
-
-def read_manifest(folder: Path) -> None:
-    from fastvlm.runtime.folder import open_folder
-
-    open_folder(folder)
+def text_parsers(model: Path) -> list[Parser]:
+    tokenizer = damaged(damaged_json, model, "tokenizer.json", "tokenizer_config.json")
+    template = json.loads(tokenizer["tokenizer_config.json"][0])["chat_template"].encode()
+    with_template = {**tokenizer, "chat_template.jinja": (template, damaged_template)}
+    return [
+        Parser("tokenizer", tokenizer, readers.read_tokenizer),
+        OnlyTemplate("chat template", with_template, readers.read_template),
+    ]
 
 
-def read_bench(folder: Path) -> None:
-    from fastvlm.runtime.benchmark.reading import read_benchmark
+def model_parsers(model: Path, extra: Path) -> list[Parser]:
+    """Exported folders: with a manifest only that reaches a parser, without one (Apple's have none) all files do."""
+    weights = damaged(damaged_safetensors, model, "model.safetensors")
+    configs = damaged(damaged_json, model, "config.json", "tokenizer_config.json", "tokenizer.json")
+    inner = f"{PACKAGE}/Data/com.apple.CoreML"
+    package = {
+        **damaged(damaged_json, model, f"{PACKAGE}/Manifest.json"),
+        **damaged(damaged_program, model, f"{inner}/model.mlmodel"),
+        **damaged(damaged_bytes, model, f"{inner}/weights/weight.bin"),
+    }
+    picture = (extra / "questions/0.png").read_bytes()
+    shown = {
+        "image.png": (picture, damaged_bytes),
+        "0.png": (picture, damaged_bytes),
+        "1.png": (picture, damaged_bytes),
+        "mine.json": ((extra / "questions/mine.json").read_bytes(), damaged_json),
+    }
+    manifest, bare = damaged(damaged_json, model, MANIFEST), (MANIFEST,)
+    with_config = {**manifest, **damaged(damaged_json, model, "config.json")}
+    return [
+        Parser("mlpackage", package, readers.read_package),
+        Parser("mlpackage, inspect", package, readers.inspect_package, share=0.5),
+        Parser("recipe", manifest, readers.read_recipe),
+        Parser("model folder", with_config, readers.read_manifest, model),
+        Parser("model, loaded", {**configs, **weights}, readers.load_model, model, 0.3, bare),
+        Parser("commands", {**configs, **package, **shown}, readers.run_commands, model, 0.15, bare),
+    ]
 
-    read_benchmark(folder / "bench.json")
+
+def bundle_parsers(extra: Path) -> list[Parser]:
+    names = ("config.json", "tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
+    made = damaged(damaged_json, extra / "bundle", "fastvlm-bundle.json", *names)
+    weights = damaged(damaged_safetensors, extra / "bundle", "model.safetensors")
+    source = damaged(damaged_json, extra / "layout-mlx", *names[:3])
+    manifest = damaged(damaged_json, extra / "layout-mlx", MANIFEST)
+    return [
+        Parser("bundle, check", {**made, **weights}, readers.check_bundle, extra / "bundle", 0.5),
+        Parser("bundle, source", source, readers.bundle_model, extra / "layout-mlx", 0.3, (MANIFEST,)),
+        Parser("bundle, manifest", manifest, readers.bundle_model, extra / "layout-mlx", 0.2),
+    ]
 
 
-def read_zip(folder: Path) -> None:
-    from fastvlm.models.download.unpack import unpack
+def report_parsers(model: Path, extra: Path) -> list[Parser]:
+    """Reports to compare with, questions, captions to go on with."""
+    names = ("textvqa.json", "docvqa.json", "test_human.json", "mine.json")
+    questions = damaged(damaged_json, extra / "questions", *names)
+    lines = damaged(damaged_lines, extra / "questions", "lines.jsonl")
+    captions = damaged(damaged_lines, extra, "captions.jsonl")
+    return [
+        Parser("benchmark", damaged(damaged_json, extra, "bench.json"), readers.read_benchmark),
+        Parser("evaluation", damaged(damaged_json, extra, "eval.json"), readers.read_evaluation, share=0.5),
+        Parser("questions", {**questions, **lines}, readers.read_questions, extra / "questions"),
+        Parser("captions", captions, readers.read_captions, share=0.5),
+    ]
 
-    shutil.rmtree(folder / "to", ignore_errors=True)
-    (folder / "to").mkdir()
-    unpack(folder / "checkpoint.zip", folder / "to", lambda name: True)
+
+def download_parsers(extra: Path) -> list[Parser]:
+    notes = json.dumps({"url": readers.PART_URL, "size": 9, "validator": '"e"'}).encode()
+    part = {"a.zip.part.json": (notes, damaged_json), "a.zip.part": (b"123", damaged_bytes)}
+    (info,) = {content for path, content in readers.hub().files.items() if "/revision/" in path}
+    return [
+        Parser("zip", damaged(damaged_bytes, extra, "checkpoint.zip"), readers.read_zip),
+        Parser("download, notes", part, readers.read_part, share=0.3),
+        Parser("download, hub", {"info.json": (info, damaged_json)}, readers.read_hub_answer, share=0.3),
+    ]
 
 
 def image_parsers() -> list[Parser]:
@@ -150,48 +166,9 @@ def image_parsers() -> list[Parser]:
             image.save(stream, format=name.split()[0], **options)
         except (KeyError, OSError):  # this Pillow was built without
             continue
-        files = {"image": (stream.getvalue(), mutators.damaged_bytes)}
-        parsers.append(Parser(f"image {name}", files, read_image, share=0.25))
+        files = {"image": (stream.getvalue(), damaged_bytes)}
+        parsers.append(Parser(f"image {name}", files, readers.read_image, share=0.25))
     return parsers
-
-
-def parsers(model: Path, checkpoint: Path, extra: Path) -> list[Parser]:
-    """All of them, on an exported `model` folder, a source `checkpoint`, and `extra` files (a benchmark, a zip)."""
-
-    def damaged(damage: Damage, root: Path, *names: str) -> dict[str, tuple[bytes, Damage]]:
-        return {name: ((root / name).read_bytes(), damage) for name in names}
-
-    tokenizer = damaged(mutators.damaged_json, model, "tokenizer.json", "tokenizer_config.json")
-    template = json.loads(tokenizer["tokenizer_config.json"][0])["chat_template"].encode()
-    package = "fastvithd.mlpackage/Data/com.apple.CoreML"
-    package_files = {
-        **damaged(mutators.damaged_json, model, "fastvithd.mlpackage/Manifest.json"),
-        **damaged(mutators.damaged_program, model, f"{package}/model.mlmodel"),
-        **damaged(mutators.damaged_bytes, model, f"{package}/weights/weight.bin"),
-    }
-    source = {
-        **damaged(mutators.damaged_json, checkpoint, "config.json"),
-        **damaged(mutators.damaged_safetensors, checkpoint, "model.safetensors"),
-    }
-    found = [
-        Parser("safetensors", {"model.safetensors": (small_safetensors(), mutators.damaged_safetensors)}, read_weights),
-        Parser("checkpoint", source, read_checkpoint, checkpoint),
-        Parser("tokenizer", tokenizer, read_tokenizer),
-        OnlyTemplate(
-            "chat template", {**tokenizer, "chat_template.jinja": (template, mutators.damaged_template)}, read_template
-        ),
-        Parser("mlpackage", package_files, read_package),
-        Parser("recipe", damaged(mutators.damaged_json, model, "fastvlm.json"), read_recipe),
-        Parser(
-            "model folder", damaged(mutators.damaged_json, model, "fastvlm.json", "config.json"), read_manifest, model
-        ),
-        *image_parsers(),
-    ]
-    if (extra / "bench.json").is_file():
-        found.append(Parser("benchmark", damaged(mutators.damaged_json, extra, "bench.json"), read_bench))
-    if (extra / "checkpoint.zip").is_file():
-        found.append(Parser("zip", damaged(mutators.damaged_bytes, extra, "checkpoint.zip"), read_zip))
-    return found
 
 
 class OnlyTemplate(Parser):

@@ -42,7 +42,7 @@ def ask(vlm: object, answers: int, deadline: float) -> list[str]:
     picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
     alone = {seed: answer(vlm, picture, seed) for seed in range(SEEDS)}
     asked, faults, memory = SEEDS, [], []
-    while asked < answers and time.monotonic() < deadline and not faults:
+    while not memory or (asked < answers and time.monotonic() < deadline and not faults):
         pairs: list[dict[int, tuple[int, ...]]] = [{}, {}]
         threads = [threading.Thread(target=answer_all, args=(vlm, picture, found)) for found in pairs]
         for thread in threads:
@@ -53,8 +53,12 @@ def ask(vlm: object, answers: int, deadline: float) -> list[str]:
         faults += [f"seed {seed}: {found.get(seed)} instead of {ids}" for found in pairs for seed, ids in alone.items()
                    if found.get(seed) != ids]  # fmt: skip
         memory.append(resident_bytes())
-    growth = memory[-1] - memory[min(WARM_ROUNDS, len(memory) - 1)] if memory else 0
-    print(f"{asked} answers, {len(set(alone.values()))} different ones; {growth / 1e6:.1f} MB more than once warm")
+    warm = memory[min(WARM_ROUNDS, len(memory) - 1)]
+    growth = memory[-1] - warm
+    print(f"{asked} of {answers} answers, {len(set(alone.values()))} different ones")
+    print(
+        f"resident: {memory[0] / 1e6:.0f} MB at first, {warm / 1e6:.0f} MB warm, {memory[-1] / 1e6:.0f} MB at the end"
+    )
     return [*faults, *([f"memory grew by {growth} bytes"] if growth > MAX_GROWTH_BYTES else [])]
 
 

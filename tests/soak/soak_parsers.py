@@ -2,18 +2,19 @@
 
     python tests/soak/soak_parsers.py --minutes 10 --cases 6000
 
-Runs in worker processes with limits of 10 s of processor time and 2 GB of growth; prints a table, exit 1 on a fault.
+Runs in worker processes with limits of 10 s of processor time, 2 minutes by the clock, and 2 GB of growth; prints a
+table, exit 1 on a fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ ROUND = 400
 class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    slowest: float = 0.0
+    """Seconds of processor time."""
     growth: int = 0
+    seconds: float = 0.0
+    """By the clock, over all rounds, with what a worker takes to start."""
     next_seed: int = 0
 
     @property
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, help="what `fastvlm bench --json` wrote, instead of a new one")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))
+    from soak.inputs import make_inputs
     from soak.parsers import parsers
 
     deadline = time.monotonic() + 60 * options.minutes
@@ -64,30 +69,8 @@ def main() -> None:
                     break
                 left = round(per_share * p.share) - tallies[p.name].cases
                 run_round(p.name, tallies[p.name], min(ROUND, left), inputs, folder, deadline)
-        report(tallies)
-    sys.exit(any(tally.faults for tally in tallies.values()))
-
-
-def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[Path, Path, Path]:
-    """An exported model folder, a checkpoint, and a folder with a zip and a benchmark."""
-    from fastvlm.models.references import TINY_FOLDER
-
-    if model is None:
-        import fastvlm
-
-        model = folder / "model"
-        fastvlm.export("random:tiny", model, quant="int8", image_size=128, allow_shortfall=True)
-    extra = folder / "extra"
-    extra.mkdir()
-    with zipfile.ZipFile(extra / "checkpoint.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in ("config.json", "tokenizer.json"):
-            archive.write(TINY_FOLDER / file, f"tiny/{file}")
-    if bench is None:
-        options = ["bench", model, "--runs", "2", "--max-tokens", "2", "--json", extra / "bench.json"]
-        subprocess.run([sys.executable, "-m", "fastvlm.cli.main", *map(str, options)], capture_output=True, check=False)
-    else:
-        (extra / "bench.json").write_bytes(bench.read_bytes())
-    return model, TINY_FOLDER, extra
+        report(tallies, options.cases)
+    sys.exit(any(tally.faults or not tally.cases for tally in tallies.values()))
 
 
 def run_round(
@@ -97,7 +80,7 @@ def run_round(
     place = folder / f"work-{name.replace(' ', '-')}-{tally.next_seed}"
     first, last = tally.next_seed, tally.next_seed + count
     command = [sys.executable, HERE / "worker.py", *inputs, place, name, first, last]
-    errors = (folder / "stderr").open("w+")
+    errors, started = (folder / "stderr").open("w+"), time.monotonic()
     worker = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
     begun, late = None, False
     assert worker.stdout is not None
@@ -111,8 +94,9 @@ def run_round(
             worker.kill()
             break
     code = worker.wait()
+    tally.seconds += time.monotonic() - started
     if begun is not None:
-        kind = "hang" if code == -26 else "crash"  # SIGVTALRM
+        kind = "hang" if -code in (signal.SIGVTALRM, signal.SIGALRM) else "crash"
         count_case(tally, {"seed": begun, "outcome": kind, "detail": f"exit code {code}"})
     elif code and not late:
         errors.seek(0)
@@ -124,18 +108,20 @@ def run_round(
 def count_case(tally: Tally, told: dict) -> None:
     tally.next_seed = told["seed"] + 1
     tally.outcomes[told["outcome"]] += 1
-    tally.seconds = max(tally.seconds, told.get("seconds", 0))
+    tally.slowest = max(tally.slowest, told.get("seconds", 0))
     tally.growth = max(tally.growth, told.get("growth", 0))
     if told["outcome"] not in ("accepted", "refused"):
         tally.faults.append(f"seed {told['seed']}: {told['outcome']} {told.get('detail', '')}")
 
 
-def report(tallies: dict[str, Tally]) -> None:
-    print(f"{'parser':<22}{'cases':>7}{'accepted':>10}{'refused':>9}{'faults':>8}{'slowest':>10}{'growth':>10}")
+def report(tallies: dict[str, Tally], wanted: int) -> None:
+    titles = f"{'cases':>7}{'accepted':>10}{'refused':>9}{'faults':>8}{'slowest':>10}{'growth':>10}{'took':>9}"
+    print(f"{'parser':<24}{titles}")
     for name, tally in tallies.items():
         counts = f"{tally.cases:>7}{tally.outcomes['accepted']:>10}{tally.outcomes['refused']:>9}{len(tally.faults):>8}"
-        print(f"{name:<22}{counts}{tally.seconds:>8.1f} s{tally.growth / 1e6:>7.0f} MB")
-    print(f"{'all':<22}{sum(tally.cases for tally in tallies.values()):>7}")
+        print(f"{name:<24}{counts}{tally.slowest:>8.1f} s{tally.growth / 1e6:>7.0f} MB{tally.seconds:>7.0f} s")
+    cases, seconds = (sum(getattr(tally, what) for tally in tallies.values()) for what in ("cases", "seconds"))
+    print(f"{cases} of {wanted} cases, {cases / max(seconds, 1):.1f} in a second")
     for name, tally in tallies.items():
         for fault in tally.faults:
             print(f"{name}, {fault}")

@@ -1,0 +1,259 @@
+"""What is done with each kind of file that comes from strangers. `folder` is where the damaged file stands."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from hub_server import Server, serving
+
+from fastvlm.models.errors import FastVLMError
+
+ROOM = (96, 128, 3)
+
+
+def read_weights(folder: Path) -> None:
+    from fastvlm.models._mlx import mx
+    from fastvlm.models.checkpoint import load_lazily
+    from fastvlm.models.safetensors_header import read_header
+
+    read_header(folder / "model.safetensors")
+    mx.eval(list(load_lazily(folder / "model.safetensors").values()))
+
+
+def read_checkpoint(folder: Path) -> None:
+    from fastvlm.models.checkpoint import APPLE_ENCODER_PREFIX, FolderCheckpoint, shapes, tensors_under
+    from fastvlm.models.fastvit_config import FastViTConfig
+
+    checkpoint = FolderCheckpoint(folder)
+    FastViTConfig.from_shapes(shapes(tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX)))
+    checkpoint.tokenizer_files()
+    for name in sorted(checkpoint.tensors)[::20]:
+        checkpoint.read(name, "pt")
+
+
+def read_adapter(folder: Path) -> None:
+    from fastvlm.models.adapter import AdaptedCheckpoint
+    from fastvlm.models.random_checkpoint import RandomCheckpoint
+
+    base = RandomCheckpoint("tiny")
+    checkpoint = AdaptedCheckpoint(base, folder)
+    for name in checkpoint.tensors:
+        if checkpoint.tensors[name] != base.tensors.get(name):
+            checkpoint.read(name, "pt")
+
+
+def read_tokenizer(folder: Path) -> None:
+    from fastvlm.export.tokenizer import export_tokenizer
+    from fastvlm.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode("What is <|im_start|> in the picture?  \n" * 20)
+    tokenizer.decode(ids)
+    export_tokenizer({path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+def read_template(folder: Path) -> None:
+    from fastvlm.runtime.prompt import Message, PromptEncoder
+    from fastvlm.runtime.tokenizer import Tokenizer
+
+    encoder = PromptEncoder(folder, Tokenizer(folder), 1)
+    encoder.encode([Message("system", "S"), Message("user", "Question", 1)])
+
+
+def read_package(folder: Path) -> None:
+    from fastvlm.models.mlprogram import Executor, read_package
+
+    program = read_package(folder / "fastvithd.mlpackage")
+    executor = Executor(program)
+    executor.run({tensor.name: np.zeros(tensor.shape, np.float32) for tensor in program.inputs})
+
+
+def inspect_package(folder: Path) -> None:
+    from fastvlm.cli.inspect import lines
+    from fastvlm.export.package_report import inspect
+
+    report = inspect(folder)
+    report.as_dict()
+    list(lines(report))
+
+
+def load_model(folder: Path) -> None:
+    """All that `generate` reads, up to an answer's second token."""
+    import fastvlm
+
+    picture = np.zeros(ROOM, np.uint8)
+    fastvlm.load(folder).generate(picture, "What is <image> it?", max_tokens=2)
+
+
+def read_manifest(folder: Path) -> None:
+    from fastvlm.runtime.folder import open_folder
+
+    open_folder(folder)
+
+
+def read_recipe(folder: Path) -> None:
+    """As `export --recipe` and `verify` do."""
+    from fastvlm.export.interface import interface_for
+    from fastvlm.export.recipe import Border, Recipe, replayed
+    from fastvlm.export.verify import encoder_floor_db, saved_recipe
+    from fastvlm.quant.decoder_scheme import decoder_scheme
+    from fastvlm.quant.encoder_scheme import encoder_scheme
+
+    new = Recipe(encoder_scheme(None, None, None), decoder_scheme(8, None, None, 64), 128, interface_for(["int8"]))
+    replayed(new, folder / "fastvlm.json", Border(), None, keep_size=False)
+    saved = saved_recipe(folder)
+    encoder_floor_db(saved)
+    interface_for([saved["quant"]], saved=saved)
+
+
+def bundle_model(folder: Path) -> None:
+    """A bundle of a damaged model folder, beside it; then over a damaged earlier one."""
+    from fastvlm.export.bundle.write import bundle
+
+    to = folder.with_name(f"{folder.name}-bundle")
+    shutil.rmtree(to, ignore_errors=True)
+    bundle(folder, "mlx-swift-lm", to).as_dict()
+
+
+def check_bundle(folder: Path) -> None:
+    from fastvlm.export.bundle.check import check_bundle
+    from fastvlm.export.bundle.place import check_place
+    from fastvlm.export.bundle.targets import contract_for
+
+    check_place(folder, contract_for("mlx-swift-lm"))
+    for target in ("mlx-vlm", "mlx-swift-lm", "apple-app"):
+        check_bundle(folder, target).as_dict()
+
+
+def read_image(folder: Path) -> None:
+    from fastvlm.models.images import open_image, preprocess
+
+    (path,) = [path for path in folder.iterdir() if path.name == "image"]
+    preprocess(open_image(path), 256, "pad")
+
+
+def read_benchmark(folder: Path) -> None:
+    """As `bench --compare`, `--markdown` and `--plot` use it."""
+    from fastvlm.runtime.benchmark.comparison import compare
+    from fastvlm.runtime.benchmark.markdown import report
+    from fastvlm.runtime.benchmark.reading import read_benchmark
+
+    found = read_benchmark(folder / "bench.json")
+    "\n".join(report(found, compare(found, found)))
+
+
+def read_evaluation(folder: Path) -> None:
+    """As `eval --compare` uses it."""
+    from fastvlm.runtime.evaluation.comparison import compare, read_evaluation
+
+    old = read_evaluation(folder / "eval.json")
+    asked = [
+        SimpleNamespace(sample=SimpleNamespace(id=name, kind=str(entry["kind"])), digest=entry["digest"], score=1.0)
+        for name, entry in old["scores"].items()
+    ]
+    compare(SimpleNamespace(answers=asked), old).as_dict()  # type: ignore[arg-type]
+
+
+def read_questions(folder: Path) -> None:
+    """Every file of questions, with answers judged."""
+    from fastvlm.runtime.evaluation.registry import open_data
+
+    for file in sorted(folder.glob("*.json*")):
+        data = open_data(file, 0, images=folder)
+        for sample in data.samples:
+            data.prompt(sample)
+            data.score(sample, "12 stop")
+
+
+def read_captions(folder: Path) -> None:
+    from fastvlm.runtime.captions import CaptionFile
+
+    with CaptionFile(folder / "captions.jsonl", "run") as file:
+        file.add("next.png", {"text": "x"})
+
+
+def read_zip(folder: Path) -> None:
+    from fastvlm.models.download.unpack import unpack
+
+    shutil.rmtree(folder / "to", ignore_errors=True)
+    (folder / "to").mkdir()
+    unpack(folder / "checkpoint.zip", folder / "to", lambda name: True)
+
+
+def read_part(folder: Path) -> None:
+    """Notes of an interrupted download, which say from where to go on."""
+    from fastvlm.models.download.http_file import _resumable, _validator
+
+    notes = folder / "a.zip.part.json"
+    if _resumable(folder / "a.zip.part", notes, PART_URL):
+        _validator(notes)
+
+
+PART_URL = "http://127.0.0.1:9/a.zip"
+
+
+def read_hub_answer(folder: Path) -> None:
+    """A whole download from a hub whose answer about the repository is damaged."""
+    from fastvlm.models.download.hub import download_from_hub
+
+    server = hub()
+    for path in [path for path in server.files if "/revision/" in path]:
+        server.files[path] = (folder / "info.json").read_bytes()
+    shutil.rmtree(folder / "to", ignore_errors=True)
+    download_from_hub(HUB_ID, folder / "to", endpoint=server.url)
+
+
+HUB_ID = "someone/small"
+
+
+@functools.cache
+def hub() -> Server:
+    """A hub in a thread of this process, until it ends."""
+    context = serving()
+    server = context.__enter__()
+    atexit.register(context.__exit__, None, None, None)
+    server.add_repository(HUB_ID, {"config.json": b"{}", "model.safetensors": bytes(2000)})
+    return server
+
+
+def run_commands(folder: Path) -> None:
+    """The commands themselves: exit codes, and one line on stderr for an error."""
+    image = ("--image", folder / "image.png")
+    commands: list[tuple[str | Path, ...]] = [
+        ("inspect", folder),
+        ("generate", folder, *image, "-p", "What?", "--max-tokens", "2", "--json"),
+        ("bench", folder, "--estimate", "M4"),
+        ("eval", folder, "--data", folder / "mine.json", "--images", folder),
+    ]
+    failed = [error for error in map(command_error, commands) if error]
+    if failed:
+        raise FastVLMError(failed[0])
+
+
+def command_error(command: tuple[str | Path, ...]) -> str | None:
+    """What a command says of its failure, if it fails in the way that it should: anything else raises."""
+    from fastvlm.cli.main import main
+
+    arguments = sys.argv
+    sys.argv = ["fastvlm", *map(str, command)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+            main()
+    except SystemExit as end:
+        told = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
+        code = end.code or 0
+        shown = all(character.isprintable() for line in told for character in line)
+        if code not in (0, 1) or len(told) > 1 or "Traceback" in errors.getvalue() or not shown:
+            raise RuntimeError(f"{command[0]} ended with {code}: {errors.getvalue()!r:.600}") from None
+        return told[0] if told else f"{command[0]}: exit code 1" if code else None
+    finally:
+        sys.argv = arguments
+    raise RuntimeError(f"{command[0]} did not exit")
