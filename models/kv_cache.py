@@ -65,6 +65,11 @@ class KVCache:
         """Where the next token stands in its sequence: one place for all rows, or (B,)."""
         return self.offset if self.padding is None else self.padding.positions(self.offset)
 
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """`positions` on the host: one number for all rows, or one per row."""
+        return (self.offset,) if self.padding is None else tuple(self.offset - n for n in self.padding.counts)
+
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends (B, H, L, head_dim) keys and values; all of them so far, (B, H, offset, head_dim)."""
         parts = self._stored(keys, values)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from ._mlx import mx
 
@@ -34,14 +37,37 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
         stop = min(start + QUERY_BLOCK, L)
         seen = N - L + stop
         outs.append(_attended(queries[:, :, start:stop], keys[..., :seen], values[:, :, :seen]))
-    return mx.concatenate(outs, axis=2).astype(dtype)  # (B, H, L, head_dim)
+    return (outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)).astype(dtype)  # (B, H, L, head_dim)
+
+
+def rotated(x: mx.array, offsets: Sequence[int], theta: float) -> mx.array:
+    """Rotary positions over half-split heads: x (B, H, L, head_dim), whose rows begin at the positions `offsets`.
+
+    `offsets` holds one number per row, or one for all. One layer works the angles out, the others find them again.
+    """
+    cosines, sines = _rotary_tables(tuple(offsets), x.shape[2], x.shape[3], theta)  # (rows, 1, L, head_dim) each
+    half = x.shape[3] // 2
+    turned = mx.concatenate([x[..., half:], x[..., :half]], axis=-1)
+    return (x * cosines + turned * sines).astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _rotary_tables(offsets: tuple[int, ...], count: int, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Cosines and signed sines of each position's angles, computed in float32 as Hugging Face does."""
+    frequencies = np.float32(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    positions = np.array(offsets, np.float32)[:, None, None, None] + np.arange(count, dtype=np.float32)[:, None]
+    angles = positions * frequencies  # (rows, 1, L, head_dim / 2)
+    cosines, sines = np.cos(angles), np.sin(angles)
+    return mx.array(np.concatenate([cosines, cosines], -1)), mx.array(np.concatenate([-sines, sines], -1))
 
 
 def _attended(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     B, H, L, head_dim = queries.shape
     kv_heads, seen = values.shape[1:3]
     queries = queries.reshape(B, kv_heads, H // kv_heads * L, head_dim)  # the heads of a group share one product
-    scores = (queries @ keys).reshape(B, H, L, seen) + _mask(L, seen)
+    scores = (queries @ keys).reshape(B, H, L, seen)
+    if L > 1:
+        scores = scores + _mask(L, seen)
     weights = mx.power(2.0, scores - scores.max(-1, keepdims=True))
     sums = weights.sum(-1, keepdims=True)  # (B, H, L, 1)
     mixed = weights.reshape(B, kv_heads, -1, seen) @ values  # (B, kv_heads, group * L, head_dim)

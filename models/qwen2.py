@@ -33,9 +33,8 @@ class Attention(nn.Module):
     def mixed(self, x: mx.array, cache: KVCache) -> mx.array:
         """(B, L, D) at the positions that follow those in the cache -> what `o_proj` reads, (B, L, D)."""
         B, L, D = x.shape
-        offset = cache.positions
-        queries = self._rotated(self._heads(self.q_proj(x), self.num_attention_heads), offset)
-        keys = self._rotated(self._heads(self.k_proj(x), self.num_key_value_heads), offset)
+        queries = self._rotated(self._heads(self.q_proj(x), self.num_attention_heads), cache)
+        keys = self._rotated(self._heads(self.k_proj(x), self.num_key_value_heads), cache)
         values = self._heads(self.v_proj(x), self.num_key_value_heads)
         keys, values = cache.update(keys, values)
         out = self._attend(queries, keys, values, cache.padding)
@@ -46,7 +45,7 @@ class Attention(nn.Module):
         L, length = queries.shape[2], keys.shape[2]
         assert padding is None or L == 1
         row_mask = None if padding is None else padding.seen(length)
-        if L > 1 and on_cpu():
+        if padding is None and on_cpu():
             return mlx_cpu.causal_attention(queries, keys, values, self.scale)
         mask = "causal" if L > 1 else row_mask  # causal: aligned to the last key
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
@@ -55,8 +54,13 @@ class Attention(nn.Module):
         B, L, _ = x.shape
         return x.reshape(B, L, count, self.head_dim).transpose(0, 2, 1, 3)  # (B, heads, L, head_dim)
 
-    def _rotated(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+    def _rotated(self, x: mx.array, cache: KVCache) -> mx.array:
+        """(B, heads, L, head_dim) turned by the positions that follow those in `cache`."""
+        if on_cpu():
+            return mlx_cpu.rotated(x, cache.offsets, self.rope_theta)
+        return mx.fast.rope(
+            x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=cache.positions
+        )
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..models._coremltools import import_coremltools
+from ..models.blas import release_torch_threads
 from ..models.config import PATCH_SIZE, FastVLMConfig
 from ..models.errors import MachineError, PackageError, UsageError
 from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
@@ -120,12 +121,14 @@ class ReferenceEncoder:
 
         self._shapes = shapes
         self._executor = Executor(package, precision="float32")
+        release_torch_threads()
         self.image_size = shapes.image_size
         self.projected = is_projected(self._executor.program)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         check_pixels(pixel_values, self._shapes)
         outputs = self._executor.run(inputs_for(self._executor.program, pixel_values))
+        release_torch_threads()
         return checked_features(outputs, self._shapes)
 
 

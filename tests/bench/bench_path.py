@@ -18,12 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from decoders import DECODED_TOKENS, PROMPT_TOKENS, in_turns
 
 SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
-PROMPT_TOKENS = 285
-"""256 image tokens of 1024 px, and a short question."""
-
 # The un-rewritten encoder, converted as the upstream exporter does: float32, no folding, no compression.
 PLAIN_CONVERSION = """
 import sys
@@ -162,48 +159,10 @@ def encode_times(model: str, folder: Path, runs: int) -> dict[str, Any]:
     return {"seconds": seconds, "sgemm_gflops": 2 * 2048**3 / sgemm / 1e9}
 
 
-def decoder_times(folder: Path, runs: int) -> dict[str, Any]:
+def decoder_times(folder: Path, runs: int) -> dict[str, dict[str, float]]:
     """Prefill and decode in MLX, next to a Qwen2 of the same size in transformers on torch (if it is installed)."""
-    import fastvlm
-    from fastvlm.models._mlx import mx
-    from fastvlm.runtime.generate import decode_one_token, prefill
-
     log("prefill and decode")
-    decoder = fastvlm.load(folder).language.language_model
-    inputs_embeds = mx.array(np.random.default_rng(0).standard_normal((1, PROMPT_TOKENS, decoder.config.hidden_size)))
-    inputs_embeds = inputs_embeds.astype(mx.float32) * 0.05
-    state: dict[str, Any] = {}
-
-    def mlx_prefill() -> None:
-        state["cache"] = decoder.make_cache(PROMPT_TOKENS + 64)
-        mx.eval(prefill(decoder, inputs_embeds, state["cache"]))
-
-    def mlx_decode() -> None:
-        for _ in range(8):
-            mx.eval(decode_one_token(decoder, mx.array([1]), state["cache"]))  # grows the cache
-
-    candidates = {"prefill": mlx_prefill, "decode_8": mlx_decode}
-    try:
-        import torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        return {"seconds": interleaved(candidates, runs), "baseline": "transformers is not installed"}
-    config = decoder.config
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "vocab_size", "tie_word_embeddings")  # fmt: skip
-    theirs = Qwen2ForCausalLM(Qwen2Config(**{field: getattr(config, field) for field in fields})).eval()
-    embeds = torch.from_numpy(np.array(inputs_embeds))
-
-    def torch_prefill() -> None:
-        state["theirs"] = theirs(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
-
-    def torch_decode() -> None:
-        for _ in range(8):
-            theirs(input_ids=torch.tensor([[1]]), past_key_values=state["theirs"], use_cache=True)
-
-    candidates |= {"torch_prefill": torch_prefill, "torch_decode_8": torch_decode}
-    with torch.inference_mode():
-        return {"seconds": interleaved(candidates, runs)}
+    return in_turns(folder, 2 * runs)
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
@@ -258,12 +217,13 @@ def table(figures: dict[str, Any]) -> str:
         (size, snr_db), (int8_size, int8_db) = encoder_figures(mixed), encoder_figures(export)
         beside = f"int8 {int8_size / 1e6:.1f} MB, {int8_db:.1f} dB"
         rows.append(("package, mixed", f"{size / 1e6:.1f} MB, {snr_db:.1f} dB in {mixed['seconds']:.0f} s", beside))
-    for ours, theirs, what in (
-        ("prefill", "torch_prefill", f"prefill of {PROMPT_TOKENS} tokens"),
-        ("decode_8", "torch_decode_8", "decode of 8 tokens"),
+    for stage, what in (
+        ("prefill", f"prefill of {PROMPT_TOKENS} tokens"),
+        ("decode", f"decode of {DECODED_TOKENS} tokens"),
     ):
-        ratio = f"{decoder[ours] / decoder[theirs]:.2f} x transformers on torch" if theirs in decoder else ""
-        rows.append((what, f"{decoder[ours]:.2f} s", ratio))
+        seconds, theirs = decoder["ours"][stage], decoder.get("transformers")
+        beside = f"{seconds / theirs[stage]:.2f} x transformers on torch" if theirs else "transformers is not installed"
+        rows.append((what, f"{seconds:.2f} s", beside))
     title = f"{figures['model']}, int8 encoder, 8-bit decoder; {figures['machine']}"
     return f"{title}\n\n| what | figure | next to |\n|---|---|---|\n" + "\n".join(
         f"| {what} | {figure} | {beside} |" for what, figure, beside in rows

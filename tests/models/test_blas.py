@@ -141,3 +141,36 @@ def test_torch_is_passed_over_when_it_is_not_installed(spec: object, monkeypatch
 
 def test_second_call_gives_the_same_answer() -> None:
     assert blas.preload_blas() is blas.preload_blas()
+
+
+THREADS = """
+import json, time
+from pathlib import Path
+from fastvlm.models.blas import preload_blas, release_torch_threads
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+preload_blas()
+import torch
+torch.set_num_threads(2)
+a = torch.rand(512, 512)
+counts = []
+for _ in range(2):
+    first = a @ a
+    counts.append(threads())
+    release_torch_threads()
+    deadline = time.monotonic() + 5
+    while threads() == counts[-1] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    counts.append(threads())
+print(json.dumps({"counts": counts, "same": bool(torch.equal(first, a @ a))}))
+"""
+
+
+@linux_only
+@with_torch
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: torch keeps no threads")
+def test_torchs_waiting_threads_end_and_come_back() -> None:
+    run = probe(None, THREADS)
+    used, released, used_again, released_again = run["counts"]
+    assert used == used_again == released + 1 == released_again + 1
+    assert run["same"]

@@ -217,6 +217,18 @@ def test_attention_of_the_cpu_takes_half_precision_and_sharp_scores() -> None:
     np.testing.assert_allclose(np.array(found), np.array(expected), atol=0.02)  # what float16 rounds off 40
 
 
+@pytest.mark.parametrize("offsets", [(0,), (300,), (5, 0, 17)])
+@pytest.mark.parametrize("count", [1, 9])
+def test_rotary_positions_of_the_cpu_are_mlxs(offsets: tuple[int, ...], count: int) -> None:
+    x = mx.array(np.random.default_rng(0).normal(size=(3, 4, count, 16)).astype(np.float32))
+    expected = mx.fast.rope(
+        x, 16, traditional=False, base=1e6, scale=1.0, offset=mx.array(offsets) if len(offsets) > 1 else offsets[0]
+    )
+    found = mlx_cpu.rotated(x, offsets, 1e6)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)  # float32 angles of hundreds
+    assert mlx_cpu.rotated(x.astype(mx.float16), offsets, 1e6).dtype == mx.float16
+
+
 def test_rows_of_a_batch_do_not_mix(close: CloseTo) -> None:
     model, x = decoder(), embeddings(70, batch=3)
     together = model(x, all_positions=True)
