@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..disk import check_space
 from ..errors import DownloadError
@@ -15,6 +16,12 @@ from .apple import check_checkpoint, check_free, work_folder
 from .archives import is_needed
 
 OnStage = Callable[[str], None]
+T = TypeVar("T")
+
+NOT_UNDERSTOOD = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What the client raises over an answer of another form than a hub's: it looks at none before it reads it."""
+COMMIT = re.compile("[0-9a-f]{40}")
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def download_from_hub(
@@ -60,13 +67,22 @@ def _asked(hub_id: str, revision: str | None, endpoint: str | None) -> tuple[dic
     """(size, sha256 where the hub knows it) of each needed file, and the commit that `revision` stands for."""
     from huggingface_hub import HfApi
 
-    info = _told(hub_id, lambda: HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, files_metadata=True))
-    files = {
-        file.rfilename: (file.size or 0, file.lfs.sha256 if file.lfs else None)
-        for file in info.siblings or ()
-        if is_needed(file.rfilename)
-    }
-    return files, str(info.sha)
+    def ask() -> tuple[dict[str, tuple[int, str | None]], str]:
+        info = HfApi(endpoint=endpoint).model_info(hub_id, revision=revision, files_metadata=True)
+        files = {file.rfilename: _entry(file) for file in info.siblings or () if is_needed(file.rfilename)}
+        if not COMMIT.fullmatch(str(info.sha)):  # the client makes paths of it
+            raise ValueError
+        return files, str(info.sha)
+
+    return _told(hub_id, ask)
+
+
+def _entry(file: Any) -> tuple[int, str | None]:
+    """Size and sha256 of a file that an answer lists. Raises ValueError for what no hub says."""
+    sha256 = file.lfs.sha256 if file.lfs else None
+    if type(file.size) is not int or file.size < 0 or not (sha256 is None or SHA256.fullmatch(sha256)):
+        raise ValueError
+    return file.size, sha256
 
 
 def _fetched(
@@ -84,7 +100,7 @@ def _fetched(
     )
 
 
-def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
+def _told(hub_id: str, ask: Callable[[], T]) -> T:
     """The client's answer; what it raises in one line of ours."""
     from huggingface_hub import errors
 
@@ -116,6 +132,11 @@ def _told(hub_id: str, ask: Callable[[], Any]) -> Any:
             raise
         cause = (str(reason) or type(reason).__name__).splitlines()[0]
         raise DownloadError(f"{hub_id}: the transfer failed ({cause}): run the same command again to go on") from None
+    except NOT_UNDERSTOOD as reason:
+        raise DownloadError(
+            f"{hub_id}: the hub's answer is not understood ({type(reason).__name__}): something else may have "
+            "answered, as a login page or a proxy does; check the connection and HF_ENDPOINT"
+        ) from None
 
 
 def _check_hashes(folder: Path, files: dict[str, tuple[int, str | None]], on_stage: OnStage) -> None:

@@ -89,6 +89,31 @@ def test_what_the_hub_refuses_is_told(server: Any, cache: Path, tmp_path: Path) 
         download_from_hub(HUB_ID, endpoint="http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>Please log in</html>",
+        b"\x80",
+        b"[" * 100_000,
+        b"[]",
+        b"{}",
+        b'{"id": "x", "sha": null, "siblings": 3}',
+        b'{"id": "x", "sha": "/dev/zero", "siblings": []}',
+        b'{"id": "x", "sha": "../../x", "siblings": []}',
+        b'{"id": "x", "sha": "COMMIT", "siblings": [{"rfilename": "config.json", "size": "2"}]}',
+        b'{"id": "x", "sha": "COMMIT", "siblings": [{"rfilename": 5, "size": 2}]}',
+        b'{"id": "x", "sha": "COMMIT", "siblings": [{"rfilename": "config.json", "size": 2, "lfs": {"sha256": 3}}]}',
+    ],
+)
+def test_answer_that_is_no_hub_s_is_told(server: Any, cache: Path, tmp_path: Path, answer: bytes) -> None:
+    """As a login page's, or a hostile one: the client itself would read /dev/zero to its end."""
+    for path in (f"/api/models/{HUB_ID}", f"/api/models/{HUB_ID}/revision/main"):
+        server.files[path] = answer.replace(b"COMMIT", b"c" * 40)
+    with pytest.raises(DownloadError, match=r"answer is not understood .*check the connection and HF_ENDPOINT"):
+        download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_offline_mode_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
