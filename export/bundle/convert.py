@@ -89,7 +89,8 @@ def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in tokenizer["added_tokens"]
     }
-    settings["added_tokens_decoder"] = {**listed, **(settings.get("added_tokens_decoder") or {})}
+    own = settings.get("added_tokens_decoder")
+    settings["added_tokens_decoder"] = {**listed, **(own if isinstance(own, dict) else {})}
     template = settings.get("chat_template")
     if templated and (not isinstance(template, str) or list(template_faults(template))):
         settings["chat_template"] = TEMPLATE

@@ -8,11 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...models.config import PATCH_SIZE
+from ...models.config import PATCH_SIZE, FastVLMConfig
 from ...models.errors import UsageError
 from ...models.folder_layout import CONFIG_NAME, PACKAGE_NAME, weight_files
 from ...models.json_file import read_json_object
 from ...models.mlx_layout import ENCODER_PREFIX
+from ...models.safetensors_header import BITS
 from .contract import Contract
 from .tensors import saved_tensors
 
@@ -22,7 +23,6 @@ PROMPT_TOKENS = 128
 APP_BYTES = 250e6
 """The app itself, its camera frames and MLX's buffer cache (the apps keep it to 20 MB or so)."""
 CACHE_BYTES = 2
-BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}
 LIVE_RESULTS = 3
 """Of the largest results in the encoder, how many are in memory at once: input, hidden width, output."""
 
@@ -105,28 +105,25 @@ def _advice(estimate: Estimate) -> Iterator[str]:
 
 def estimate(folder: Path, contract: Contract, context: int) -> Estimate:
     """What the bundle or model folder in `folder` takes up in the client's app. Raises UsageError for a bad context."""
-    config = read_json_object(folder / CONFIG_NAME)
-    longest = config.get("max_position_embeddings", 32768)
+    decoder = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME)).decoder
+    longest = decoder.max_position_embeddings
     if not 1 <= context <= longest:
         raise UsageError(f"--context should be from 1 to the model's {longest} tokens; found {context}")
-    heads = config["num_attention_heads"]
-    head_dim, kv_heads = config["hidden_size"] // heads, config.get("num_key_value_heads", heads)
+    kept = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     tokens = context_tokens(folder, contract) + PROMPT_TOKENS
     parts = {
         "decoder": decoder_bytes(folder),
         "encoder": encoder_weight_bytes(folder),
         "encoder, running": working_bytes(folder, contract),
-        "key-value cache": 2 * config["num_hidden_layers"] * kv_heads * head_dim * context * CACHE_BYTES,
+        "key-value cache": kept * context * CACHE_BYTES,
         # the clients compute logits at every position of the prompt, in float16 or wider
-        "prefill": tokens * (config["vocab_size"] + 2 * config["intermediate_size"]) * CACHE_BYTES,
+        "prefill": tokens * (decoder.vocab_size + 2 * decoder.intermediate_size) * CACHE_BYTES,
         "app": int(APP_BYTES),
     }
     return Estimate(parts, context)
 
 
 def image_size(folder: Path, contract: Contract) -> int:
-    from ...models.config import FastVLMConfig
-
     return contract.image_size or FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME)).image_size
 
 
@@ -144,7 +141,7 @@ def encoder_weight_bytes(folder: Path) -> int:
     if package.is_dir():
         return sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
     infos = [info for name, info in saved_tensors(folder).items() if name.startswith(ENCODER_PREFIX)]
-    return sum(prod(info.shape) * BYTES[info.dtype] for info in infos)
+    return sum(prod(info.shape) * BITS[info.dtype] // 8 for info in infos)
 
 
 def working_bytes(folder: Path, contract: Contract) -> int:
@@ -153,7 +150,8 @@ def working_bytes(folder: Path, contract: Contract) -> int:
     if (folder / PACKAGE_NAME).is_dir():
         from ..package_report import inspect
 
-        return LIVE_RESULTS * max(tensor.nbytes for tensor in inspect(folder / PACKAGE_NAME).largest_operands)
+        operands = inspect(folder / PACKAGE_NAME).largest_operands
+        return LIVE_RESULTS * max((tensor.nbytes for tensor in operands), default=0)
     name = f"{ENCODER_PREFIX}network.0.0.convffn.fc1.weight"
     hidden = saved_tensors(folder)[name].shape[0]
     return LIVE_RESULTS * hidden * (size // 4) ** 2 * 4  # float32

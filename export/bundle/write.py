@@ -129,7 +129,8 @@ def check_faults(written: Path, contract: Contract) -> None:
 
 
 def bundle_notes(source: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [note for note in manifest.get("notes", []) if isinstance(note, str)]
+    told = manifest.get("notes")
+    notes = [note for note in told if isinstance(note, str)] if isinstance(told, list) else []
     quantization = read_json_object(source / CONFIG_NAME).get("quantization")
     if isinstance(quantization, Mapping) and any(isinstance(value, Mapping) for value in quantization.values()):
         notes.append(MIXED_BITS_NOTE)
