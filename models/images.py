@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
 from .errors import ImageError
+from .quiet_libtiff import silence_libtiff
 from .thin_images import resize_stripe_rows
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
             f"{name} ({width} x {height} pixels) is too large beside the other images: together they may have "
             f"{MAX_PIXELS} pixels; scale them down"
         )
+    if image.format == "TIFF":
+        silence_libtiff()
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     rgb = _without_high_depth(image, name).convert("RGB")

@@ -217,6 +217,14 @@ def test_image_error_when_a_file_is_empty_or_unreadable(tmp_path: Path, monkeypa
         open_image(file)
 
 
+def test_libtiff_says_nothing_itself_of_a_damaged_file(capfd: pytest.CaptureFixture[str]) -> None:
+    content = bytearray(encoded(noise(60, 40), "TIFF", compression="tiff_lzw"))
+    content[20:200] = b"\xff" * 180
+    with pytest.raises(ImageError, match="decoder error"):
+        open_image(bytes(content))
+    assert capfd.readouterr() == ("", "")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged_files_give_a_picture_or_an_image_error(data: st.DataObject) -> None:
