@@ -38,10 +38,10 @@ class Job:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, out: Path | None = None) -> subprocess.Popen[str]:
-        """Runs it, to another place where one is given."""
-        command = [str(out) if out and part == str(self.out) else part for part in self.command]
+        """Runs it; to another, new place where one is given, in which nothing is to be replaced."""
+        command = [part for part in self.command if out is None or part != "--force"]
         return subprocess.Popen(
-            command,
+            [str(out) if out and part == str(self.out) else part for part in command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

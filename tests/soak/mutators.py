@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -90,7 +91,7 @@ def damaged_lines(content: bytes, rng: random.Random) -> bytes:
 def _with_change(value: Any, rng: random.Random) -> Any:
     places = list(_places(value))
     if not places:
-        return rng.choice(VALUES)
+        return a_value(rng)
     holder, key = rng.choice(places)
     kind = rng.randrange(5)
     if kind == 0:
@@ -99,14 +100,18 @@ def _with_change(value: Any, rng: random.Random) -> Any:
         other, other_key = rng.choice(places)
         holder[key] = json.loads(json.dumps(other[other_key])) if other_key in _keys(other) else None
     elif kind == 2 and isinstance(holder, dict):
-        holder[str(rng.choice(("new", key + "x", "", "\x00")))] = rng.choice(VALUES)
+        holder[str(rng.choice(("new", key + "x", "", "\x00")))] = a_value(rng)
     elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
         holder[key] = rng.choice(
             (holder[key] + 1, -holder[key], holder[key] * 2**20, holder[key] / 3, str(holder[key]))
         )
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = a_value(rng)
     return value
+
+
+def a_value(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(VALUES))  # what is put into it later is in no other file
 
 
 def _keys(holder: Any) -> Any:

@@ -205,7 +205,7 @@ def read_hub_answer(folder: Path) -> None:
     from fastvlm.models.download.hub import download_from_hub
 
     server = hub()
-    for path in [path for path in server.files if "/revision/" in path]:
+    for path in [path for path in server.files if path.startswith("/api/") and "/tree/" not in path]:
         server.files[path] = (folder / "info.json").read_bytes()
     shutil.rmtree(folder / "to", ignore_errors=True)
     download_from_hub(HUB_ID, folder / "to", endpoint=server.url)
