@@ -13,6 +13,7 @@ import typer
 
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.hub_cache import cached_folder
+from . import options as given
 from .bench_estimate import print_estimates
 from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import StageProgress, note
@@ -41,7 +42,9 @@ def bench_command(
     prompt_tokens: Annotated[
         str | None, typer.Option(metavar="N,...", help="Lengthen the prompt to these positions, the image included.")
     ] = None,
-    vision: Annotated[str | None, typer.Option(help="coreml or reference. Default: coreml on a Mac.")] = None,
+    vision: given.Vision = None,
+    compute_units: given.ComputeUnits = None,
+    kv_bits: given.KVBits = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier --json to compare with.")] = None,
     fail_above: Annotated[
         float | None, typer.Option(metavar="PCT", help="Exit 1 if TTFT is slower by more, beyond noise.")
@@ -80,7 +83,16 @@ def bench_command(
     workload = Workload(image or SAMPLE, prompt or PROMPT, max_tokens, runs, warmup)
     old = None if compare is None else read_benchmark(compare)
     with StageProgress() as progress, prepared(models, sizes, quant, progress) as cases:
-        found = benchmark(cases, workload, prompt_tokens=lengths, processes=processes, vision=vision, on_stage=progress)
+        found = benchmark(
+            cases,
+            workload,
+            prompt_tokens=lengths,
+            processes=processes,
+            vision=vision,
+            compute_units=compute_units,
+            kv_bits=kv_bits,
+            on_stage=progress,
+        )
     comparison = compared(found, old) if old else None
     text = "\n".join((*report(found, comparison), *(("", *published_lines()) if published else ()))) + "\n"
     if json_file != STDOUT:

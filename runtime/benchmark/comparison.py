@@ -104,7 +104,7 @@ def _benchmark_warnings(old: Benchmark, new: Benchmark) -> Iterator[str]:
 def _pair_warnings(old: Configuration, new: Configuration) -> Iterator[str]:
     """What makes two configurations more than an earlier and a later state of the same one."""
     where = f"{new.label}: "
-    for name in ("vision", "decoder", "image_size", "prompt_tokens", "reused_tokens"):
+    for name in ("vision", "compute_units", "kv_bits", "decoder", "image_size", "prompt_tokens", "reused_tokens"):
         yield from _difference(where + name, getattr(old, name), getattr(new, name))
     for name in ("encoder", "decoder"):
         yield from _difference(f"{where}bytes of the {name}", old.sizes_bytes[name], new.sizes_bytes[name])

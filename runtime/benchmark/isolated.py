@@ -14,14 +14,14 @@ from ...models import errors
 from ...models.errors import FastVLMError, MachineError
 from .measure import Measured, measure
 from .reading import configuration_from
-from .workload import Workload
+from .workload import Loading, Workload
 
 COMMAND = (sys.executable, "-P", "-m", __name__)
 """-P: a folder here that is named like a module must not take its place."""
 
 
 def measure_isolated(
-    folder: Path, workload: Workload, *, prompt_tokens: int | None = None, vision: str | None = None
+    folder: Path, workload: Workload, loading: Loading | None = None, *, prompt_tokens: int | None = None
 ) -> Measured:
     """`measure` in a new process.
 
@@ -33,7 +33,7 @@ def measure_isolated(
         "folder": str(folder.absolute()),
         "workload": {**vars(workload), "image": str(workload.image.absolute())},
         "prompt_tokens": prompt_tokens,
-        "vision": vision,
+        "loading": vars(loading or Loading()),
     }
     done = subprocess.run(COMMAND, input=json.dumps(order), capture_output=True, text=True, check=False)
     try:
@@ -67,7 +67,8 @@ def _result(order: dict[str, Any]) -> dict[str, Any]:
     values = order["workload"]
     workload = Workload(**{**values, "image": Path(values["image"])})
     try:
-        found = measure(order["folder"], workload, prompt_tokens=order["prompt_tokens"], vision=order["vision"])
+        loading = Loading(**order["loading"])
+        found = measure(order["folder"], workload, loading, prompt_tokens=order["prompt_tokens"])
     except FastVLMError as reason:
         return {"error": type(reason).__name__, "message": str(reason)}
     return {"configuration": found.configuration.as_dict(), "environment": found.environment}

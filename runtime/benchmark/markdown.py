@@ -72,7 +72,9 @@ def about(benchmark: Benchmark) -> Iterator[str]:
     versions = ", ".join(f"{name} {found[name]}" for name in ("fastvlm", "python", *VERSIONS) if found.get(name))
     yield f"- versions: {plain(versions)}"
     threads = f", OMP_NUM_THREADS={found['threads']}" if found.get("threads") else ""
-    yield f"- vision: {one.vision}; decoder: {plain(one.decoder)}, BLAS {found.get('blas')}{threads}"
+    units = f" ({plain(one.compute_units)})" if one.compute_units else ""
+    kv_bits = f", keys and values in {one.kv_bits} bits" if one.kv_bits else ""
+    yield f"- vision: {one.vision}{units}; decoder: {plain(one.decoder)}{kv_bits}, BLAS {found.get('blas')}{threads}"
     asked, image = benchmark.workload, benchmark.workload.get("image") or {}
     yield (
         f"- asked: {plain(repr(asked.get('prompt')))} about {plain(str(image.get('name')))} "

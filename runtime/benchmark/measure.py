@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...models.folder_layout import PACKAGE_NAME
+from ..encoders import COMPUTE_UNITS
 from ..evaluation.report import folder_facts
 from ..fastvlm import FastVLM, load
 from ..request import Request
 from ..timings import TTFT_STAGES, Clock, Timings
 from .machine import environment, peak_memory_bytes
 from .report import Configuration, Process, Run
-from .workload import Workload
+from .workload import Loading, Workload
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Measured:
 
 
 def measure(
-    folder: str | Path, workload: Workload, *, prompt_tokens: int | None = None, vision: str | None = None
+    folder: str | Path, workload: Workload, loading: Loading | None = None, *, prompt_tokens: int | None = None
 ) -> Measured:
     """Loads the folder and measures it here: only in a new process is the first answer a cold one.
 
@@ -37,7 +38,8 @@ def measure(
     from ...models._mlx import mx
 
     surroundings = environment()  # first: the load average is that of others
-    model = load(folder, vision)
+    loading = loading or Loading()
+    model = load(folder, **asdict(loading))
     request = workload.request(workload.prompt) if prompt_tokens is None else workload.lengthened(model, prompt_tokens)
     first, timings = answer(model, request)
     for _ in range(workload.warmup):
@@ -51,7 +53,7 @@ def measure(
         mlx_peak_memory_bytes=int(mx.get_peak_memory()),
         runs=runs,
     )
-    return Measured(_configuration(model, timings, process), surroundings)
+    return Measured(_configuration(model, loading, timings, process), surroundings)
 
 
 def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -> tuple[Run, Timings]:
@@ -69,13 +71,16 @@ def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -
     return run, timings
 
 
-def _configuration(model: FastVLM, timings: Timings, process: Process) -> Configuration:
+def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: Process) -> Configuration:
     from ...models._mlx import mx
 
+    units = (loading.compute_units or COMPUTE_UNITS[0]) if model.encoder.name == "coreml" else None
     return Configuration(
         label=model.folder.path.resolve().name,
         folder=folder_facts(model.folder),
         vision=model.encoder.name,
+        compute_units=units,
+        kv_bits=loading.kv_bits,
         decoder=str(mx.default_device()),
         image_size=model.config.image_size,
         image_tokens=model.config.tokens_per_image,

@@ -52,6 +52,8 @@ def configuration_from(values: Mapping[str, Any]) -> Configuration:
         label=_text(values, "label"),
         folder=_object(values, "folder"),
         vision=_text(values, "vision"),
+        compute_units=None if values.get("compute_units") is None else _text(values, "compute_units"),
+        kv_bits=None if values.get("kv_bits") is None else _count(values, "kv_bits"),
         decoder=_text(values, "decoder"),
         **{name: _count(values, name) for name in counts},
         sizes_bytes={name: _count(sizes, name) for name in ("encoder", "decoder", "other")},

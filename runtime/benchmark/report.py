@@ -12,6 +12,8 @@ Times are milliseconds of wall clock, sizes are bytes.
         label           what tables call it
         folder          path, trained, and from its manifest: source, recipe, tools
         vision          back end of the encoder: coreml, mlx or reference
+        compute_units   of coreml: what it may run on; else null, as in older files
+        kv_bits         8 where keys and values were kept in 8 bits; else null, as in older files
         decoder         device of the decoder
         image_size      side of the encoder's square in pixels; image_tokens: positions that an image takes
         prompt_tokens   positions of the whole prompt; reused_tokens: of them the fixed beginning, read once at load
@@ -101,6 +103,8 @@ class Configuration:
     label: str
     folder: dict[str, Any]
     vision: str
+    compute_units: str | None
+    kv_bits: int | None
     decoder: str
     image_size: int
     image_tokens: int
@@ -143,8 +147,8 @@ class Configuration:
         return median(found) if found else None
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("label", "folder", "vision", "decoder", "image_size", "image_tokens", "prompt_tokens", "reused_tokens",
-                 "sizes_bytes")  # fmt: skip
+        names = ("label", "folder", "vision", "compute_units", "kv_bits", "decoder", "image_size", "image_tokens",
+                 "prompt_tokens", "reused_tokens", "sizes_bytes")  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},
             "notes": list(self.notes),

@@ -11,7 +11,7 @@ from ...models.errors import UsageError
 from .isolated import measure_isolated
 from .measure import Measured
 from .report import Benchmark, Configuration
-from .workload import Workload
+from .workload import Loading, Workload
 
 OnStage = Callable[[str], None]
 
@@ -32,13 +32,15 @@ def benchmark(
     prompt_tokens: Sequence[int] = (),
     processes: int = 2,
     vision: str | None = None,
+    compute_units: str | None = None,
+    kv_bits: int | None = None,
     on_stage: OnStage = lambda _: None,
 ) -> Benchmark:
     """The time to first token of exported folders, by stage, with memory and sizes.
 
     Each of `processes` new processes per folder (and length of `prompt_tokens`) loads it and answers
     1 + `workload.warmup` + `workload.runs` times. The folders take turns, so that a noisy minute hits all alike.
-    `on_stage` hears what is being measured.
+    `vision`, `compute_units` and `kv_bits` are those of `fastvlm.load`; `on_stage` hears what is being measured.
 
     Raises:
         UsageError: an option is out of range.
@@ -46,7 +48,7 @@ def benchmark(
     """
     if processes < 1:
         raise UsageError(f"processes should be a whole number from 1; found {processes}")
-    workload = workload or Workload()
+    workload, loading = workload or Workload(), Loading(vision, compute_units, kv_bits)
     asked = [folders] if isinstance(folders, str | Path) else list(folders)
     cases = cases_of(asked, prompt_tokens)
     facts = workload.as_dict()  # opens the image: a bad one is told before anything is measured
@@ -54,7 +56,7 @@ def benchmark(
     for turn in range(processes):
         for case, measured in zip(cases, found, strict=True):
             on_stage(f"{case.label} ({turn + 1} of {processes})")
-            measured.append(measure_isolated(case.folder, workload, prompt_tokens=case.prompt_tokens, vision=vision))
+            measured.append(measure_isolated(case.folder, workload, loading, prompt_tokens=case.prompt_tokens))
     return Benchmark(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=found[0][0].environment,

@@ -86,6 +86,15 @@ class Workload:
         return self.request(self.prompt + FILLER * largest(lambda fillers: size(fillers) <= prompt_tokens))
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a folder is loaded: options of `fastvlm.load`."""
+
+    vision: str | None = None
+    compute_units: str | None = None
+    kv_bits: int | None = None
+
+
 def largest(holds: Callable[[int], bool]) -> int:
     """The largest number that `holds`, where 0 does and all above some number do not."""
     beyond = 1

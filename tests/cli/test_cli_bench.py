@@ -72,10 +72,13 @@ def test_comparison_with_another_machine_warns(measured: subprocess.CompletedPro
                 run[name] /= 100 + k
         process["runs"] *= 3
     (model.parent / "old.json").write_text(json.dumps(report))
-    words = ("--runs", 3, "--warmup", 0, "--processes", 2, "--max-tokens", 1, "--json", "-")
+    words = ("--runs", 3, "--warmup", 0, "--processes", 2, "--max-tokens", 1, "--kv-bits", 8, "--json", "-")
     done = bench(model, *words, "--compare", "old.json", "--fail-above", 50, cwd=model.parent)
     assert done.returncode == 1, done.stderr
-    comparison = json.loads(done.stdout)["comparison"]
+    report = json.loads(done.stdout)
+    assert report["configurations"][0]["kv_bits"] == 8
+    comparison = report["comparison"]
+    assert "model: kv_bits was None, is 8" in comparison["warnings"]
     assert any(text.startswith("chip was Apple M9, is ") for text in comparison["warnings"])
     assert comparison["configurations"]["model"]["ttft_ms"]["verdict"] == "slower"
     assert "TTFT is slower by" in done.stderr

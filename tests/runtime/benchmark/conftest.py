@@ -24,6 +24,8 @@ def configuration_of(encode_ms: Sequence[Sequence[float]] = ((30.0,),), **change
         "label": "model",
         "folder": {"path": "model", "trained": True, "source": {"name": "tiny"}, "recipe": {"quant": "int8"}},
         "vision": "reference",
+        "compute_units": None,
+        "kv_bits": None,
         "decoder": "Device(cpu, 0)",
         "image_size": 256,
         "image_tokens": 16,

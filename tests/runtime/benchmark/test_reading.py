@@ -16,10 +16,23 @@ from fastvlm.runtime.benchmark.report import Benchmark
 
 
 def test_what_is_written_is_read_back(benchmark_of: Callable[..., Benchmark], make: Callable, tmp_path: Path) -> None:
-    found = benchmark_of(make([[30.0, 31.0], [29.0, 32.0]]), make(label="other", notes=("a note",)))
+    found = benchmark_of(
+        make([[30.0, 31.0], [29.0, 32.0]]), make(label="other", notes=("a note",), compute_units="ALL", kv_bits=8)
+    )
     file = tmp_path / "b.json"
     file.write_text(json.dumps(found.as_dict()))
     assert read_benchmark(file) == found
+
+
+def test_a_report_from_before_there_were_such_options_is_read(
+    benchmark_of: Callable[..., Benchmark], tmp_path: Path
+) -> None:
+    report = benchmark_of().as_dict()
+    for name in ("compute_units", "kv_bits"):
+        del report["configurations"][0][name]
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(report))
+    assert read_benchmark(file) == benchmark_of()
 
 
 RUN = ("configurations", 0, "processes", 0, "runs", 0)
@@ -29,6 +42,8 @@ WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("environment",), [], "environment should be an object"),
     (("configurations",), [], "configurations should be a list of objects"),
     (("configurations", 0, "label"), "", "configurations[0]: label should be a text"),
+    (("configurations", 0, "kv_bits"), "8", "kv_bits should be a whole number"),
+    (("configurations", 0, "compute_units"), 8, "compute_units should be a text"),
     (("configurations", 0, "image_size"), 256.0, "image_size should be a whole number"),
     (("configurations", 0, "sizes_bytes", "encoder"), -1, "encoder should be a whole number"),
     (("configurations", 0, "notes"), [1], "notes should be a list of texts"),
