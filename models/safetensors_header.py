@@ -51,9 +51,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         WeightsError: the file is missing, no regular file, truncated, longer than its header says, or the header is
             malformed or contradicts itself.
     """
-    if file.exists() and not file.is_file():
-        raise WeightsError(f"{file} is no regular file")
     try:
+        if file.exists() and not file.is_file():
+            raise WeightsError(f"{file} is no regular file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             content = _header(stream.read(8), size, stream)
@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise WeightsError(f"{file} does not exist") from None
     except OSError as reason:
-        raise WeightsError(f"{file} cannot be read: {reason.strerror or reason}") from None
+        raise WeightsError(f"{str(file):.400} cannot be read: {reason.strerror or reason}") from None
     except _HeaderError as reason:
         raise WeightsError(
             f"{file} is not a whole safetensors file ({reason}): truncated or corrupt, fetch it again"

@@ -21,6 +21,7 @@ from ..models.folder_layout import (
 )
 from ..models.hub_cache import cached_folder
 from ..models.json_file import read_json_object
+from ..models.paths import is_file
 
 if TYPE_CHECKING:
     from ..models._mlx import mx
@@ -120,8 +121,8 @@ def _file_faults(path: Path, files: Mapping[str, Any], verify_hashes: bool) -> I
             continue
         listed = entry if isinstance(entry, Mapping) else {}
         file = path / name
-        if not file.is_file():
-            yield f"{name} is missing"
+        if not is_file(file):
+            yield f"{name:.200} is missing"
         elif file.stat().st_size != listed.get("bytes"):
             yield f"{name} has {file.stat().st_size} bytes instead of {listed.get('bytes')!r:.40}"
         elif listed.get("sample_sha256", SAMPLED_LATER) not in (SAMPLED_LATER, sample_sha256(file)):

@@ -14,6 +14,7 @@ from typing import Any
 from ...models.errors import OutputError
 from ...models.folder_layout import PACKAGE_NAME
 from ...models.json_file import read_json_object
+from ...models.paths import is_file
 from ..output import publish
 from .contract import Contract
 
@@ -64,7 +65,7 @@ def check_place(folder: Path, contract: Contract) -> None:
     earlier = earlier_files(folder)
     for name, digest in earlier.items():
         file = folder / name
-        if file.is_file() and sha256(file) != digest:
+        if is_file(file) and sha256(file) != digest:
             raise OutputError(f"{file} was changed since it was bundled: keep a copy elsewhere and remove it first")
     mine = {PACKAGE_NAME, "tokenizer.json", "model.safetensors", *contract.rules}
     others = other_files(folder, earlier)

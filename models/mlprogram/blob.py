@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PackageError
+from ..paths import is_file
 from .program import BITS, TensorType, Value
 
 _HEADER = struct.Struct("<II56x")
@@ -38,9 +39,9 @@ class BlobFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
+        if not is_file(path):
             raise PackageError(
-                f"{path}: the program keeps weights in this file, and it is missing; copy the whole package"
+                f"{path!s:.400}: the program keeps weights in this file, and it is missing; copy the whole package"
             )
         try:
             self._bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))

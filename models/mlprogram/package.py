@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from ..errors import PackageError
+from ..paths import is_file
 from .blob import BlobFile
 from .program import Argument, Operation, Program, TensorType, Value
 from .spec import model_class
@@ -66,8 +67,8 @@ def _read_manifest(path: Path) -> Any:
 
 
 def _parse(path: Path) -> Any:
-    if not path.is_file():
-        raise PackageError(f"{path}: the manifest names this model file, and it is missing; copy the whole package")
+    if not is_file(path):
+        raise PackageError(f"{path!s:.400}: the manifest names this model file, and it is missing; copy the whole package")
     message = model_class()()
     try:
         message.ParseFromString(_read_bytes(path, _MAX_MODEL_BYTES))

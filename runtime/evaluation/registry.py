@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import DataSetError, UsageError
+from ...models.paths import is_file
 from . import chartqa, docvqa, own_questions, textvqa
 from .samples import DataSet, Layout, Sample
 
@@ -150,7 +151,7 @@ def with_images(chosen: list[tuple[Sample, Path]], layout: Layout, images: Path 
     found = [(sample, find_image(str(sample.image), file, layout, images)) for sample, file in chosen]
     missing = [sample for sample, path in found if path is None]
     if missing:
-        name = str(missing[0].image)
+        name = f"{missing[0].image!s:.200}"
         raise DataSetError(
             f"images of {len(missing)} of {len(found)} questions are missing, such as {name} beside "
             f"{chosen[0][1]}: put them there, or name their folder with --images"
@@ -163,7 +164,7 @@ def find_image(name: str, file: Path, layout: Layout, images: Path | None) -> Pa
     for folder in (file.parent, file.parent.parent):
         bases += [folder, *(folder / inner for inner in layout.image_folders)]
     places = (base / part for base in bases for part in dict.fromkeys((name, Path(name).name)))
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if is_file(place)), None)
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:

@@ -82,6 +82,11 @@ def test_weights_error_when_a_header_cannot_be_trusted(
         read_header(write(tmp_path / "f", header, **options))
 
 
+def test_weights_error_when_no_file_can_have_the_name(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="x cannot be read: File name too long"):
+        read_header(tmp_path / ("x" * 5000))
+
+
 def test_weights_error_when_a_header_is_huge_before_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "f"
     with file.open("wb") as stream:

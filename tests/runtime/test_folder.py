@@ -90,6 +90,8 @@ def test_file_is_named_when_its_size_differs(write_folder: Write, name: str) -> 
         (lambda m: m.update(files=None), "lists no files"),
         (lambda m: m["files"].update({"../secret": {"bytes": 1}}), "'../secret' lies outside the folder"),
         (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1}}), "'/etc/passwd' lies outside"),
+        (lambda m: m["files"].update({"x" * 5000: {"bytes": 1}}), "x{200} is missing; copy it again"),
+        (lambda m: m["files"].update({"a\0b": {"bytes": 1}}), "is missing; copy it again"),
         (lambda m: m["files"].update({"config.json": None}), "config.json has .* bytes instead of None"),
         (lambda m: m["files"].update({f"f{n}": {} for n in range(9)}), "f3 is missing and 5 more; copy it again"),
     ],

@@ -101,6 +101,14 @@ def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
         read_package(copy)
 
 
+def test_manifest_path_that_no_file_can_have_is_told(copy: Path) -> None:
+    manifest = json.loads((copy / "Manifest.json").read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = "x" * 5000
+    (copy / "Manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PackageError, match="it is missing; copy the whole package"):
+        read_package(copy)
+
+
 @pytest.mark.parametrize("which", [MODEL, WEIGHTS])
 def test_link_out_of_the_package_is_refused(copy: Path, tmp_path: Path, which: Path) -> None:
     outside = tmp_path / "outside.bin"

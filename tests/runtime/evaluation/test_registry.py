@@ -72,6 +72,9 @@ def test_images_are_looked_for_where_the_user_says(write_questions: Write) -> No
     folder = write_questions({"a/b/mine.json": own(2)}, ["pictures/0.png"])
     with pytest.raises(DataSetError, match=r"images of 2 of 2 questions are missing, such as 0\.png .* --images"):
         open_data(folder / "a" / "b")
+    (folder / "long.json").write_text(json.dumps([{"image": "x" * 5000, "question": "What?", "answer": "a"}]))
+    with pytest.raises(DataSetError, match="images of 1 of 1 questions are missing, such as x{200} beside"):
+        open_data(folder / "long.json")
     first, _ = open_data(folder / "a" / "b", images=folder / "pictures").samples
     assert first.image == folder / "pictures" / "0.png"
 
