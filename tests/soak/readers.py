@@ -15,6 +15,7 @@ import numpy as np
 from hub_server import Server, serving
 
 from fastvlm.models.errors import FastVLMError
+from fastvlm.runtime.benchmark.report import Benchmark
 
 ROOM = (96, 128, 3)
 
@@ -141,13 +142,24 @@ def read_image(folder: Path) -> None:
 
 
 def read_benchmark(folder: Path) -> None:
-    """As `bench --compare`, `--markdown` and `--plot` use it."""
+    """As `bench --compare` uses an earlier one."""
     from fastvlm.runtime.benchmark.comparison import compare
     from fastvlm.runtime.benchmark.markdown import report
+
+    new, old = first_benchmark(folder), benchmark_of(folder)
+    "\n".join(report(new, compare(new, old)))
+
+
+def benchmark_of(folder: Path) -> Benchmark:
     from fastvlm.runtime.benchmark.reading import read_benchmark
 
-    found = read_benchmark(folder / "bench.json")
-    "\n".join(report(found, compare(found, found)))
+    return read_benchmark(folder / "bench.json")
+
+
+@functools.cache
+def first_benchmark(folder: Path) -> Benchmark:
+    """What was read before anything was damaged."""
+    return benchmark_of(folder)
 
 
 def read_evaluation(folder: Path) -> None:

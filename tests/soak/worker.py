@@ -27,13 +27,13 @@ def main() -> None:
     place = Path(folder)
     parser.prepare(place)
     parser.read(place)  # imports, and shows that the whole file is read
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with open("/proc/self/statm") as statm:  # noqa: PTH123
         mapped = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MAX_GROWTH_BYTES + 2**29,) * 2)
     for seed in range(int(first), int(last)):
-        damaged = parser.damage(place, seed)
+        damaged, base = parser.damage(place, seed), memory("VmRSS")
         tell(seed=seed, outcome="began")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         start = os.times()
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)  # the default action ends the process
         signal.setitimer(signal.ITIMER_REAL, MAX_CLOCK_SECONDS)
@@ -47,13 +47,19 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         seconds = sum(os.times()[:2]) - sum(start[:2])
-        growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base
+        growth = memory("VmHWM") - base
         if growth > MAX_GROWTH_BYTES:
             outcome, detail = "growth", f"{growth} bytes"
         elif seconds > MAX_SECONDS:
             outcome, detail = "hang", f"{seconds:.1f} s"
         tell(seed=seed, outcome=outcome, detail=detail, seconds=seconds, growth=growth)
         parser.restore(place, damaged)
+
+
+def memory(what: str) -> int:
+    """Bytes that are resident: now (VmRSS), at most so far (VmHWM)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{what}:"))
 
 
 def tell(**values: object) -> None:
