@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..disk import check_space
 from ..errors import DownloadError, OutputError
+from ..json_file import read_json_object
 from .archives import FOLDERS, archive_url, is_needed
 from .http_file import OnProgress, fetch
 from .unpack import unpack
@@ -38,7 +39,7 @@ def download_archive(
         DownloadError: see `fetch` and `unpack`; or the archive holds no checkpoint.
         OutputError: the destination is in use, or the disk is full.
     """
-    if is_present(destination, name):
+    if recorded(destination).get("archive") == name:
         return {"already_there": True}
     check_free(destination)
     with work_folder(destination) as work:
@@ -55,19 +56,23 @@ def download_archive(
             archive.unlink()  # it would fail again
             raise
         record = {"archive": name, "url": source, "sha256": digest, "sha256_was_known": sha256 is not None}
-        (unpacked / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(unpacked, record)
         if destination.exists():
             destination.rmdir()  # empty, as was checked
         unpacked.replace(destination)
     return record
 
 
-def is_present(destination: Path, name: str) -> bool:
-    """Whether `destination` is what an earlier download of `name` made."""
+def recorded(destination: Path) -> dict[str, Any]:
+    """What an earlier download to `destination` wrote of itself; nothing where there was none."""
     try:
-        return json.loads((destination / RECORD).read_text(encoding="utf-8")).get("archive") == name
-    except (OSError, ValueError, AttributeError):
-        return False
+        return read_json_object(destination / RECORD, DownloadError)
+    except DownloadError:
+        return {}
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_free(destination: Path) -> None:

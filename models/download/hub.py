@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..disk import check_space
 from ..errors import DownloadError
-from .apple import check_checkpoint, check_free, work_folder
+from .apple import check_checkpoint, check_free, recorded, work_folder, write_record
 from .archives import is_needed
 
 OnStage = Callable[[str], None]
@@ -34,6 +34,7 @@ def download_from_hub(
 ) -> Path:
     """Fetches the needed files of `hub_id` into the folder `to`, or into the hub's cache, and returns the folder.
 
+    A folder that an earlier call filled with the same revision is left as it is.
     `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` count, as for every client of the hub.
 
     Raises:
@@ -43,6 +44,10 @@ def download_from_hub(
     """
     on_stage(f"ask the hub about {hub_id}")
     files, commit = _asked(hub_id, revision, endpoint)
+    record = {"hub_id": hub_id, "commit": commit}
+    if to is not None and recorded(to) == record:
+        on_stage(f"{to} holds this revision already")
+        return to
     check_checkpoint(list(files), hub_id)
     needed = sum(size for size, _ in files.values())
     on_stage(f"fetch {len(files)} files, {needed / 1e6:,.0f} MB")
@@ -57,6 +62,7 @@ def download_from_hub(
         _fetched(hub_id, commit, list(files), endpoint, local_dir=folder)
         _check_hashes(folder, files, on_stage)
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
+        write_record(folder, record)
         if to.exists():
             to.rmdir()  # empty, as was checked
         folder.replace(to)

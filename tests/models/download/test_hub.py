@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.download.hub import download_from_hub
-from fastvlm.models.errors import DownloadError, ModelReferenceError
+from fastvlm.models.errors import DownloadError, ModelReferenceError, OutputError
 from fastvlm.models.references import TINY_FOLDER, open_checkpoint
 
 HUB_ID = "someone/FastVLM-tiny"
@@ -40,10 +41,28 @@ def files(serve_repository: Callable[..., None]) -> dict[str, bytes]:
 def test_needed_files_arrive_in_a_folder(server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path) -> None:
     stages: list[str] = []
     folder = download_from_hub(HUB_ID, tmp_path / "to" / "model", endpoint=server.url, on_stage=stages.append)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    record = json.loads((folder / "fastvlm-download.json").read_text())
+    assert record == {"hub_id": HUB_ID, "commit": "c" * 40}
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert found == {**files, "fastvlm-download.json": found["fastvlm-download.json"]}
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["model"]
     assert FolderCheckpoint(folder).layout == "Apple LLaVA"
     assert f"fetch {len(files)} files" in stages[1]
+
+
+def test_folder_that_is_there_already_is_not_fetched_again(
+    server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As after a Ctrl-C that came with the last rename."""
+    download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
+    server.asked.clear()
+    stages: list[str] = []
+    assert download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url, on_stage=stages.append).is_dir()
+    assert not any("/resolve/" in path for path, _ in server.asked)
+    assert stages[-1].endswith("holds this revision already")
+    (tmp_path / "model" / "fastvlm-download.json").write_text('{"hub_id": "another/model"}')
+    with pytest.raises(OutputError, match="is not empty"):
+        download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
 
 
 def test_hub_id_opens_once_it_is_in_the_cache(server: Any, cache: Path, files: dict[str, bytes]) -> None:
