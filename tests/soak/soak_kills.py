@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from soak.kill_jobs import BYTES_PER_SECOND, HUB_ID, HUB_SERVER, Job, download_jobs, export_jobs, other_jobs
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+MAX_FAULTS = 20
 START_SECONDS = 0.5
 """In which Python itself starts, and says KeyboardInterrupt in its own way."""
 
@@ -74,13 +75,13 @@ class Soak:
         seconds = {job.name: self.alone(job) for job in self.jobs}
         print({name: round(span, 1) for name, span in seconds.items()}, flush=True)
         for n in range(kills):
-            if time.monotonic() > deadline or self.faults:
+            if time.monotonic() > deadline or len(self.faults) > MAX_FAULTS:
                 break
             job = self.jobs[n % len(self.jobs)]
             if job.anew or rng.random() < 0.5:
                 remove(job.out)
             self.kill(job, rng.choice(SIGNALS), rng.random() * seconds[job.name])
-            self.alone(job)
+            seconds[job.name] = self.alone(job)
         for job in self.jobs:
             self.two_at_once(job)
 
