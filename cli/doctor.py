@@ -19,7 +19,7 @@ def doctor_command(
         typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=2))
     else:
         for finding in findings:
-            typer.echo(f"{finding.mark} {finding.subject:<14}{finding.detail}")
+            typer.echo(f"{finding.mark} {finding.subject:<16}{finding.detail}")
             if finding.advice:
-                typer.echo(f"  {'':<14}{finding.advice}")
+                typer.echo(f"  {'':<16}{finding.advice}")
     raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
