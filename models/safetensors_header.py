@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise WeightsError(f"{file} does not exist") from None
     except OSError as reason:
-        raise WeightsError(f"{str(file):.400} cannot be read: {reason.strerror or reason}") from None
+        raise WeightsError(f"{file!s:.400} cannot be read: {reason.strerror or reason}") from None
     except _HeaderError as reason:
         raise WeightsError(
             f"{file} is not a whole safetensors file ({reason}): truncated or corrupt, fetch it again"

@@ -68,7 +68,9 @@ def _read_manifest(path: Path) -> Any:
 
 def _parse(path: Path) -> Any:
     if not is_file(path):
-        raise PackageError(f"{path!s:.400}: the manifest names this model file, and it is missing; copy the whole package")
+        raise PackageError(
+            f"{path!s:.400}: the manifest names this model file, and it is missing; copy the whole package"
+        )
     message = model_class()()
     try:
         message.ParseFromString(_read_bytes(path, _MAX_MODEL_BYTES))
