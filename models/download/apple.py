@@ -106,5 +106,10 @@ def work_folder(destination: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"another process is downloading to {destination}: wait for it") from None
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if [path.name for path in work.iterdir()] == ["lock"]:  # nothing has come that could be gone on from
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         shutil.rmtree(work, ignore_errors=True)

@@ -59,6 +59,12 @@ def test_interrupted_archive_goes_on_and_never_looks_whole(server: Any, served: 
     assert names(tmp_path / "out") == {"model"}
 
 
+def test_attempt_that_got_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        download_archive(NAME, tmp_path / "model", url="http://127.0.0.1:9/a.zip")
+    assert names(tmp_path) == set()
+
+
 def test_damaged_archive_is_removed_so_that_the_next_attempt_is_new(server: Any, served: str, tmp_path: Path) -> None:
     good = server.files["/a.zip"]
     server.files["/a.zip"] = good[:1_000_000] + bytes([good[1_000_000] ^ 1]) + good[1_000_001:]
