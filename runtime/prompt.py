@@ -137,7 +137,7 @@ def _content_parts(message: Message) -> Sequence[Content | None]:
         return [part for _ in range(message.image_count) for part in (None, "\n")] + [message.content]
     if marks != message.image_count:
         raise PromptError(
-            f"the prompt marks {marks} places for images with {IMAGE_TOKEN}, but {message.image_count} images came "
+            f"the prompt marks {marks} places for images with {IMAGE_TOKEN}, but {message.image_count} came "
             "with it; give one image per mark, or leave the marks out to have the images first"
         )
     return [part for text in texts for part in (None, text)][1:]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from ..models.errors import UsageError
+from ..models.errors import PromptError, UsageError
 from ..models.images import Fit, ImageSource, open_images
 from .generate import GenerationOptions, options_from
 from .prompt import Message
@@ -54,16 +54,30 @@ def prepare(
 
     Raises:
         UsageError: an option is out of range.
+        PromptError: a text has no UTF-8 form.
         ImageError: an image cannot be opened.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     options = options_from(stop, max_tokens, ignore_eos, sampling)
+    for what, text in (("prompt", prompt), ("system prompt", system), *(("stop text", text) for text in options.stop)):
+        check_unicode(f"the {what}", text)
     if fit not in (None, "pad", "crop"):
         raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
     clock = LapClock()
     images = opened(image)
     messages = _messages(prompt, system, len(images))
     return Request(images, messages, cast("Fit | None", fit), options, image_open_ms=clock.lap_ms())
+
+
+def check_unicode(what: str, text: object) -> None:
+    """Raises PromptError for a text that no file could hold: Python makes them of bytes that are not UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as reason:
+        raise PromptError(
+            f"{what} is not valid Unicode at character {reason.start:,}: half of a surrogate pair, or bytes that are "
+            "not UTF-8; correct or convert it"
+        ) from None
 
 
 def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:

@@ -137,10 +137,10 @@ class Starter:
         if length == 0:
             raise PromptError("the prompt is empty, and the model's chat template adds nothing to it")
         if length >= self.config.max_context:
+            images = f" ({self.config.tokens_per_image} for each image)" if image_count else ""
             raise PromptError(
-                f"the prompt takes {length} tokens ({image_count} images of {self.config.tokens_per_image} included), "
-                f"and the context holds {self.config.max_context} with the answer: shorten it, or begin a conversation "
-                "anew"
+                f"the prompt takes {length:,} tokens{images}, and the context holds {self.config.max_context:,} with the "
+                "answer: shorten it, or begin a conversation anew"
             )
         highest = max((i for i in prompt.ids if i != prompt.image_token_index), default=0)
         rows = self.language.vocabulary_rows

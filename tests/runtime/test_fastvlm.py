@@ -175,7 +175,7 @@ def test_context_bounds_prompt_and_answer_together(write_folder: Write, open_vlm
     room = 60 - found.prompt_tokens
     assert vlm.generate(PICTURE, "Hi", max_tokens=room, ignore_eos=True).finish_reason == "length"
     calls = len(vlm.encoder.calls)
-    with pytest.raises(PromptError, match=r"takes \d+ tokens \(3 images of 16 included\), and the context holds 60"):
+    with pytest.raises(PromptError, match=r"takes \d+ tokens \(16 for each image\), and the context holds 60"):
         vlm.generate([PICTURE] * 3, "Hi")
     assert len(vlm.encoder.calls) == calls, "the encoder must not run in vain"
     vlm.generate(None, "a" * (60 - vlm.generate(None, "", max_tokens=1).prompt_tokens - 1), max_tokens=9)
@@ -308,6 +308,19 @@ def test_usage_error_comes_at_once_when_an_option_is_wrong(vlm: FastVLM, options
 def test_usage_error_when_the_prompt_is_no_text(vlm: FastVLM) -> None:
     with pytest.raises(UsageError, match="should be texts"):
         vlm.stream(None, b"Hi")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "caf\udce9"}, "the prompt is not valid Unicode at character 3: .*not UTF-8; correct or convert it"),
+        ({"system": "\ud800"}, "the system prompt is not valid Unicode at character 0"),
+        ({"stop": ["a", "\udcff"]}, "the stop text is not valid Unicode at character 0"),
+    ],
+)
+def test_text_that_no_file_could_hold_is_told_at_once(vlm: FastVLM, options: dict, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        vlm.stream(None, **{"prompt": "Hi", **options})
 
 
 def test_image_error_comes_at_once_when_an_image_is_missing(vlm: FastVLM, tmp_path: Path) -> None:
