@@ -13,6 +13,7 @@ from ..models.file_digest import sample_sha256, sha256
 from ..models.folder_layout import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    INDEX_NAME,
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     PACKAGE_NAME,
@@ -129,3 +130,5 @@ def _file_faults(path: Path, files: Mapping[str, Any], verify_hashes: bool) -> I
             yield f"{name} is from another export, or damaged"
         elif verify_hashes and listed.get("sha256") != sha256(file):
             yield f"{name} has another sha256"
+    if INDEX_NAME not in files and is_file(path / INDEX_NAME):  # it would say which weights are read
+        yield f"{INDEX_NAME} is of another export"

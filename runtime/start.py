@@ -140,8 +140,8 @@ class Starter:
             images = f" ({self.config.tokens_per_image} for each image)" if image_count else ""
             room = f"{self.config.max_context:,}"
             raise PromptError(
-                f"the prompt takes {length:,} tokens{images}, and the context holds {room} with the answer: shorten it, "
-                "or begin a conversation anew"
+                f"the prompt takes {length:,} tokens{images}, and the context holds {room} with the answer: shorten "
+                "it, or begin a conversation anew"
             )
         highest = max((i for i in prompt.ids if i != prompt.image_token_index), default=0)
         rows = self.language.vocabulary_rows

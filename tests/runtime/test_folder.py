@@ -105,6 +105,14 @@ def test_folder_is_refused_when_its_manifest_is_wrong(
         open_folder(path)
 
 
+def test_folder_is_refused_when_weights_of_another_export_were_added(write_folder: Write) -> None:
+    path = write_folder()
+    shard(path)
+    (path / "model-00001-of-00002.safetensors").rename(path / "model.safetensors")
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors\.index\.json is of another export; copy it again"):
+        open_folder(path)
+
+
 def test_folder_is_refused_when_its_manifest_is_no_json(write_folder: Write) -> None:
     path = write_folder()
     (path / "fastvlm.json").write_text("[]")
