@@ -14,6 +14,7 @@ from ._mlx import mx, nn, on_cpu
 from .apple_layout import language_shapes, saved_name
 from .checkpoint import Shape, check_tensors
 from .config import FastVLMConfig
+from .dequantize import dequantize
 from .errors import WeightsError
 from .quantization import Quantization
 from .qwen2 import Qwen2
@@ -235,5 +236,4 @@ def dequantized(
     if scales is None or biases is None or quantization is None:
         return weight.astype(mx.float32, stream=stream)
     scales, biases = (part.astype(mx.float32, stream=stream) for part in (scales, biases))
-    affine = quantization.of(layer)
-    return mx.dequantize(weight, scales, biases, group_size=affine.group_size, bits=affine.bits, stream=stream)
+    return dequantize(weight, scales, biases, quantization.of(layer), stream)

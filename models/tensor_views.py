@@ -40,11 +40,12 @@ class View:
         import numpy as np
 
         from ._mlx import mx
+        from .dequantize import dequantize
 
         layer = self.name.removesuffix(".weight")
         packed, scales, biases = (read_raw(f"{layer}.{part}", "mlx") for part in ("weight", "scales", "biases"))
         scales, biases = (part.astype(mx.float32) for part in (scales, biases))
-        return np.array(mx.dequantize(packed, scales, biases, group_size=affine.group_size, bits=affine.bits))
+        return np.array(dequantize(packed, scales, biases, affine))
 
 
 def permuted(name: str, info: TensorInfo, permutation: tuple[int, ...]) -> View:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..models._mlx import mx, nn
+from ..models.dequantize import dequantize
 from ..models.kv_cache import KVCache
 from ..models.language import EMBEDDING, HEAD
 from ..models.layerwise import LayerwiseDecoder, Prompt, embedded, layer_prefix, named_parameters
@@ -119,4 +120,4 @@ def _three(layer: str, found: Packed) -> Tensors:
 def dequantized(found: Packed, affine: Affine) -> mx.array:
     """As the saved decoder will see it, float32."""
     scales, biases = (mx.array(part).astype(mx.float32) for part in (found.scales, found.biases))
-    return mx.dequantize(mx.array(found.weight), scales, biases, group_size=affine.group_size, bits=affine.bits)
+    return dequantize(mx.array(found.weight), scales, biases, affine)
