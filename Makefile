@@ -36,8 +36,8 @@ soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "fastvlm needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "fastvlm needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing into .venv: a minute or a few, once"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --upgrade pip

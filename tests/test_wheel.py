@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fastvlm.models.versions import TESTED_PYTHON
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cli", "export", "models", "quant", "runtime")
 FILES = ("__init__.py", "_version.py", "pyproject.toml", "README.md", "LICENSE")
@@ -52,6 +54,14 @@ def test_wheel_holds_nothing_else(names: set[str]) -> None:
     assert {name.split("/")[0] for name in own} == {"fastvlm"}
     assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png"}
     assert not any("/tests/" in name for name in names)
+
+
+def test_pip_refuses_every_python_that_doctor_warns_of() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    first, beyond = (".".join(map(str, version)) for version in TESTED_PYTHON)
+    assert project["requires-python"] == f">={first},<{beyond}"
+    minors = range(TESTED_PYTHON[0][1], TESTED_PYTHON[1][1])
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in minors} <= set(project["classifiers"])
 
 
 def test_command_that_the_wheel_installs_is_there(names: set[str]) -> None:
