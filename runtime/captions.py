@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".ico", ".avif", ".jp2")
 )
+
+
+MAX_BYTES = 2**30
+"""Of a file of captions: a million of them."""
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -76,6 +81,7 @@ class CaptionFile:
         except OSError as reason:
             raise OutputError(f"{path} cannot be written: {reason.strerror}") from None
         try:
+            self._check_file()
             self._lock()
             self.done = self._read()
         except BaseException:
@@ -101,6 +107,14 @@ class CaptionFile:
                 f"{self.path} cannot be written: {reason.strerror}; the same command goes on from here"
             ) from None
         self.done[file] = "error" in entry
+
+    def _check_file(self) -> None:
+        """Before it is read whole."""
+        found = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OutputError(f"{self.path} is no regular file: name one that captions can be added to later")
+        if found.st_size > MAX_BYTES:
+            raise UsageError(f"{self.path} has {found.st_size:,} bytes: name another file for the output")
 
     def _lock(self) -> None:
         try:

@@ -21,7 +21,10 @@ LAYOUTS: dict[str, Layout] = {
 """By name, in the order in which a file is tried."""
 
 DEFAULT_LIMIT = 2000
-MAX_FILE_BYTES = 2**30
+MAX_FILE_BYTES = 2**29
+"""TextVQA's training questions take a tenth of it."""
+MAX_VALUES = 10_000_000
+"""In a file of questions: Python takes some 100 bytes for each, however few the file does."""
 HEAD_BYTES = 2**16
 """What a layout is recognised by."""
 
@@ -171,8 +174,10 @@ def read_entries(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON list, of one under `data`, or of the lines of a file. Raises DataSetError."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise DataSetError(f"{file} is larger than {MAX_FILE_BYTES >> 30} GiB; question files stay under that")
+            raise DataSetError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB: split it into several files")
         text = file.read_text(encoding="utf-8")
+        if sum(map(text.count, ",[{")) > MAX_VALUES:
+            raise DataSetError(f"{file} holds more than {MAX_VALUES:,} values: split it into several files")
     except (OSError, UnicodeDecodeError) as reason:
         raise DataSetError(f"{file} cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
     try:

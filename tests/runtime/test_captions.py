@@ -109,6 +109,18 @@ def test_usage_error_when_the_file_is_not_ours(caption: Callable[..., list], tmp
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
+def test_what_cannot_be_a_file_of_captions_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OutputError, match="is no regular file"):
+            CaptionFile(path, "r")
+    with (tmp_path / "huge").open("wb") as stream:
+        stream.truncate(2**31)  # sparse: takes no disk
+    with pytest.raises(UsageError, match="has 2,147,483,648 bytes: name another file"):
+        CaptionFile(tmp_path / "huge", "r")
+    assert (tmp_path / "huge").stat().st_size == 2**31
+
+
 def test_output_error_when_another_process_writes(tmp_path: Path) -> None:
     with CaptionFile(tmp_path / "out.jsonl", "r"), pytest.raises(OutputError, match="by another process"):
         CaptionFile(tmp_path / "out.jsonl", "r")

@@ -117,6 +117,18 @@ def test_malformed_files_are_told_in_a_line(write_questions: Write, content: obj
     assert "\n" not in str(caught.value)
 
 
+def test_file_that_would_take_far_more_memory_than_disk_is_refused(
+    own_questions: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = own_questions(4)
+    monkeypatch.setattr("fastvlm.runtime.evaluation.registry.MAX_VALUES", 20)
+    with pytest.raises(DataSetError, match=r"mine\.json holds more than 20 values: split it"):
+        open_data(file)
+    monkeypatch.setattr("fastvlm.runtime.evaluation.registry.MAX_FILE_BYTES", 2**6)
+    with pytest.raises(DataSetError, match=r"mine\.json is larger than 0 MiB"):
+        open_data(file)
+
+
 def test_files_that_are_no_questions_do_not_disturb(write_questions: Write) -> None:
     files = {"mine.json": own(2), "ocr.json": {"words": [1]}, "broken.json": "{", "notes.txt": "x"}
     assert open_data(write_questions(files, ["0.png"])).count == 2
