@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/fastvlm generate demo/model --image $(SAMPLES)/number.png --prompt "What does the picture show?"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

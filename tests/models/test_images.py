@@ -178,7 +178,7 @@ def png_header(width: int, height: int) -> bytes:
         (Image.new("F", (4, 4)), "32 bits per pixel"),
         (Image.new("I", (4, 4)), "32 bits per pixel"),
     ],
-    ids=repr,
+    ids=lambda value: f"{value.mode} image" if isinstance(value, Image.Image) else repr(value),
 )
 def test_image_error_in_one_line_when_there_is_no_picture(source: object, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
