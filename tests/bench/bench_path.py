@@ -55,10 +55,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(arguments.model, Path(scratch), arguments.runs, mixed=arguments.mixed)
-    print(table(figures))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "path.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(table(figures))
 
 
 def measure(model: str, scratch: Path, runs: int, *, mixed: bool = False) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def machine() -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     export, plain, generate = figures["export"], figures["plain_conversion"], figures["generate"]
-    encode, decoder = figures["encode"]["seconds"], figures["decoder"]["seconds"]
+    encode, decoder = figures["encode"]["seconds"], figures["decoder"]
     timings = generate["result"]["timings"]
     eager = min(encode["eager_nchw"], encode["eager_channels_last"])
     bound = 487 / figures["encode"]["sgemm_gflops"]
