@@ -13,7 +13,7 @@ import typer
 
 from ..models.errors import FastVLMError, UsageError
 from . import options as given
-from .interrupt import Interrupted
+from .interrupt import Interrupted, gone_on
 from .progress import note, one_line
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Session:
         except Interrupted as reason:
             if reason.signal_number != signal.SIGINT:
                 raise
+            gone_on()
             stream.close()
             sys.stderr.write("\n(stopped: this question is not in the history)\n")
             return

@@ -1,9 +1,17 @@
-"""Ctrl-C, as an exception that nothing catches by accident."""
+"""Ctrl-C, as an exception that nothing catches by accident, and that is not lost where Python loses exceptions."""
 
 from __future__ import annotations
 
+import signal
+import sys
 from types import FrameType
 from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_SECONDS = 0.01
+
+_asked: int | None = None
+_again_is_due = False
 
 
 class Interrupted(BaseException):
@@ -16,4 +24,43 @@ class Interrupted(BaseException):
 
 def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
     """A signal handler."""
+    global _asked
+    _asked = signal_number
     raise Interrupted(signal_number)
+
+
+def asked_to_stop() -> int | None:
+    """The signal that has come, also where other code made another exception of `Interrupted`."""
+    return _asked
+
+
+def gone_on() -> None:
+    """Ctrl-C has ended what it was meant to end, and not the command."""
+    global _asked
+    _asked = None
+
+
+def listen() -> None:
+    """Signals raise `Interrupted` from here on; in a finalizer, whose exceptions Python drops, a moment later."""
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    sys.unraisablehook = _again
+
+
+def stop_listening() -> None:
+    """The work is done: Python's own finalizers are left in peace."""
+    sys.unraisablehook = sys.__unraisablehook__
+    if _again_is_due:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _again(dropped: sys.UnraisableHookArgs) -> None:
+    if not isinstance(dropped.exc_value, Interrupted):
+        sys.__unraisablehook__(dropped)
+        return
+    global _again_is_due
+    number, _again_is_due = dropped.exc_value.signal_number, True
+    signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)

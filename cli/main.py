@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -20,7 +19,7 @@ from .eval import eval_command
 from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
-from .interrupt import Interrupted, interrupt
+from .interrupt import Interrupted, asked_to_stop, listen, stop_listening
 from .progress import one_line
 from .verify import verify_command
 
@@ -67,14 +66,26 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    listen()
+    try:
+        _run()
+    except Exception:
+        if asked_to_stop() is None:
+            raise
+        _fail("")  # of an import that was interrupted, say
+    finally:
+        stop_listening()
+    sys.exit(0)
+
+
+def _run() -> None:
+    """The command; what goes wrong on purpose becomes a line and an exit code."""
     try:
         app()
     except FastVLMError as error:
         _fail(str(error))
-    except Interrupted as error:
-        _fail("interrupted", 128 + error.signal_number)
+    except Interrupted:
+        _fail("")
     except MemoryError:
         _fail(OUT_OF_MEMORY)
     except RuntimeError as error:
@@ -83,12 +94,13 @@ def main() -> NoReturn:
         _fail(OUT_OF_MEMORY)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    sys.exit(0)
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
-    sys.stderr.write(f"error: {one_line(message)}\n")
-    sys.exit(code)
+def _fail(message: str) -> NoReturn:
+    """Says what is wrong; an interruption comes first, for it may have led to whatever else is said."""
+    number = asked_to_stop()
+    sys.stderr.write(f"error: {one_line(message) if number is None else 'interrupted'}\n")
+    sys.exit(1 if number is None else 128 + number)
 
 
 if __name__ == "__main__":

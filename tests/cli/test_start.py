@@ -32,3 +32,36 @@ def test_command_begins_there() -> None:
     code = "import sys; sys.argv = ['fastvlm', '--version']\nfrom fastvlm.cli.start import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("fastvlm ")
+
+
+AMID = (
+    "import atexit, os, signal, sys\n"
+    "import fastvlm.runtime.doctor as doctor\n"
+    "from fastvlm.cli.main import main\n"
+    "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    "class Finalized:\n"
+    "    def __del__(self):\n"
+    "        press()\n"
+    "def examine():\n"
+    "    {body}\n"
+    "doctor.examine = examine\n"
+    "sys.argv = ['fastvlm', 'doctor', '--json']\n"
+    "main()\n"
+)
+"""A Ctrl-C at a moment of a command's."""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("import time; Finalized(); time.sleep(20); return []", 130, "error: interrupted\n"),
+        ("try: press()\n    except BaseException: raise AttributeError from None", 130, "error: interrupted\n"),
+        ("atexit.register(press); return []", 0, ""),
+        ("raise AttributeError('a fault of ours')", 1, "AttributeError: a fault of ours\n"),
+    ],
+    ids=["in a finalizer", "as another exception", "at the end", "not at all"],
+)
+def test_ctrl_c_is_neither_lost_nor_a_traceback(body: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", AMID.format(body=body)], capture_output=True, text=True, timeout=15)
+    assert done.returncode == code
+    assert done.stderr == said if code != 1 else done.stderr.endswith(said)
