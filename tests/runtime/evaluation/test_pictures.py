@@ -120,6 +120,7 @@ def test_lines_fit_the_image(text: str) -> None:
 
 
 def test_plot_draws_a_table_for_each_kind_with_words() -> None:
+    pytest.importorskip("matplotlib", reason="plots need the plot extra")
     texts = [("It is red.", "It is blue."), ("It is at the left.", "It is at the left.")] * 3
     found = evaluation_of(texts, {"kind 0": ("red", "blue"), "kind 1": ("left",), "kind 2": ("unasked",)})
     figure = plot.accuracy_figure(found)
