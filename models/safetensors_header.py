@@ -61,8 +61,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         return _checked(values, size - 8 - len(content))
     except FileNotFoundError:
         raise WeightsError(f"{file} does not exist") from None
-    except OSError as reason:
-        raise WeightsError(f"{file!s:.400} cannot be read: {reason.strerror or reason}") from None
+    except (OSError, ValueError) as reason:  # ValueError: a name with a NUL in it
+        raise WeightsError(f"{file!s:.400} cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
     except _HeaderError as reason:
         raise WeightsError(
             f"{file} is not a whole safetensors file ({reason}): truncated or corrupt, fetch it again"

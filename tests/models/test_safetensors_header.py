@@ -82,9 +82,10 @@ def test_weights_error_when_a_header_cannot_be_trusted(
         read_header(write(tmp_path / "f", header, **options))
 
 
-def test_weights_error_when_no_file_can_have_the_name(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="x cannot be read: File name too long"):
-        read_header(tmp_path / ("x" * 5000))
+@pytest.mark.parametrize(("name", "fault"), [("x" * 5000, "File name too long"), ("a\0x", "null byte")])
+def test_weights_error_when_no_file_can_have_the_name(tmp_path: Path, name: str, fault: str) -> None:
+    with pytest.raises(WeightsError, match=f"x cannot be read: .*{fault}"):
+        read_header(tmp_path / name)
 
 
 def test_weights_error_when_a_header_is_huge_before_it_is_read(tmp_path: Path) -> None:
