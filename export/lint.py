@@ -180,6 +180,7 @@ def short_rows(program: Program) -> Iterator[str]:
         if (
             tensor.rank == 4
             and tensor.shape[-1] > 1
+            and tensor.elements > 0  # a stranger's package may declare none
             and tensor.nbytes // tensor.elements * tensor.shape[-1] < ROW_BYTES
         ):
             yield f"{tensor.name} {tensor}"
@@ -187,7 +188,8 @@ def short_rows(program: Program) -> Iterator[str]:
 
 def odd_channels(program: Program) -> Iterator[str]:
     for operation in computed(program):
-        if operation.kind == "conv" and operation.outputs[0].shape[1] % CHANNEL_MULTIPLE:
+        channels = operation.outputs[0].shape[1:2] if operation.kind == "conv" and operation.outputs else ()
+        if any(count % CHANNEL_MULTIPLE for count in channels):
             yield f"{operation.name} {operation.outputs[0]}"
 
 
