@@ -84,7 +84,7 @@ class Verification:
                 "floor_db": self.encoder_floor_db,
                 "largest_activation": round(max(self.encoder.ranges.values()), 3),
             },
-            "stages_snr_db": {stage: round(snr_db, 3) for stage, snr_db in self.encoder.stages.items()},
+            "stages_snr_db": {stage: round(snr_db, 1) for stage, snr_db in self.encoder.stages.items()},
             "logits": {**self.decoder.as_dict(), "floor_db": self.decoder_floor_db},
             "weights": {"encoder": self.encoder.weights.as_dict(), "decoder": self.decoder.weights.as_dict()},
         }
