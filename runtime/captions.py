@@ -75,8 +75,9 @@ class CaptionFile:
     def __init__(self, path: Path, run: str) -> None:
         self.path = path
         self._run = run
-        self._made = not path.exists()
+        self._locked = False
         try:
+            self._made = made_now(path)
             self._file: BinaryIO = path.open("a+b", buffering=0)
         except OSError as reason:
             raise OutputError(f"{path} cannot be written: {reason.strerror}") from None
@@ -121,6 +122,15 @@ class CaptionFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"{self.path} is being written by another process: let it finish") from None
+        self._locked = True
+        if not self._is_in_place():  # between opening and locking, by the process that had made it
+            raise OutputError(f"{self.path} was removed by another process just now: run the same command again")
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _read(self) -> dict[str, bool]:
         self._file.seek(0)
@@ -148,9 +158,19 @@ class CaptionFile:
         return entry["file"], "error" in entry
 
     def _close(self) -> None:
-        with self._file:
-            if self._made and os.fstat(self._file.fileno()).st_size == 0:
+        with self._file:  # whoever holds the lock may be writing: without it, the file is not ours to remove
+            empty = os.fstat(self._file.fileno()).st_size == 0
+            if self._made and self._locked and empty and self._is_in_place():
                 self.path.unlink(missing_ok=True)
+
+
+def made_now(path: Path) -> bool:
+    """Makes an empty file and returns True, unless something has that name already. Raises OSError."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

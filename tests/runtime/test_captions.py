@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -130,6 +131,44 @@ def test_output_error_when_another_process_writes(tmp_path: Path) -> None:
     assert (tmp_path / "empty.jsonl").exists(), "what was there before stays"
     with pytest.raises(OutputError, match="cannot be written"):
         CaptionFile(tmp_path / "gone" / "out.jsonl", "r")
+
+
+def before_next_lock(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Has another process act between a file's opening and its locking."""
+    flock = fcntl.flock
+
+    def acting(file: Any, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        act()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", acting)
+
+
+def test_captions_stay_when_two_processes_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, others = tmp_path / "out.jsonl", []
+    before_next_lock(monkeypatch, lambda: others.append(CaptionFile(path, "r")))
+    with pytest.raises(OutputError, match="by another process"):
+        CaptionFile(path, "r")  # made the file, and was not the one to lock it
+    with others.pop() as other:
+        other.add("a.png", {"text": "a"})
+    assert json.loads(path.read_text())["file"] == "a.png"
+
+
+def test_file_that_was_removed_before_it_was_locked_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = CaptionFile(tmp_path / "out.jsonl", "r")
+    before_next_lock(monkeypatch, lambda: first.__exit__(None, None, None))
+    with pytest.raises(OutputError, match="was removed by another process just now: run the same command again"):
+        CaptionFile(tmp_path / "out.jsonl", "r")
+
+
+def test_another_file_under_the_name_is_not_removed(tmp_path: Path) -> None:
+    with CaptionFile(tmp_path / "out.jsonl", "r"):
+        (tmp_path / "out.jsonl").unlink()
+        (tmp_path / "out.jsonl").touch()
+    assert (tmp_path / "out.jsonl").exists()
 
 
 def test_line_is_whole_when_the_system_writes_it_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
