@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -23,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..errors import UsageError
 from .auxiliary import CellsHead, Teacher, TokensHead, imitation_loss
 from .data import IGNORED, Batch, Batches
 from .layout import write_checkpoint
 from .network import TinyFastVLM, is_kernel
+from .place import REPORT_NAME, free_place, in_place_of
 from .questions import KINDS
 from .splits import scene_seeds
 from .tokenizer import learned_tokenizer
@@ -227,25 +228,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.out / "checkpoint"
+    free_place(checkpoint)  # before the time is spent
     trainer = Trainer(TrainingRecipe(steps=arguments.steps), arguments.out)
     trainer.run()
-    publish(trainer, arguments.out / "checkpoint")
+    publish(trainer, checkpoint)
     from .plot import plot_log
 
     plot_log(read_log(arguments.out / LOG_NAME), arguments.out / PLOT_NAME)
 
 
 def publish(trainer: Trainer, checkpoint: Path) -> None:
-    """Writes the checkpoint, which gets its name when it is whole, in place of an earlier one."""
-    partial, replaced = (checkpoint.with_name(f"{checkpoint.name}.{kind}") for kind in ("partial", "replaced"))
-    for left in (partial, replaced):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    write_checkpoint(trainer.network, trainer.tokenizer_json, partial)
-    (partial / "training.json").write_text(json.dumps(report(trainer), indent=2) + "\n")
-    if checkpoint.exists():
-        checkpoint.rename(replaced)
-    partial.rename(checkpoint)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Writes the checkpoint, which gets its name when it is whole, in place of an earlier one of training's."""
+    with in_place_of(checkpoint) as partial:
+        (partial / REPORT_NAME).write_text(json.dumps(report(trainer), indent=2) + "\n")
+        write_checkpoint(trainer.network, trainer.tokenizer_json, partial)
 
 
 def report(trainer: Trainer) -> dict[str, Any]:
@@ -264,6 +261,8 @@ def report(trainer: Trainer) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
+    except UsageError as reason:
+        sys.exit(f"error: {reason}")
     except KeyboardInterrupt:
         sys.stderr.write("stopped: the same command goes on from the last saved state\n")
         sys.exit(130)
