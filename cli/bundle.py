@@ -29,7 +29,9 @@ def bundle_command(
         typer.Option(metavar="DIR", help="The folder to write, or a checkout of the app; with --zip a file."),
     ] = None,
     zipped: Annotated[bool, typer.Option("--zip", help="Write one zip file instead of a folder.")] = False,
-    context: Annotated[int, typer.Option(help="Tokens that the memory estimate counts on.")] = 2048,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the memory estimate counts on. Default: 2048, or the model's.")
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Judge a bundle, whoever made it. Exit 1 when it has faults.")
     ] = None,

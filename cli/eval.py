@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options as given
 from .interrupt import Interrupted
 from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import QuestionProgress, note, one_line
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def eval_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder.")],
+    folder: given.Folder,
     data: Annotated[str, typer.Option(metavar="tiny|FILE|DIR", help="Drawn scenes, or a file of questions.")] = "tiny",
     task: Annotated[
         str | None,
@@ -27,8 +28,11 @@ def eval_command(
     ] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the file's images are.")] = None,
     limit: Annotated[int, typer.Option(help="Ask this many questions; 0: all of a file.")] = 2000,
-    vision: Annotated[str | None, typer.Option(help="coreml, reference or mlx. Default: what fits.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt. Default: the chat template's.")] = None,
+    vision: given.Vision = None,
+    compute_units: given.ComputeUnits = None,
+    kv_bits: given.KVBits = None,
+    verify_hashes: given.VerifyHashes = False,
+    system: given.System = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per answer. Default: what the data needs.")] = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier --json to compare with.")] = None,
     json_file: Annotated[
@@ -49,7 +53,8 @@ def eval_command(
     check(json_file, plot, samples)
     old = None if compare is None else read_evaluation(compare)
     questions = open_data(data, limit, task, images)
-    run = EvaluationRun(load(folder, vision), questions, system, max_tokens)
+    model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
+    run = EvaluationRun(model, questions, system, max_tokens)
     interrupted = ask(run, questions.count)
     evaluation = run.evaluation
     comparison = compared(evaluation, old) if old and evaluation.answers else None

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint folder or hub id, tiny, or random:0.5b, :1.5b, :7b.")
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint folder, a hub id, tiny, random:tiny, :0.5b, :1.5b, :7b."),
     ] = DEFAULT_MODEL,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's or LLaVA's folder) to merge first.")
@@ -90,9 +91,10 @@ def export_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
-    from ..export.exporter import export
-
     with StageProgress() as progress:
+        progress("load the tools")
+        from ..export.exporter import export
+
         result = export(
             model,
             out,

@@ -16,7 +16,7 @@ from ..models.errors import PromptError
 MAX_STDIN_BYTES = 2**20
 """Of a prompt or question from stdin: far more than any context holds."""
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder, or the hub id of one.")]
 Images = Annotated[list[Path] | None, typer.Option("--image", "-i", metavar="F", help="An image; repeat for several.")]
 System = Annotated[str | None, typer.Option(help="The system prompt. Default: the chat template's.")]
 MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
@@ -29,7 +29,8 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; repeat for several.")]
 Fit = Annotated[str | None, typer.Option(help="pad or crop to a square. Default: as the model was trained.")]
 Vision = Annotated[
-    str | None, typer.Option(help="coreml, reference or mlx. Default: coreml on a Mac, where the folder has a package.")
+    str | None,
+    typer.Option(help="coreml, reference or mlx. Default: coreml on a Mac, else reference; mlx by its folder."),
 ]
 ComputeUnits = Annotated[
     str | None, typer.Option(help="For coreml: CPU_AND_NE (default), CPU_ONLY, CPU_AND_GPU or ALL.")

@@ -39,7 +39,7 @@ def requests_for(
     texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     if len(texts) != len(images):
         raise UsageError(
-            f"there should be one prompt, or one for each image; found {len(texts)} prompts and {len(images)} images"
+            f"there should be one prompt, or one for each image; found prompts: {len(texts)}, images: {len(images)}"
         )
     return (prepare(image, text, **options) for image, text in zip(images, texts, strict=True))
 

@@ -94,7 +94,7 @@ def decoder() -> Finding:
     if sys.platform == "darwin":
         advice = "MLX finds no Metal: use Apple Silicon with macOS 14 or newer, outside a virtual machine"
         return Finding("decoder", "limited", detail, advice)
-    return Finding("decoder", "limited", detail)
+    return Finding("decoder", "limited", detail, "MLX runs on the GPU of a Mac only")
 
 
 def blas() -> Iterator[Finding]:
@@ -104,10 +104,10 @@ def blas() -> Iterator[Finding]:
     from ..models.blas import preload_blas
 
     found = preload_blas()
-    detail = f"{found.name}{f' ({found.path})' if found.path else ''}: {found.reason}"
     if found.path:
-        yield Finding("BLAS", "ok", detail)
+        yield Finding("BLAS", "ok", f"MLX's matrix products run in {found.path} ({found.reason})")
     else:
+        detail = f"MLX's matrix products run in its own, which is slow ({found.reason})"
         yield Finding(
             "BLAS", "limited", detail, "prefill will be some fifty times slower: apt install libopenblas0-pthread"
         )

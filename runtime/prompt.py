@@ -137,8 +137,8 @@ def _content_parts(message: Message) -> Sequence[Content | None]:
         return [part for _ in range(message.image_count) for part in (None, "\n")] + [message.content]
     if marks != message.image_count:
         raise PromptError(
-            f"the prompt marks {marks} places for images with {IMAGE_TOKEN}, but {message.image_count} came "
-            "with it; give one image per mark, or leave the marks out to have the images first"
+            f"the prompt should have one {IMAGE_TOKEN} for each image, or none to have the images first; found "
+            f"{IMAGE_TOKEN}: {marks}, images: {message.image_count}"
         )
     return [part for text in texts for part in (None, text)][1:]
 

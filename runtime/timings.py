@@ -49,8 +49,9 @@ class Timings:
         return sum(getattr(self, stage) for stage in TTFT_STAGES)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `ttft_ms` comes first."""
-        return {"ttft_ms": self.ttft_ms, **asdict(self)}
+        """For JSON, to a microsecond; `ttft_ms` comes first."""
+        values = {"ttft_ms": self.ttft_ms, **asdict(self)}
+        return {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
 
 
 class LapClock:

@@ -103,10 +103,16 @@ def _advice(estimate: Estimate) -> Iterator[str]:
         yield f"the largest part is the {largest}: {remedy}"
 
 
-def estimate(folder: Path, contract: Contract, context: int) -> Estimate:
-    """What the bundle or model folder in `folder` takes up in the client's app. Raises UsageError for a bad context."""
+def estimate(folder: Path, contract: Contract, context: int | None = None) -> Estimate:
+    """What the bundle or model folder in `folder` takes up in the client's app, with so many tokens of context.
+
+    Raises:
+        UsageError: the model has not so much context.
+    """
     decoder = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME)).decoder
     longest = decoder.max_position_embeddings
+    if context is None:
+        context = min(DEFAULT_CONTEXT, longest)
     if not 1 <= context <= longest:
         raise UsageError(f"--context should be from 1 to the model's {longest} tokens; found {context}")
     kept = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim

@@ -26,10 +26,11 @@ def check_requirements(folder: Path, contract: Contract) -> None:
     if not folder.is_dir():
         raise ModelFolderError(f"{folder} is not a folder; bundle takes one that `fastvlm export` wrote")
     config = read_json_object(folder / CONFIG_NAME, ModelFolderError)
-    lacks = list(_package_lacks(folder, contract) if contract.layout == "apple" else _mlx_lacks(folder, contract))
-    if not lacks and contract.channels and config.get("mm_hidden_size") != contract.channels:
+    if contract.channels and config.get("mm_hidden_size") != contract.channels:  # no other export helps
         lacks = [f"{contract.title} takes {contract.channels} channels, this encoder gives "
                  f"{config.get('mm_hidden_size')!r:.40}: only FastViTHD can be bundled"]  # fmt: skip
+    else:
+        lacks = list(_package_lacks(folder, contract) if contract.layout == "apple" else _mlx_lacks(folder, contract))
     if lacks:
         raise UsageError(f"{folder} cannot be bundled for {contract.name}: {'; '.join(lacks)}")
 

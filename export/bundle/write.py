@@ -18,7 +18,7 @@ from ..verify import check_hashes
 from .check import bundle_faults
 from .contract import Contract
 from .convert import write_files
-from .memory import DEFAULT_CONTEXT, Estimate, estimate
+from .memory import Estimate, estimate
 from .place import (
     BUNDLE_MANIFEST,
     MANIFEST_FORMAT,
@@ -70,14 +70,14 @@ def bundle(
     to: str | Path,
     *,
     zipped: bool = False,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Writes the assets that a client wants of the model in `folder`.
 
     `target` is `apple-app`, `mlx-swift-lm` or `mlx-vlm`. `to` is a folder of its own, one with an earlier bundle, a
     checkout of the app, or with `zipped` a zip file. Only an earlier bundle's files are replaced. `context` is the
-    number of tokens that the memory estimate counts on.
+    number of tokens that the memory estimate counts on: 2,048 by default, or all that the model has.
 
     Raises:
         UsageError: the client cannot run this model; the message says how to export it.

@@ -81,7 +81,7 @@ def test_generate_as_json_adds_up(model: Path, tmp_path: Path) -> None:
     assert result["finish_reason"] == "length"
     timings = result["timings"]
     stages = sum(timings[f"{stage}_ms"] for stage in ("preprocess", "encode", "project", "prefill", "sample"))
-    assert stages == pytest.approx(timings["ttft_ms"], rel=1e-6)
+    assert stages == pytest.approx(timings["ttft_ms"], abs=0.01)  # each is rounded to a microsecond
     assert "random weights: the text means nothing" in result["notes"]
     piped = json.loads(fastvlm(*words, "-p", "-", cwd=tmp_path, stdin="Describe.").stdout)
     assert piped["token_ids"] == result["token_ids"]

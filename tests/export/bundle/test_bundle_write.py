@@ -173,9 +173,10 @@ def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "target", "contract", "message"),
     [
-        ("mlx", "apple-app", APPLE_APP, "runs the encoder with Core ML; export again with --layout apple"),
+        ("mlx", "apple-app", replace(APPLE_APP, channels=512), "with Core ML; export again with --layout apple"),
         ("apple", "mlx-vlm", MLX_VLM, "runs the encoder in MLX; export again with --layout mlx"),
-        ("apple", "apple-app", APPLE_APP, "export again with --image-size 1024"),
+        ("apple", "apple-app", replace(APPLE_APP, channels=512), "export again with --image-size 1024"),
+        ("apple", "apple-app", APPLE_APP, "only FastViTHD can be bundled$"),  # at no other size either
         ("apple", "apple-app", replace(APPLE_APP, image_size=256), "takes 3072 channels, this encoder gives 512"),
         ("mlx", "mlx-vlm", MLX_VLM, "knows FastViTHD only, depths 2-12-24-4-2"),
     ],
@@ -269,6 +270,16 @@ def test_memory_counts_every_part(folders: dict[str, Path]) -> None:
     assert found.total_bytes == sum(found.parts.values())
     twice = estimate(folders["mlx"], TARGETS["mlx-vlm"], 2000)
     assert twice.parts["key-value cache"] == 2 * found.parts["key-value cache"]
+
+
+@pytest.mark.parametrize(("longest", "counted"), [(1024, 1024), (32768, 2048)])
+def test_memory_counts_on_no_more_context_than_a_model_has(
+    folders: dict[str, Path], tmp_path: Path, longest: int, counted: int
+) -> None:
+    folder = shutil.copytree(folders["mlx"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    assert estimate(folder, MLX_VLM).context == counted
 
 
 @pytest.mark.parametrize("context", [0, -1, 10**9])
