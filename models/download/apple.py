@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +10,11 @@ from typing import Any
 
 from ..disk import check_space
 from ..errors import DownloadError, OutputError
-from ..json_file import read_json_object
 from .archives import FOLDERS, archive_url, is_needed
 from .http_file import OnProgress, fetch
+from .record import add_missing, missing, recorded, recorded_sizes, sizes_in, write_record
 from .unpack import unpack
 
-RECORD = "fastvlm-download.json"
-"""Beside the files: where they are from."""
 ROOM = 2
 """Times the archive's size: itself, and what comes out of it."""
 
@@ -32,16 +29,21 @@ def download_archive(
 ) -> dict[str, Any]:
     """Fetches one of `FOLDERS` into `destination` and returns what is known of it: url, sha256 of the archive.
 
-    What an earlier attempt left in `.DESTINATION.download` is gone on from. Apple publishes no checksums: with no
-    `sha256` given, the size, the archive's own checksums and the weights' headers are what is checked.
+    What an earlier attempt left in `.DESTINATION.download` is gone on from. To a folder that an earlier call filled,
+    only files that are gone from it are added. Apple publishes no checksums: with no `sha256` given, the size, the
+    archive's own checksums and the weights' headers are what is checked.
 
     Raises:
         DownloadError: see `fetch` and `unpack`; or the archive holds no checkpoint.
         OutputError: the destination is in use, or the disk is full.
     """
-    if recorded(destination).get("archive") == name:
+    sizes, known = filled_from(name, sha256, recorded(destination))
+    if sizes and not missing(destination, sizes):
         return {"already_there": True}
-    check_free(destination)
+    if sizes:  # what is there stays, and is of the archive with this sha256
+        destination, sha256 = destination.resolve(), known
+    else:
+        check_free(destination)
     with work_folder(destination) as work:
         archive = work / f"{FOLDERS[name]}.zip"
         source = url or archive_url(name)
@@ -55,24 +57,29 @@ def download_archive(
         except DownloadError:
             archive.unlink()  # it would fail again
             raise
-        record = {"archive": name, "url": source, "sha256": digest, "sha256_was_known": sha256 is not None}
+        record = {
+            "archive": name,
+            "url": source,
+            "sha256": digest,
+            "sha256_was_known": sha256 is not None,
+            "sizes": sizes_in(unpacked),
+        }
         write_record(unpacked, record)
+        if sizes:
+            add_missing(unpacked, destination, sizes)
+            return record
         if destination.exists():
             destination.rmdir()  # empty, as was checked
         unpacked.replace(destination)
     return record
 
 
-def recorded(destination: Path) -> dict[str, Any]:
-    """What an earlier download to `destination` wrote of itself; nothing where there was none."""
-    try:
-        return read_json_object(destination / RECORD, DownloadError)
-    except DownloadError:
-        return {}
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def filled_from(name: str, sha256: str | None, record: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """The files' sizes and the archive's sha256, if this archive filled a folder with this record; else nothing."""
+    known = record.get("sha256")
+    if record.get("archive") != name or not isinstance(known, str) or (sha256 or known).lower() != known:
+        return {}, ""
+    return recorded_sizes(record), known
 
 
 def check_free(destination: Path) -> None:

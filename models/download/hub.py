@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from ..disk import check_space
 from ..errors import DownloadError
-from .apple import check_checkpoint, check_free, recorded, work_folder, write_record
+from .apple import check_checkpoint, check_free, work_folder
 from .archives import is_needed
+from .record import add_missing, missing, recorded, write_record
 
 OnStage = Callable[[str], None]
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def download_from_hub(
 ) -> Path:
     """Fetches the needed files of `hub_id` into the folder `to`, or into the hub's cache, and returns the folder.
 
-    A folder that an earlier call filled with the same revision is left as it is.
+    To a folder that an earlier call filled with the same revision, only files that are gone from it are added.
     `HF_TOKEN`, `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` count, as for every client of the hub.
 
     Raises:
@@ -44,24 +45,32 @@ def download_from_hub(
     """
     on_stage(f"ask the hub about {hub_id}")
     files, commit = _asked(hub_id, revision, endpoint)
-    record = {"hub_id": hub_id, "commit": commit}
-    if to is not None and recorded(to) == record:
-        on_stage(f"{to} holds this revision already")
-        return to
     check_checkpoint(list(files), hub_id)
+    record = {"hub_id": hub_id, "commit": commit}
+    filled = to is not None and recorded(to) == record
+    if to is not None and filled:
+        gone = missing(to, {name: size for name, (size, _) in files.items()})
+        if not gone:
+            on_stage(f"{to} holds this revision already")
+            return to
+        files = {name: files[name] for name in gone}
     needed = sum(size for size, _ in files.values())
     on_stage(f"fetch {len(files)} files, {needed / 1e6:,.0f} MB")
     if to is None:
         folder = _fetched(hub_id, revision, list(files), endpoint)  # by its name, which the cache then knows
         _check_hashes(folder, files, on_stage)
         return folder
-    check_free(to)
+    if not filled:
+        check_free(to)
     check_space(to, needed)
-    with work_folder(to) as work:
+    with work_folder(to.resolve() if filled else to) as work:
         folder = work / "files"
         _fetched(hub_id, commit, list(files), endpoint, local_dir=folder)
         _check_hashes(folder, files, on_stage)
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
+        if filled:
+            add_missing(folder, to, files)
+            return to
         write_record(folder, record)
         if to.exists():
             to.rmdir()  # empty, as was checked
@@ -80,7 +89,7 @@ def _asked(hub_id: str, revision: str | None, endpoint: str | None) -> tuple[dic
             raise ValueError
         return files, str(info.sha)
 
-    return _told(hub_id, ask)
+    return _told(hub_id, ask, begun=False)
 
 
 def _entry(file: Any) -> tuple[int, str | None]:
@@ -102,12 +111,13 @@ def _fetched(
             lambda: snapshot_download(
                 hub_id, revision=revision, allow_patterns=names, local_dir=local_dir, endpoint=endpoint
             ),
+            begun=True,
         )
     )
 
 
-def _told(hub_id: str, ask: Callable[[], T]) -> T:
-    """The client's answer; what it raises in one line of ours."""
+def _told(hub_id: str, ask: Callable[[], T], *, begun: bool) -> T:
+    """The client's answer; what it raises in one line of ours. `begun`: there may be something to go on from."""
     from huggingface_hub import errors
 
     transport = getattr(errors, "HTTPError", OSError)  # of whichever HTTP library the client uses
@@ -137,6 +147,10 @@ def _told(hub_id: str, ask: Callable[[], T]) -> T:
         if getattr(reason, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         cause = (str(reason) or type(reason).__name__).splitlines()[0]
+        if not begun:
+            raise DownloadError(
+                f"{hub_id}: the hub cannot be reached ({cause}): check the connection and try again"
+            ) from None
         raise DownloadError(f"{hub_id}: the transfer failed ({cause}): run the same command again to go on") from None
     except NOT_UNDERSTOOD as reason:
         raise DownloadError(

@@ -47,6 +47,51 @@ def test_archive_becomes_a_checkpoint(served: str, tmp_path: Path) -> None:
     assert download_archive(NAME, destination, url="http://127.0.0.1:9/") == {"already_there": True}
 
 
+def test_files_that_are_gone_are_fetched_again(server: Any, served: str, tmp_path: Path) -> None:
+    destination = tmp_path / "out" / "model"
+    download_archive(NAME, destination, url=served)
+    whole = {path.name: path.read_bytes() for path in destination.iterdir()}
+    (destination / "model.safetensors").unlink()
+    (destination / "mine.txt").write_text("mine")
+    server.asked.clear()
+    record = download_archive(NAME, destination, url=served)
+    assert server.asked
+    assert record["sha256"] == json.loads(whole["fastvlm-download.json"])["sha256"]
+    assert {path.name: path.read_bytes() for path in destination.iterdir()} == {**whole, "mine.txt": b"mine"}
+    assert names(tmp_path / "out") == {"model"}
+    assert download_archive(NAME, destination, url="http://127.0.0.1:9/") == {"already_there": True}
+
+
+def test_files_of_another_archive_are_not_mixed_in(server: Any, served: str, tmp_path: Path) -> None:
+    destination = tmp_path / "model"
+    download_archive(NAME, destination, url=served)
+    (destination / "model.safetensors").unlink()
+    with pytest.raises(OutputError, match="is not empty: remove it"):
+        download_archive(NAME, destination, url=served, sha256="0" * 64)
+    server.add_archive("/a.zip", "a", {"config.json": b"{}", "model.safetensors": b"another"})
+    with pytest.raises(DownloadError, match="it should be"):
+        download_archive(NAME, destination, url=served)
+    assert not (destination / "model.safetensors").exists()
+
+
+def test_file_of_another_size_is_told_and_stays(served: str, tmp_path: Path) -> None:
+    destination = tmp_path / "model"
+    download_archive(NAME, destination, url=served)
+    (destination / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"config.json is not the file of .* bytes .*: move it away and run the same"):
+        download_archive(NAME, destination, url=served)
+    assert (destination / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("sizes", [None, 3, {}, {"config.json": "2"}])
+def test_record_without_sizes_is_none_of_a_whole_folder(served: str, tmp_path: Path, sizes: object) -> None:
+    destination = tmp_path / "model"
+    record = download_archive(NAME, destination, url=served)
+    (destination / "fastvlm-download.json").write_text(json.dumps({**record, "sizes": sizes}))
+    with pytest.raises(OutputError, match="is not empty: remove it"):
+        download_archive(NAME, destination, url=served)
+
+
 def test_interrupted_archive_goes_on_and_never_looks_whole(server: Any, served: str, tmp_path: Path) -> None:
     destination = tmp_path / "out" / "model"
     server.cut_after = 2_000_000
