@@ -17,9 +17,8 @@ from typing import Any
 
 from ..timings import TTFT_STAGES
 from .noise import Change, change
-from .report import TPS, TTFT, Benchmark, Configuration
+from .report import MS_PER_TOKEN, TTFT, Benchmark, Configuration
 
-MS_PER_TOKEN = "ms_per_token"
 COMPARED = (*TTFT_STAGES, TTFT, MS_PER_TOKEN)
 
 ENVIRONMENT = ("chip", "cores", "memory_bytes", "os", "python", "fastvlm", "mlx", "torch", "coremltools", "numpy",
@@ -41,6 +40,17 @@ class Comparison:
         worse = [found[TTFT].ratio - 1 for found in self.changes.values()
                  if TTFT in found and found[TTFT].verdict == "slower"]  # fmt: skip
         return max(worse, default=0.0)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Why a row has no verdict on its TTFT, in words; empty when every row of both sides has one."""
+        alone = [f"{label} is in only one of the two reports" for label in self.unmatched]
+        few = [
+            f"{label} has too few runs (two processes and five runs of each side are the least that can be judged)"
+            for label, found in self.changes.items()
+            if TTFT not in found or found[TTFT].verdict == "too few runs"
+        ]
+        return (*alone, *few)
 
     def as_dict(self) -> dict[str, Any]:
         """See the head of this file."""
@@ -76,9 +86,8 @@ def changes(old: Configuration, new: Configuration) -> dict[str, Change]:
 
 def _times(one: Configuration, measure: str) -> list[list[float]]:
     """Milliseconds by process."""
-    if measure == MS_PER_TOKEN:
-        return [[1000 / rate for run in process.runs if (rate := getattr(run, TPS))] for process in one.processes]
-    return [[getattr(run, measure) for run in process.runs] for process in one.processes]
+    times = [[getattr(run, measure) for run in process.runs] for process in one.processes]
+    return [[time for time in found if time is not None] for found in times]
 
 
 def _pairs(new: Benchmark, old: Benchmark) -> Iterator[tuple[Configuration, Configuration]]:

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..timings import TTFT_STAGES
-from .comparison import COMPARED, MS_PER_TOKEN, Comparison
+from .comparison import COMPARED, Comparison
 from .machine import VERSIONS
 from .noise import Change
-from .report import TPS, TTFT, Benchmark, Configuration
-from .spread import Spread
+from .report import MS_PER_TOKEN, TPS, TTFT, Benchmark, Configuration
+from .spread import spread_of
 
 MISSING = "-"
-COLD_ROWS = (*TTFT_STAGES, TTFT)
+STAGE_ROWS = (*TTFT_STAGES, TTFT, MS_PER_TOKEN)
+
+SUMS = "median run: its stages add up to its TTFT; in the other columns each row was sorted by itself, so they need not"
 
 
 def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterator[str]:
@@ -28,17 +30,16 @@ def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterat
 
 
 def stages(one: Configuration) -> list[str]:
-    """Milliseconds of each stage, and of the whole time to first token."""
+    """Milliseconds of each stage, of the whole time to first token and of a token after it."""
+    names = {TTFT: "**TTFT**"}
+    if rate := one.summary.get(TPS):
+        names[MS_PER_TOKEN] = f"decode, ms per token ({_rate(rate.p50)} tokens/s)"
     rows = []
-    for measure in COLD_ROWS:
-        spread = one.summary[measure]
-        name = "**TTFT**" if measure == TTFT else measure.removesuffix("_ms")
-        rows.append([name, *_percentiles(spread), milliseconds(one.cold(measure))])
-    if rates := one.summary.get(TPS):
-        # the rate is better the higher it is: its percentiles are told from the fast end, as those of the times are
-        rows.append(["decode, tokens/s", *(_rate(value) for value in _from_the_top(one.values(TPS), rates)),
-                     _rate(one.cold(TPS))])  # fmt: skip
-    return table(["ms", "min", "p50", "p90", "p99", "cold"], rows)
+    for measure in STAGE_ROWS:
+        if spread := spread_of(one.values(measure)):
+            shown = [one.middle(measure), spread.min, spread.p50, spread.p90, spread.p99, one.cold(measure)]
+            rows.append([names.get(measure, measure.removesuffix("_ms")), *map(milliseconds, shown)])
+    return table(["ms", "median run", "min", "p50", "p90", "p99", "cold"], rows)
 
 
 def overview(configurations: Sequence[Configuration]) -> list[str]:
@@ -68,6 +69,7 @@ def about(benchmark: Benchmark) -> Iterator[str]:
     if found.get("performance_cores"):
         cores += f" ({found['performance_cores']} of them performance cores)"
     machine = [found.get("chip"), cores, _gigabytes(found.get("memory_bytes")), found.get("os"), found.get("power")]
+    yield f"- {SUMS}"
     yield f"- machine: {', '.join(plain(str(word)) for word in machine if word)}"
     versions = ", ".join(f"{name} {found[name]}" for name in ("fastvlm", "python", *VERSIONS) if found.get(name))
     yield f"- versions: {plain(versions)}"
@@ -145,18 +147,6 @@ def _what(one: Configuration) -> str:
         f"peak memory {megabytes(one.peak_memory_bytes)}, of MLX {megabytes(one.mlx_peak_memory_bytes)}"
         + ("" if one.folder.get("trained") else "; random weights")
     )
-
-
-def _percentiles(spread: Spread) -> list[str]:
-    return [milliseconds(spread.min), milliseconds(spread.p50), milliseconds(spread.p90), milliseconds(spread.p99)]
-
-
-def _from_the_top(values: Sequence[float], spread: Spread) -> tuple[float, float, float, float]:
-    """The best, the median, and the rates that 90 and 99 % of the answers reach."""
-    import numpy as np
-
-    slow, slowest = np.percentile(values, [10, 1])
-    return max(values), spread.p50, float(slow), float(slowest)
 
 
 def milliseconds(value: float | None) -> str:

@@ -70,7 +70,13 @@ def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Ch
     interval, p = ratio_interval(*sides), mann_whitney(before, after)
     low, high = interval or (None, None)
     medians = float(np.median(before)), float(np.median(after))
-    return Change(*medians, low, high, p, verdict(medians[1] / medians[0], interval, p))
+    judged = interval if enough(len(before), len(after)) else None
+    return Change(*medians, low, high, p, verdict(medians[1] / medians[0], judged, p))
+
+
+def enough(old: int, new: int) -> bool:
+    """Whether the ranks of so many runs can be unlikely at all: five of each side are the least."""
+    return 2 / math.comb(old + new, old) <= LEVEL
 
 
 def verdict(ratio: float, interval: tuple[float, float] | None, p: float) -> Verdict:

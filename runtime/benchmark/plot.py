@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ..evaluation.plot import plain
@@ -29,6 +28,10 @@ COLOURS = {
 
 INK, FAINT = "#24292f", "#6a737d"
 ROW_INCHES, BAR = 0.52, 0.62
+UPPER, LOWER = 0.15, -0.19
+"""Of a row, where the whole's number stands, and where the whisker with its own: neither is read as the other's."""
+ROOM = 1.3
+"""Of the longest bar: what stands behind it needs a place."""
 LABELLED_SHARE = 0.07
 """Of the longest bar: a part below it has no room for its number."""
 
@@ -53,10 +56,8 @@ def bars_of(configurations: Sequence[Configuration]) -> list[Bar]:
 
 
 def bar_of(one: Configuration) -> Bar:
-    """The stages of the run in the middle (of the two in the middle, their means): they add up to the median."""
-    runs = sorted(one.runs, key=lambda run: run.ttft_ms)
-    middle = runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]
-    parts = {stage.removesuffix("_ms"): fmean(getattr(run, stage) for run in middle) for stage in TTFT_STAGES}
+    """The stages of the median run, as the table shows them: they add up to the median."""
+    parts = {stage.removesuffix("_ms"): one.middle(stage) or 0.0 for stage in TTFT_STAGES}
     whole, cold = one.summary[TTFT], one.cold(TTFT)
     note = "" if cold is None else f"cold {milliseconds(cold)} ms"
     return Bar(one.label, parts, whole.p50, whole.p90, note)
@@ -72,9 +73,9 @@ def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:
     for place, bar in enumerate(reversed(bars)):
         _draw(axes, place, bar, longest)
     axes.set_yticks(range(len(bars)), [plain(bar.label) for bar in reversed(bars)], fontsize=10, color=INK)
-    axes.set_xlim(0, 1.24 * longest)
+    axes.set_xlim(0, ROOM * longest)
     axes.set_ylim(-0.6, len(bars) - 0.4)
-    whiskers = " (median; the whisker ends at the 90th percentile)" if any(bar.high for bar in bars) else ""
+    whiskers = ": the median run; the whisker ends at the 90th percentile" if any(bar.high for bar in bars) else ""
     axes.set_xlabel(f"milliseconds to the first token{whiskers}", color=FAINT)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -105,17 +106,18 @@ def _draw(axes: Axes, place: int, bar: Bar, longest: float) -> None:
             ink = INK if part in ("preprocess", "project", "overhead") or not bar.measured else "white"
             axes.text(left + ms / 2, place, milliseconds(ms), ha="center", va="center", fontsize=9, color=ink)
         left += ms
-    end = left
+    end, remarks = left, [bar.note] if bar.note else []
     if bar.high is not None and bar.high > left:
-        axes.plot([left, bar.high], [place, place], color=FAINT, linewidth=1.2, solid_capstyle="butt")
-        axes.plot([bar.high] * 2, [place - 0.13, place + 0.13], color=FAINT, linewidth=1.2)
-        end = bar.high
-    total, lift = f"{milliseconds(bar.total)} ms", 5 if bar.note else 0
-    axes.annotate(total, (end, place), xytext=(6, lift), textcoords="offset points", va="center", fontsize=10,
-                  color=INK, weight="bold")  # fmt: skip
-    if bar.note:
-        axes.annotate(plain(bar.note), (end, place), xytext=(6, -7), textcoords="offset points", va="center",
-                      fontsize=8, color=FAINT)  # fmt: skip
+        low = place + LOWER
+        axes.plot([left, bar.high], [low, low], color=FAINT, linewidth=1.2, solid_capstyle="butt")
+        axes.plot([bar.high] * 2, [low - 0.09, low + 0.09], color=FAINT, linewidth=1.2)
+        end, remarks = bar.high, [f"p90 {milliseconds(bar.high)} ms", *remarks]
+    height = place + UPPER if remarks else place
+    axes.annotate(f"{milliseconds(bar.total)} ms", (left, height), xytext=(5, 0), textcoords="offset points",
+                  va="center", fontsize=10, color=INK, weight="bold")  # fmt: skip
+    if remarks:
+        axes.annotate(plain("; ".join(remarks)), (end, place + LOWER), xytext=(5, 0), textcoords="offset points",
+                      va="center", fontsize=8, color=FAINT)  # fmt: skip
 
 
 def _legend(figure: Figure, bars: Sequence[Bar], title: str) -> None:

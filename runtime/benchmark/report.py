@@ -28,6 +28,9 @@ Times are milliseconds of wall clock, sizes are bytes.
                                     sample_ms, ttft_ms (their sum), decode_tps (null below two tokens),
                                     generated_tokens, answer_ms (the whole answer, timed from outside)
         summary         of all runs, by stage, and of ttft_ms, decode_tps: n, min, p50, p90, p99. Not read back.
+                        Each of its own values in rising order: min and p50 of decode_tps are the slowest answer and
+                        the middle one, p99 is nearly the fastest. Tables show milliseconds per token instead.
+                        Percentiles of stages do not add up to that of ttft_ms; the stages of a run do.
     comparison      with --compare: see `comparison.py`. Not read back.
 
 Every run encodes its image anew. Reading is strict (`reading.py`): what is missing, of another type, negative or
@@ -38,14 +41,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from ..timings import TTFT_STAGES
 from .spread import Spread, spread_of
 
 SCHEMA = "fastvlm.benchmark/1"
-TTFT, TPS = "ttft_ms", "decode_tps"
+TTFT, TPS, MS_PER_TOKEN = "ttft_ms", "decode_tps", "ms_per_token"
 MEASURES = (*TTFT_STAGES, TTFT, TPS)
 """What a run is asked about."""
 
@@ -67,6 +70,11 @@ class Run:
     @property
     def ttft_ms(self) -> float:
         return sum(getattr(self, stage) for stage in TTFT_STAGES)
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Of decoding; None below two tokens."""
+        return 1000 / self.decode_tps if self.decode_tps else None
 
     @property
     def unaccounted_ms(self) -> float:
@@ -139,6 +147,12 @@ class Configuration:
     def values(self, measure: str) -> list[float]:
         """Of every run that has it."""
         return [value for run in self.runs if (value := getattr(run, measure)) is not None]
+
+    def middle(self, measure: str) -> float | None:
+        """Of the run whose TTFT is in the middle (of two: their mean), so that its stages add up to the median TTFT."""
+        runs = sorted(self.runs, key=lambda run: run.ttft_ms)
+        found = [getattr(run, measure) for run in runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]]
+        return None if None in found else fmean(found)
 
     def cold(self, measure: str) -> float | None:
         """The median of the processes' first answers."""

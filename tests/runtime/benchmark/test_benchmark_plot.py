@@ -30,3 +30,16 @@ def test_every_configuration_is_drawn(benchmark_of: Callable[..., Benchmark], ma
     assert len(axes.get_yticklabels()) == 6
     figure.savefig(tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_median_stands_at_the_end_of_its_bar_and_the_whisker_has_its_own_number(
+    benchmark_of: Callable[..., Benchmark], make: Callable
+) -> None:
+    one = make([[30.0, 31.0, 35.0], [29.0, 33.0, 50.0]])
+    (axes,) = figure_of_benchmark(benchmark_of(one)).axes
+    whole = one.summary["ttft_ms"]
+    places = {text.get_text(): text.xy[0] for text in axes.texts if hasattr(text, "xy")}
+    assert places == {
+        f"{whole.p50:.1f} ms": pytest.approx(whole.p50),
+        f"p90 {whole.p90:.1f} ms; cold 92.0 ms": pytest.approx(whole.p90),
+    }

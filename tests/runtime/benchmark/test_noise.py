@@ -39,6 +39,14 @@ def test_one_process_is_too_few_to_tell() -> None:
     assert (found.verdict, found.low, found.ratio) == ("too few runs", None, 2.0)
 
 
+def test_runs_whose_ranks_cannot_be_unlikely_are_too_few() -> None:
+    """Twice the time in every run: with four on each side that happens by chance once in 35, whatever the times."""
+    four = change([[10.0, 10.1], [10.2, 10.3]], [[20.0, 20.1], [20.2, 20.3]])
+    assert four is not None and four.verdict == "too few runs"
+    five = change([[10.0, 10.1, 10.4], [10.2, 10.3]], [[20.0, 20.1, 20.4], [20.2, 20.3]])
+    assert five is not None and five.verdict == "slower"
+
+
 def test_a_change_below_one_percent_is_never_told() -> None:
     old = [[100.0 + k / 1000 for k in range(5)] for _ in range(3)]
     found = change(old, [[1.009 * value for value in one] for one in old])
