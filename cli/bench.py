@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import typer
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.hub_cache import cached_folder
 from . import options as given
-from .bench_estimate import print_estimates
+from .bench_estimate import check_used, print_estimates
 from .outputs import STDOUT, check_outputs, check_pictures, write_text
 from .progress import StageProgress, note
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def bench_command(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="FOLDER...", help="Exported folders; or MODEL as `export` takes it, exported for this."),
@@ -47,7 +49,10 @@ def bench_command(
     kv_bits: given.KVBits = None,
     compare: Annotated[Path | None, typer.Option(metavar="OLD.json", help="An earlier --json to compare with.")] = None,
     fail_above: Annotated[
-        float | None, typer.Option(metavar="PCT", help="Exit 1 if TTFT is slower by more, beyond noise.")
+        float | None,
+        typer.Option(
+            metavar="PCT", help="With --compare: exit 1 if TTFT is slower by more, or a row cannot be judged."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="F", help="Write the report here; `-` prints it.")
@@ -76,11 +81,13 @@ def bench_command(
     check_picture(plot)
     lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
     if estimate is not None:
-        print_estimates(estimate, models or [], sizes, lengths, json_file, markdown, plot)
+        check_used(context, estimate)
+        print_estimates(estimate, models or [], sizes, lengths, quant, json_file, markdown, plot)
         return
     if not models:
         raise typer.BadParameter("name at least one exported folder to measure", param_hint="FOLDER...")
-    workload = Workload(image or SAMPLE, prompt or PROMPT, max_tokens, runs, warmup)
+    check_gate(fail_above, compare, processes)
+    workload = Workload(image or SAMPLE, PROMPT if prompt is None else prompt, max_tokens, runs, warmup)
     old = None if compare is None else read_benchmark(compare)
     with StageProgress() as progress, prepared(models, sizes, quant, progress) as cases:
         found = benchmark(
@@ -102,9 +109,34 @@ def bench_command(
     write(found, comparison, text, json_file, markdown)
     if plot is not None:
         draw(found, plot, published)
-    if comparison and fail_above is not None and 100 * comparison.slowdown > fail_above:
-        note(f"TTFT is slower by {comparison.slowdown:.1%}, more than {fail_above:g} %")
+    if comparison and fail_above is not None:
+        judge(comparison, fail_above)
+
+
+def check_gate(limit: float | None, compare: Path | None, processes: int) -> None:
+    """Raises BadParameter, UsageError where `--fail-above` could never fail."""
+    from ..models.errors import UsageError
+    from ..runtime.benchmark.noise import MIN_PROCESSES
+
+    if limit is None:
+        return
+    if compare is None:
+        raise typer.BadParameter("add --compare OLD.json, an earlier --json to compare with", param_hint="--fail-above")
+    if not 0 <= limit < math.inf:
+        raise typer.BadParameter(f"should be a percentage from 0; found {limit:g}", param_hint="--fail-above")
+    if processes < MIN_PROCESSES:
+        raise UsageError(f"--fail-above needs --processes {MIN_PROCESSES}, the least that can be judged, or more")
+
+
+def judge(comparison: Comparison, limit: float) -> None:
+    """Raises Exit (of 1) where TTFT is slower by more than `limit` percent, UsageError where a row has no verdict."""
+    from ..models.errors import UsageError
+
+    if 100 * comparison.slowdown > limit:
+        note(f"TTFT is slower by {comparison.slowdown:.1%}, more than {limit:g} %")
         raise typer.Exit(1)
+    if comparison.unjudged:
+        raise UsageError(f"--fail-above could not judge every row: {'; '.join(comparison.unjudged)}")
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...]:

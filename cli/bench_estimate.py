@@ -17,12 +17,38 @@ if TYPE_CHECKING:
 
 LIST = "list"
 
+USED = ("models", "image_size", "quant", "prompt_tokens", "json_file", "markdown", "plot", "published", "estimate")
+"""Parameters of `bench` that change an estimate, or are so anyway: the published times always stand below it."""
+
+
+def check_used(context: typer.Context, chips: str) -> None:
+    """Raises BadParameter naming every option that was given and would change nothing."""
+    used = ("estimate",) if is_list(chips) else USED
+    ignored = [
+        "FOLDER" if parameter.name == "models" else parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and parameter.name not in used and was_given(context, parameter.name)
+    ]
+    if ignored:
+        raise typer.BadParameter(f"measures nothing: leave out {', '.join(ignored)}", param_hint="--estimate")
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """On the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE" and context.params.get(name) not in (None, [], ())
+
+
+def is_list(chips: str) -> bool:
+    return chips.strip().lower() == LIST
+
 
 def print_estimates(
     chips: str,
     models: Sequence[str],
     sizes: Sequence[int],
     lengths: Sequence[int],
+    quant: str | None,
     json_file: Path | None,
     markdown: Path | None,
     plot: Path | None,
@@ -32,13 +58,13 @@ def print_estimates(
     from ..runtime.estimate.report import as_dict, chip_lines, estimate_lines
     from ..runtime.estimate.roofline import estimate
 
-    if chips.strip().lower() == LIST:
+    if is_list(chips):
         typer.echo("\n".join(chip_lines()))
         return
     wanted = [chip_named(name) for name in chips.split(",") if name.strip()]
     if not models or not wanted:
         raise typer.BadParameter("name a chip (`--estimate list` shows them) and a FOLDER or MODEL to estimate")
-    found = [estimate(work, chip) for work in works(models, sizes, lengths) for chip in wanted]
+    found = [estimate(work, chip) for work in works(models, sizes, lengths, quant) for chip in wanted]
     text = "\n".join(estimate_lines(found)) + "\n"
     if json_file != STDOUT:
         typer.echo(text, nl=False)
@@ -50,22 +76,29 @@ def print_estimates(
         draw(found, plot)
 
 
-def works(models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int]) -> Iterator[Work]:
+def works(
+    models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int], quant: str | None = None
+) -> Iterator[Work]:
     """Every model at every size and length. A MODEL is not exported: what it has to compute is known without.
 
     Raises:
-        FastVLMError: a folder or checkpoint cannot be read, or a folder is for another size.
+        BadParameter: what the scheme takes is not known without an export.
+        FastVLMError: a folder or checkpoint cannot be read, or a folder is for another size or scheme.
     """
     from ..models.checkpoint import APPLE_ENCODER_PREFIX, shapes, tensors_under
     from ..models.config import check_image_size
     from ..models.fastvit_config import FastViTConfig
     from ..models.references import open_checkpoint
-    from ..runtime.estimate.work import architecture_work, folder_work
+    from ..runtime.estimate.work import ENCODER_BITS, INT8_ACTIVATIONS, architecture_work, folder_work
     from .bench import exported_folder, folder_case
 
+    scheme = quant or "int8"
+    if scheme not in ENCODER_BITS:
+        raise typer.BadParameter(f"an estimate knows {', '.join(ENCODER_BITS)}; found {scheme!r:.40}: export the model "
+                                 "and estimate the folder", param_hint="--quant")  # fmt: skip
     for model in models:
         if exported := exported_folder(model):
-            folder = folder_case(exported, sizes, None).folder
+            folder = folder_case(exported, sizes, quant).folder
             yield from (folder_work(folder, length) for length in lengths or (None,))
             continue
         checkpoint = open_checkpoint(model)
@@ -73,8 +106,15 @@ def works(models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int]) -
         for size in sizes or (checkpoint.config.image_size,):
             check_image_size(size)
             for length in lengths or (None,):
-                label = f"{checkpoint.name} in 8 bits"
-                yield architecture_work(label, checkpoint.config, encoder, image_size=size, prompt_tokens=length)
+                yield architecture_work(
+                    f"{checkpoint.name} {scheme}, decoder in 8 bits",
+                    checkpoint.config,
+                    encoder,
+                    image_size=size,
+                    prompt_tokens=length,
+                    encoder_bits=ENCODER_BITS[scheme],
+                    int8_activations=scheme == INT8_ACTIVATIONS,
+                )
 
 
 def draw(found: Sequence[Estimate], plot: Path) -> None:

@@ -20,6 +20,13 @@ ACTIVATION_BYTES = 2
 """The engine computes in float16."""
 
 
+ENCODER_BITS = {"fp16": 16.0, "int8": 8.1, "pal8": 8.1, "pal6": 6.2, "int4": 4.7, "pal4": 4.2, "w8a8": 8.1}
+"""Per weight of an exported FastViTHD by scheme, with its scales and the depthwise weights, which stay float16."""
+
+INT8_ACTIVATIONS = "w8a8"
+"""The scheme that computes in int8."""
+
+
 @dataclass(frozen=True)
 class EncoderCost:
     """Of one image."""
@@ -78,12 +85,13 @@ def architecture_work(
     *,
     image_size: int | None = None,
     prompt_tokens: int | None = None,
-    encoder_bits: float = 8.5,
+    encoder_bits: float = ENCODER_BITS["int8"],
+    int8_activations: bool = False,
     decoder_bits: float = 8.5,
 ) -> Work:
     """Of a model that has not been exported; bits are per weight, scales included (16: float16)."""
     config = replace(config, image_size=image_size or config.image_size)
-    cost = encoder_cost(encoder, config.image_size, encoder_bits)
+    cost = replace(encoder_cost(encoder, config.image_size, encoder_bits), int8_activations=int8_activations)
     decoder_bytes = decoder_weights(config.decoder) * decoder_bits / 8
     return _work(label, config, cost, decoder_bytes, prompt_tokens)
 

@@ -36,7 +36,7 @@ def measured(model: Path) -> subprocess.CompletedProcess:
 def test_tables_go_to_stdout_and_progress_to_stderr(measured: subprocess.CompletedProcess, model: Path) -> None:
     assert measured.returncode == 0, measured.stderr
     assert measured.stdout == (model.parent / "b.md").read_text()
-    for word in ("encode", "prefill", "**TTFT**", "decode, tokens/s", "- machine: ", "random weights"):
+    for word in ("encode", "prefill", "**TTFT**", "decode, ms per token (", "- machine: ", "random weights"):
         assert word in measured.stdout
     assert "Not measured here: FastVLM paper" in measured.stdout
     assert "  model (2 of 2)" in measured.stderr
