@@ -23,7 +23,7 @@ class Agreement:
     """Share of rows whose largest entry is at the same place: for logits, greedy tokens that agree."""
 
     def as_dict(self) -> dict[str, Any]:
-        """SNRs in tenths of a dB: sums in another order, as other numbers of threads make them, move the next digits."""
+        """SNRs in tenths of a dB: sums in another order, as on other numbers of threads, move the next digits."""
         return {key: round(value, 1 if key.endswith("snr_db") else 6) for key, value in asdict(self).items()}
 
 

@@ -53,7 +53,7 @@ def test_report_and_pictures_are_written(evaluated: subprocess.CompletedProcess,
 
 
 def test_compared_with_itself_nothing_changed(evaluated: subprocess.CompletedProcess, model: Path) -> None:
-    done = fastvlm("eval", model, *SHORT, "--compare", "r.json", "--json", "-", cwd=model.parent)
+    done = fastvlm("eval", model, *SHORT, "--verify-hashes", "--compare", "r.json", "--json", "-", cwd=model.parent)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["comparison"]["left_out"] == 0
