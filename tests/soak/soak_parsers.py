@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def run_round(
     first, last = tally.next_seed, tally.next_seed + count
     command = [sys.executable, HERE / "worker.py", *inputs, place, name, first, last]
     errors, started = (folder / "stderr").open("w+"), time.monotonic()
-    worker = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for one another take processor time too
+    worker = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True, env=alone)
     begun, late = None, False
     assert worker.stdout is not None
     for line in worker.stdout:
