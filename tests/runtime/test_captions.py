@@ -195,7 +195,7 @@ def test_image_that_cannot_be_encoded_gets_an_error(caption: Callable[..., list]
 
 
 def test_error_that_is_not_the_images_ends_the_run(vlm: FastVLM, pictures: Path, tmp_path: Path) -> None:
-    with CaptionFile(tmp_path / "out.jsonl", "r") as file, pytest.raises(PromptError, match="2 places"):
+    with CaptionFile(tmp_path / "out.jsonl", "r") as file, pytest.raises(PromptError, match="<image>: 2, images: 1"):
         list(Captions(pictures, "<image> <image>", file, OPTIONS).write(vlm, 2))
     assert not (tmp_path / "out.jsonl").exists()
 
