@@ -46,7 +46,6 @@ TOLERANCES = {
     "gptq_products_gain_db": Tolerance(5.0, "dB less noise than the nearest levels; inputs of a few directions", "8.4"),
     "gptq_logits_gain_db": Tolerance(3.0, "dB less noise at 4 bits; on an image and a text not calibrated on", "4.4"),
     "mixed_divergence": Tolerance(0.95, "of the KL at uniform bits of the same bytes, at most", "0.89 and 0.75"),
-    "stages_of_ttft": Tolerance(0.01, "share of the time from outside without a stage; encoding 300 ms", "0.006"),
     "estimate_fitted": Tolerance(0.12, "share of a published time; two fitted numbers for four points", "0.09"),
     "estimate_left_out": Tolerance(0.35, "the same without the point; 256 px is far from the others", "0.29"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,8 +17,13 @@ from fastvlm.models.config import FastVLMConfig
 from fastvlm.models.language import expected_shapes, load_language
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tokenizer_json import added_token
+from fastvlm.runtime import fastvlm as fastvlm_module
+from fastvlm.runtime import request as request_module
+from fastvlm.runtime import start as start_module
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.folder import open_folder
+from fastvlm.runtime.generate import read_answer
+from fastvlm.runtime.timings import LapClock
 from fastvlm.runtime.tokenizer import Tokenizer
 
 IMAGE_TOKEN_INDEX = 1023
@@ -126,3 +132,34 @@ def open_vlm() -> Callable[[Path], FastVLM]:
 @pytest.fixture
 def vlm(write_folder: Callable[..., Path], open_vlm: Callable[[Path], FastVLM]) -> FastVLM:
     return open_vlm(write_folder())
+
+
+class StandingClock:
+    """Time that stands still but for the calls that `slow` makes take some: no busy machine changes it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        self._monkeypatch = monkeypatch
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def slow(self, owner: object, name: str, seconds: float) -> None:
+        """Each call of `owner.name` takes so long from here on."""
+        call = getattr(owner, name)
+
+        def slowly(*args: Any, **named: Any) -> Any:
+            self.seconds += seconds
+            return call(*args, **named)
+
+        self._monkeypatch.setattr(owner, name, slowly)
+
+
+@pytest.fixture
+def standing_clock(monkeypatch: pytest.MonkeyPatch) -> StandingClock:
+    """What answers are timed by."""
+    clock = StandingClock(monkeypatch)
+    for module in (start_module, request_module):
+        monkeypatch.setattr(module, "LapClock", functools.partial(LapClock, clock))
+    monkeypatch.setattr(fastvlm_module, "read_answer", functools.partial(read_answer, clock=clock))
+    return clock

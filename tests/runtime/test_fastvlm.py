@@ -26,6 +26,8 @@ from fastvlm.runtime.reuse import Memory
 from fastvlm.runtime.timings import TTFT_STAGES
 from fastvlm.runtime.tokenizer import Tokenizer
 
+from .conftest import StandingClock
+
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
 OTHER = 255 - PICTURE
 VARIED = {"temperature": 1.0, "seed": 3, "max_tokens": 8}
@@ -208,22 +210,7 @@ def test_only_the_first_answer_of_a_process_is_cold(vlm: FastVLM, monkeypatch: p
     assert [vlm.generate(None, "Hi", max_tokens=1).timings.cold for _ in range(3)] == [True, False, False]
 
 
-def test_stages_are_timed_where_the_work_is(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    class Clock(start_module.LapClock):
-        def __init__(self) -> None:
-            super().__init__(lambda: now[0])
-
-    def slowed(call: Callable, seconds: float) -> Callable:
-        def slow(*args: object, **named: object) -> object:
-            now[0] += seconds
-            return call(*args, **named)
-
-        return slow
-
-    for module in (start_module, request_module):
-        monkeypatch.setattr(module, "LapClock", Clock)
+def test_stages_are_timed_where_the_work_is(vlm: FastVLM, standing_clock: StandingClock) -> None:
     for owner, name, seconds in [
         (request_module, "open_images", 2.0),
         (start_module, "preprocess", 2.0),
@@ -233,7 +220,7 @@ def test_stages_are_timed_where_the_work_is(vlm: FastVLM, monkeypatch: pytest.Mo
         (start_module, "prefill", 16.0),
         (start_module, "Sampler", 32.0),
     ]:
-        monkeypatch.setattr(owner, name, slowed(getattr(owner, name), seconds))
+        standing_clock.slow(owner, name, seconds)
     timings = vlm.generate([PICTURE, OTHER], "Hi", max_tokens=1).timings
     assert timings.image_open_ms == 2000
     found = [getattr(timings, stage) for stage in TTFT_STAGES]

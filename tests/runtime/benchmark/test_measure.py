@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastvlm.models.errors import ImageError, MachineError, ModelFolderError, UsageError
+from fastvlm.runtime import generate as generate_module
+from fastvlm.runtime import start as start_module
 from fastvlm.runtime.benchmark.isolated import measure_isolated
 from fastvlm.runtime.benchmark.machine import environment, mac_power, peak_memory_bytes
 from fastvlm.runtime.benchmark.measure import answer, sizes_bytes
@@ -19,42 +19,39 @@ from fastvlm.runtime.benchmark.spread import spread_of
 from fastvlm.runtime.benchmark.workload import Workload, largest
 from fastvlm.runtime.fastvlm import FastVLM
 
-ENCODE_SECONDS = 0.3
+from ..conftest import StandingClock
 
 
-@pytest.fixture
-def slow(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> FastVLM:
-    """A model whose encoder takes its time."""
-    encode = vlm.encoder.encode
-
-    def slowly(pixel_values: np.ndarray) -> np.ndarray:
-        time.sleep(ENCODE_SECONDS)
-        return encode(pixel_values)
-
-    monkeypatch.setattr(vlm.encoder, "encode", slowly)
-    return vlm
-
-
-def test_stages_add_up_to_the_time_measured_from_outside(slow: FastVLM, tolerance: Callable[[str], float]) -> None:
-    request = Workload(max_tokens=1).request("Describe the image.")
-    runs = [answer(slow, request)[0] for _ in range(5)]
-    missing = min(abs(run.answer_ms - run.ttft_ms) / run.answer_ms for run in runs)
-    assert missing < tolerance("stages_of_ttft")
-    assert all(run.encode_ms >= 1000 * ENCODE_SECONDS for run in runs)
-
-
-def test_every_run_encodes_its_image(slow: FastVLM) -> None:
-    request = Workload(max_tokens=2).request("Describe the image.")
-    runs = [answer(slow, request)[0] for _ in range(3)]
-    assert len(slow.encoder.calls) >= 3
-    assert all(run.encode_ms >= 1000 * ENCODE_SECONDS for run in runs)
-
-
-def test_decoding_is_accounted_for(vlm: FastVLM) -> None:
-    run, timings = answer(vlm, Workload(max_tokens=12).request("Describe."))
+def test_stages_and_decoding_add_up_to_the_time_measured_from_outside(
+    vlm: FastVLM, standing_clock: StandingClock
+) -> None:
+    for owner, name, seconds in [
+        (start_module, "preprocess", 0.5),
+        (vlm.encoder, "encode", 4.0),
+        (vlm._starter, "_project", 1.0),
+        (start_module, "prefill", 8.0),
+        (start_module, "Sampler", 2.0),
+        (generate_module, "decode_one_token", 0.25),
+    ]:
+        standing_clock.slow(owner, name, seconds)
+    run, timings = answer(vlm, Workload(max_tokens=12).request("Describe."), standing_clock)
     assert run.generated_tokens == 12
-    assert run.decode_tps == timings.decode_tps
-    assert run.unaccounted_ms < 0.2 * run.answer_ms
+    assert run.ttft_ms == 15_500
+    assert run.decode_tps == timings.decode_tps == 4
+    assert run.answer_ms == 15_500 + 11 * 250
+    assert run.unaccounted_ms == 0
+
+
+def test_work_outside_the_stages_is_unaccounted(vlm: FastVLM, standing_clock: StandingClock) -> None:
+    standing_clock.slow(vlm, "generation", 1.0)
+    run, _ = answer(vlm, Workload(max_tokens=1).request("Describe the image."), standing_clock)
+    assert (run.ttft_ms, run.unaccounted_ms) == (0, 1000)
+
+
+def test_every_run_encodes_its_image(vlm: FastVLM, standing_clock: StandingClock) -> None:
+    standing_clock.slow(vlm.encoder, "encode", 4.0)
+    request = Workload(max_tokens=2).request("Describe the image.")
+    assert [answer(vlm, request, standing_clock)[0].encode_ms for _ in range(3)] == [4000, 4000, 4000]
 
 
 def test_unaccounted_time_is_what_is_left() -> None:
