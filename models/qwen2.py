@@ -14,6 +14,28 @@ from .config import Qwen2Config
 from .kv_cache import KVCache, Padding, QuantizedKVCache, check_kv_bits
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`, but for few rows on a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not _swaps(x, self.weight):
+            return super().__call__(x)
+        y = mlx_cpu.swapped_product(x, self.weight)
+        return y + self.bias if "bias" in self else y
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, whose product as a head is that of `Linear`."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return mlx_cpu.swapped_product(x, self.weight) if _swaps(x, self.weight) else super().as_linear(x)
+
+
+def _swaps(x: mx.array, weight: mx.array) -> bool:
+    few = x.size // x.shape[-1] in mlx_cpu.FEW_ROWS
+    return few and on_cpu() and x.dtype == weight.dtype == mx.float32
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention; `head_dim` is hidden_size / num_attention_heads."""
 
@@ -25,10 +47,10 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.rope_theta = config.rope_theta
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def mixed(self, x: mx.array, cache: KVCache) -> mx.array:
         """(B, L, D) at the positions that follow those in the cache -> what `o_proj` reads, (B, L, D)."""
@@ -68,9 +90,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def gated(self, x: mx.array) -> mx.array:
         """What `down_proj` reads, (B, L, intermediate_size): the largest values of the whole decoder."""
@@ -119,7 +141,7 @@ class Qwen2Model(nn.Module):
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -138,7 +160,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.model = Qwen2Model(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
         self, inputs_embeds: mx.array, cache: list[KVCache] | None = None, all_positions: bool = False

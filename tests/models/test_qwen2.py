@@ -205,6 +205,32 @@ def test_attention_of_the_cpu_in_any_blocks_equals_mlxs_own(
         close(logits(block), expected)
 
 
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 8), (8, 1), (2, 32)])
+def test_products_of_few_rows_with_sides_swapped_give_the_same(
+    config: Qwen2Config, batch: int, length: int, close: CloseTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, swapped = decoder(config), embeddings(length, batch=batch), []
+    original = mlx_cpu.swapped_product
+
+    def noted(x: mx.array, weight: mx.array) -> mx.array:
+        swapped.append(weight.shape)
+        return original(x, weight)
+
+    monkeypatch.setattr(mlx_cpu, "swapped_product", noted)
+    found = model(x, all_positions=True)
+    assert len(swapped) == 7 * config.num_hidden_layers + 1  # all of the matrices
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(mlx_cpu, "FEW_ROWS", range(0))
+        close(found, model(x, all_positions=True))
+    swapped.clear()
+    model(embeddings(7))
+    model(embeddings(65))
+    model.set_dtype(mx.float16)
+    model(x.astype(mx.float16))
+    assert swapped == []
+
+
 def test_attention_of_the_cpu_takes_half_precision_and_sharp_scores() -> None:
     draw = np.random.default_rng(0)
     queries, keys, values = (mx.array(draw.normal(size=(1, heads, 70, 16)) * 12) for heads in (4, 2, 2))
