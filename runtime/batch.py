@@ -12,7 +12,7 @@ from ..models.images import ImageSource
 from ..models.kv_cache import CACHE_STEP, KVCache, selected, stacked
 from .generate import AnswerReader, Generation, decode_one_token
 from .request import Request, prepare
-from .reuse import Memory
+from .reuse import Memory, evaluated
 from .sampling import id_on_host
 from .start import Start
 
@@ -114,10 +114,15 @@ class Batch:
             logits = decode_one_token(model.language.language_model, tokens, self._cache)  # (B, V)
             picked = [row.start.sampler(logits[n]) for n, row in enumerate(self._rows)]
             mx.eval(picked, [row.start.sampler.state for row in self._rows])
-        going_on = [n for n, row in enumerate(self._rows) if self._goes_on(row, picked[n])]
-        if len(going_on) < len(self._rows):
-            self._rows = [self._rows[n] for n in going_on]
-            self._cache = [selected(layer, going_on) for layer in self._cache] if going_on else []
+            going_on = [n for n, row in enumerate(self._rows) if self._goes_on(row, picked[n])]
+            if len(going_on) < len(self._rows):
+                self._keep(going_on)
+
+    def _keep(self, going_on: list[int]) -> None:
+        """Lets the other rows go."""
+        self._rows = [self._rows[n] for n in going_on]
+        self._cache = [selected(layer, going_on) for layer in self._cache] if going_on else []
+        evaluated(self._cache)
 
     def _gather(self) -> None:
         """Puts the keys and values of the answers that have begun to those of the others."""
