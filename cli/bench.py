@@ -16,7 +16,7 @@ from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.hub_cache import cached_folder
 from . import options as given
 from .bench_estimate import check_used, print_estimates
-from .outputs import STDOUT, check_outputs, check_pictures, write_text
+from .outputs import STDOUT, check_outputs, check_pictures, write_picture, write_text
 from .progress import StageProgress, note
 
 if TYPE_CHECKING:
@@ -235,4 +235,5 @@ def draw(found: Benchmark, plot: Path, published: bool) -> None:
     from ..runtime.benchmark.plot import figure_of_benchmark
     from ..runtime.estimate.report import published_bars
 
-    figure_of_benchmark(found, published_bars() if published else ()).savefig(plot, dpi=144)
+    figure = figure_of_benchmark(found, published_bars() if published else ())
+    write_picture(plot, lambda file: figure.savefig(file, format="png", dpi=144))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .outputs import STDOUT, write_text
+from .outputs import STDOUT, write_picture, write_text
 
 if TYPE_CHECKING:
     from ..runtime.estimate.roofline import Estimate
@@ -122,4 +122,5 @@ def draw(found: Sequence[Estimate], plot: Path) -> None:
     from ..runtime.estimate.report import CAVEAT, estimate_bars, published_bars
 
     bars = [*estimate_bars(found), *published_bars()]
-    figure_of(bars, "Estimated time to first token", CAVEAT).savefig(plot, dpi=144)
+    figure = figure_of(bars, "Estimated time to first token", CAVEAT)
+    write_picture(plot, lambda file: figure.savefig(file, format="png", dpi=144))

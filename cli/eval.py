@@ -11,7 +11,7 @@ import typer
 
 from . import options as given
 from .interrupt import Interrupted
-from .outputs import STDOUT, check_outputs, check_pictures, write_text
+from .outputs import STDOUT, check_outputs, check_pictures, write_picture, write_text
 from .progress import QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
@@ -151,8 +151,10 @@ def write(
     if plot is not None and evaluation.answers:
         from ..runtime.evaluation.plot import accuracy_figure
 
-        accuracy_figure(evaluation).savefig(plot, dpi=144)
+        figure = accuracy_figure(evaluation)
+        write_picture(plot, lambda file: figure.savefig(file, format="png", dpi=144))
     if samples is not None and evaluation.answers:
         from ..runtime.evaluation.sheet import sample_sheet
 
-        sample_sheet(evaluation).save(samples)
+        sheet = sample_sheet(evaluation)
+        write_picture(samples, lambda file: sheet.save(file, format="PNG"))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from ..models.errors import UsageError
 
@@ -31,4 +35,25 @@ def write_text(path: Path, text: str) -> None:
     if path == STDOUT:
         sys.stdout.write(text)
     else:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())
+
+
+def write_picture(path: Path, draw: Callable[[BinaryIO], object]) -> None:
+    """What `draw` writes, as PNG, to the file that it is given."""
+    drawn = io.BytesIO()
+    draw(drawn)
+    write_whole(path, drawn.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes all of it or nothing: an earlier file stays as it was until the new one is complete. Raises OSError."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a pipe, a device
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".fastvlm-{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
