@@ -24,11 +24,9 @@ MAX_DIGITS = 40
 T = TypeVar("T", int, float, bool, str)
 
 
-def read_json_object(
-    path: Path, error: type[FastVLMError] = ConfigError, max_bytes: int = MAX_JSON_BYTES
-) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[FastVLMError] = ConfigError) -> dict[str, Any]:
     """The JSON object in `path`. Raises `error` when it is missing, too large, malformed or no object."""
-    return parse_json_object(read_bounded(path, error, max_bytes), str(path), error)
+    return parse_json_object(read_bounded(path, error), str(path), error)
 
 
 def read_bounded(path: Path, error: type[FastVLMError], max_bytes: int = MAX_JSON_BYTES) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from ._mlx import mx, nn, on_cpu
 from .apple_layout import language_shapes, saved_name
@@ -26,8 +27,8 @@ FLOAT_DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 
 MAX_STREAMS = 8
 
-_own = threading.local()
-"""What each thread has of its own: MLX's streams serve the thread that made them."""
+_expanding = threading.Lock()
+"""The streams below serve any thread, but one at a time."""
 
 MEMORY_SHARE = 0.8
 """Of the available memory that expanded weights may take: caches, activations and the vision encoder need the rest."""
@@ -90,7 +91,8 @@ def load_language(
         expand = on_cpu() and float32_bytes < MEMORY_SHARE * available_memory_bytes()
     side = LanguageSide(config)
     if expand:
-        loaded = list(_expanded(weights, quantization))
+        with _expanding:
+            loaded = list(_expanded(weights, quantization))
     else:
         if quantization is not None:
             quantized = {name: quantization.of(name).as_dict() for name in quantized_layers(weights)}
@@ -220,15 +222,18 @@ def _expanded(weights: dict[str, mx.array], quantization: Quantization | None) -
         yield from zip(turn, tensors, strict=True)
 
 
-def _cpu_streams() -> tuple[mx.Stream, ...]:
-    """Streams of this thread, each of them another one on the CPU that MLX never ends: so they serve every load."""
-    if not hasattr(_own, "streams"):
-        _own.streams = tuple(mx.new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, MAX_STREAMS)))
-    return cast("tuple[mx.Stream, ...]", _own.streams)
+@functools.cache
+def _cpu_streams() -> tuple[Any, ...]:
+    """Streams, behind each of which is a thread on the CPU that MLX never ends: they serve every load.
+
+    Where MLX is older, all streams serve any thread.
+    """
+    new_stream = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
+    return tuple(new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, MAX_STREAMS)))
 
 
 def dequantized(
-    weights: dict[str, mx.array], name: str, quantization: Quantization | None, stream: mx.Stream | None = None
+    weights: dict[str, mx.array], name: str, quantization: Quantization | None, stream: Any = None
 ) -> mx.array:
     """The tensor `name` in float32, taken out of `weights` with the scales and biases that belong to it."""
     weight, layer = weights.pop(name), name.removesuffix(".weight")

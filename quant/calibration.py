@@ -88,8 +88,8 @@ def _embedded(name: str, image_size: int) -> ImageSet:
     return ImageSet((preprocess(scene, image_size, "pad"), _busy_picture(image_size, seed)), "embedded")
 
 
-def folder_images(folder: str | Path, image_size: int, fit: str, limit: int = MAX_FOLDER_IMAGES) -> ImageSet:
-    """The first `limit` images of a folder by name, made square as for answering (`fit`: `pad` or `crop`).
+def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
+    """The first MAX_FOLDER_IMAGES of a folder by name, made square as for answering (`fit`: `pad` or `crop`).
 
     Files that cannot be read as images are left out, and named in `notes`.
 
@@ -103,8 +103,8 @@ def folder_images(folder: str | Path, image_size: int, fit: str, limit: int = MA
     pixels: list[np.ndarray] = []
     broken: list[str] = []
     for index, file in enumerate(files):
-        if len(pixels) == limit:
-            broken.append(f"{len(files) - index} more than the {limit} that are read")
+        if len(pixels) == MAX_FOLDER_IMAGES:
+            broken.append(f"{len(files) - index} more than the {MAX_FOLDER_IMAGES} that are read")
             break
         try:
             pixels.append(preprocess(open_image(file), image_size, cast("Fit", fit)))

@@ -12,6 +12,7 @@ from .generate import Generation, Stream
 from .prompt import Message
 from .request import Request, as_list, opened, prepare
 from .reuse import Memory, Picture
+from .tokenizer import check_unicode
 
 if TYPE_CHECKING:
     from .fastvlm import FastVLM
@@ -32,6 +33,7 @@ class Conversation:
     ) -> None:
         if not isinstance(system, str | None):
             raise UsageError("system should be a text")
+        check_unicode("the system prompt", system)
         self._model = model
         self._system = () if system is None else (Message("system", system),)
         self._waiting = opened(image)

@@ -94,7 +94,7 @@ def decoder() -> Finding:
     if sys.platform == "darwin":
         advice = "MLX finds no Metal: use Apple Silicon with macOS 14 or newer, outside a virtual machine"
         return Finding("decoder", "limited", detail, advice)
-    return Finding("decoder", "limited", detail, "MLX runs on the GPU of a Mac only")
+    return Finding("decoder", "limited", detail, "no GPU that MLX can use: Metal on a Mac, or CUDA")
 
 
 def blas() -> Iterator[Finding]:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from ..models.errors import PromptError, UsageError
+from ..models.errors import UsageError
 from ..models.images import Fit, ImageSource, open_images
 from .generate import GenerationOptions, options_from
 from .prompt import Message
 from .sampling import SamplingOptions
 from .timings import LapClock
+from .tokenizer import check_unicode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,17 +68,6 @@ def prepare(
     images = opened(image)
     messages = _messages(prompt, system, len(images))
     return Request(images, messages, cast("Fit | None", fit), options, image_open_ms=clock.lap_ms())
-
-
-def check_unicode(what: str, text: object) -> None:
-    """Raises PromptError for a text that no file could hold: Python makes them of bytes that are not UTF-8."""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError as reason:
-        raise PromptError(
-            f"{what} is not valid Unicode at character {reason.start:,}: half of a surrogate pair, or bytes that are "
-            "not UTF-8; correct or convert it"
-        ) from None
 
 
 def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:

@@ -40,10 +40,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, none of them a control token's. Raises PromptError for text that has no UTF-8 form."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as reason:
-            raise PromptError(f"the prompt is not valid Unicode at character {reason.start}: {reason.reason}") from None
+        check_unicode("the prompt", text)
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except BaseException as reason:
@@ -77,6 +74,17 @@ class Tokenizer:
         if isinstance(value, Mapping):
             value = value.get("content")
         return value if isinstance(value, str) else None
+
+
+def check_unicode(what: str, text: object) -> None:
+    """Raises PromptError for a text that no file could hold: Python makes them of bytes that are not UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as reason:
+        raise PromptError(
+            f"{what} is not valid Unicode at character {reason.start:,}: half of a surrogate pair, or bytes that are "
+            "not UTF-8; correct or convert it"
+        ) from None
 
 
 class TextStream:

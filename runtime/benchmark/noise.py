@@ -32,6 +32,9 @@ FLOOR = 0.01
 MIN_PROCESSES = 2
 """Of each side: one process says nothing of what the next would show."""
 
+MIN_RUNS = 5
+"""Of each side: among fewer, no ranks are unlikely enough for LEVEL."""
+
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
 """97.5 % quantiles of Student's distribution for 1 to 8 degrees of freedom."""
 
@@ -75,8 +78,8 @@ def change(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Ch
 
 
 def enough(old: int, new: int) -> bool:
-    """Whether the ranks of so many runs can be unlikely at all: five of each side are the least."""
-    return 2 / math.comb(old + new, old) <= LEVEL
+    """Whether so many runs of each side can be judged."""
+    return min(old, new) >= MIN_RUNS
 
 
 def verdict(ratio: float, interval: tuple[float, float] | None, p: float) -> Verdict:

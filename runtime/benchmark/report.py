@@ -26,7 +26,8 @@ Times are milliseconds of wall clock, sizes are bytes.
             mlx_peak_memory_bytes   of what MLX allocated
             runs                    answers after the warm-up: preprocess_ms, encode_ms, project_ms, prefill_ms,
                                     sample_ms, ttft_ms (their sum), decode_tps (null below two tokens),
-                                    generated_tokens, answer_ms (the whole answer, timed from outside)
+                                    generated_tokens, answer_ms (the whole answer, timed from outside),
+                                    unaccounted_ms (of it, neither stages nor decoding). Not read back.
         summary         of all runs, by stage, and of ttft_ms, decode_tps: n, min, p50, p90, p99. Not read back.
                         Each of its own values in rising order: min and p50 of decode_tps are the slowest answer and
                         the middle one, p99 is nearly the fastest. Tables show milliseconds per token instead.
@@ -83,7 +84,7 @@ class Run:
         return self.answer_ms - self.ttft_ms - decoding
 
     def as_dict(self) -> dict[str, Any]:
-        return {TTFT: self.ttft_ms, **asdict(self)}
+        return {TTFT: self.ttft_ms, **asdict(self), "unaccounted_ms": self.unaccounted_ms}
 
 
 @dataclass(frozen=True)

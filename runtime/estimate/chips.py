@@ -7,7 +7,7 @@ float32 TFLOPS of the largest configuration; Apple's GPUs do float16 at the same
 add is not counted. Memory: bandwidth of the largest configuration.
 
 Left out for want of a source: A19 and A19 Pro, M3 Ultra. Left out on purpose: what is older than an A16, on which Apple
-has not tried FastVLM (github.com/apple/ml-fastvlm/issues/8). An Ultra has two Neural Engines; one of them is counted.
+has not tried FastVLM. An Ultra has two Neural Engines; one of them is counted.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -359,3 +361,16 @@ def test_numbers_equal_the_reference_implementations(
         greedy.append(mx.argmax(last).item())
         last = decoder(decoder.embed(mx.array([[greedy[-1]]])), cache)[:, -1]
     assert greedy == expected["greedy_ids"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads behind MLX's streams")
+def test_threads_that_expand_weights_share_their_streams() -> None:
+    def load_in_new_threads(count: int) -> int:
+        for _ in range(count):
+            thread = threading.Thread(target=load_language, args=(weights(dtype=mx.float16), CONFIG))
+            thread.start()
+            thread.join()
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = load_in_new_threads(2)
+    assert load_in_new_threads(8) < before + 4  # measured: before + 0; with streams for each thread, + 8

@@ -47,8 +47,9 @@ def test_broken_images_are_named_without_their_path(folder: Path) -> None:
     assert note.endswith("d2.png has 0 bytes; and 7 more")
 
 
-def test_images_past_the_limit_are_counted(folder: Path) -> None:
-    images = folder_images(folder, 128, "pad", limit=1)
+def test_images_past_the_limit_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MAX_FOLDER_IMAGES", 1)
+    images = folder_images(folder, 128, "pad")
     assert len(images) == 1
     assert images.notes == ("images left out: 2 more than the 1 that are read",)
 

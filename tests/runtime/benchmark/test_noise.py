@@ -43,6 +43,8 @@ def test_runs_whose_ranks_cannot_be_unlikely_are_too_few() -> None:
     """Twice the time in every run: with four on each side that happens by chance once in 35, whatever the times."""
     four = change([[10.0, 10.1], [10.2, 10.3]], [[20.0, 20.1], [20.2, 20.3]])
     assert four is not None and four.verdict == "too few runs"
+    many = change([[10.0, 10.1], [10.2, 10.3]], [[20.0 + n / 100 for n in range(30)] for _ in range(2)])
+    assert many is not None and many.verdict == "too few runs"
     five = change([[10.0, 10.1, 10.4], [10.2, 10.3]], [[20.0, 20.1, 20.4], [20.2, 20.3]])
     assert five is not None and five.verdict == "slower"
 
