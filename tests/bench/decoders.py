@@ -29,7 +29,7 @@ SIDES = ("ours", "transformers")
 def in_turns(folder: Path, runs: int) -> dict[str, dict[str, float]]:
     """Median seconds of each stage by side, after one warm-up; without transformers where it is not installed."""
     processes = {side: started(side, folder) for side in SIDES}
-    present = {side: process for side, process in processes.items() if answer(process) == "ready"}
+    present = {side: process for side, process in processes.items() if ready(process)}
     times: dict[str, dict[str, list[float]]] = {side: {stage: [] for stage in STAGES} for side in present}
     for turn in range(runs + 1):
         for side, process in present.items():
@@ -45,6 +45,14 @@ def in_turns(folder: Path, runs: int) -> dict[str, dict[str, float]]:
 def started(side: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, side, str(folder)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ready(process: subprocess.Popen[str]) -> bool:
+    """False where its library is not installed. Raises RuntimeError when it fails otherwise."""
+    said = answer(process)
+    if said not in ("ready", "missing"):
+        raise RuntimeError(f"{process.args} ended with {process.wait()}")
+    return said == "ready"
 
 
 def asked(process: subprocess.Popen[str], stage: str) -> float:
@@ -115,7 +123,8 @@ def serve(side: str, folder: Path) -> None:
     try:
         stages = {"ours": ours, "transformers": transformers}[side](folder)
     except ImportError as missing:
-        print(missing, flush=True)
+        print(missing, file=sys.stderr)
+        print("missing", flush=True)
         return
     print("ready", flush=True)
     for line in sys.stdin:

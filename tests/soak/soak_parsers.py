@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an exported folder, instead of a new one")
     parser.add_argument("--bench", type=Path, help="what `fastvlm bench --json` wrote, instead of a new one")
     options = parser.parse_args()
+    if sys.platform != "linux":
+        sys.exit("this soak reads memory from Linux's /proc: run it on Linux")
     sys.path.insert(0, str(HERE.parent))
     from soak.inputs import make_inputs
     from soak.parsers import parsers
