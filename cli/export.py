@@ -47,8 +47,11 @@ def export_command(
         typer.Option(metavar="FILE", help="Do again what an earlier export decided: its folder or its fastvlm.json."),
     ] = None,
     decoder_bits: Annotated[
-        str, typer.Option(help="Decoder weights: 4, 5, 6, 8 or 16 bits, or mixed: chosen per matrix by measurement.")
-    ] = "8",
+        str | None,
+        typer.Option(
+            help="Decoder weights: 4, 5, 6, 8 or 16 bits, or mixed: chosen per matrix by measurement. Default: 8."
+        ),
+    ] = None,
     decoder_avg_bits: Annotated[
         float | None,
         typer.Option(help="Of mixed: bits per weight on average, scales included (4 bits alone are 4.5). Default: 5."),
@@ -57,8 +60,16 @@ def export_command(
         str | None,
         typer.Option(help="gptq: calibrated, takes minutes; rtn: to the nearest. Default: gptq below 8 bits."),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Decoder weights that share a scale: 32, 64 or 128.")] = 64,
-    quantize_embeddings: Annotated[bool, typer.Option(help="Quantize the embedding table too, as mlx-lm does.")] = True,
+    group_size: Annotated[
+        int | None, typer.Option(help="Decoder weights that share a scale: 32, 64 or 128. Default: 64.")
+    ] = None,
+    quantize_embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--quantize-embeddings/--no-quantize-embeddings",
+            help="Quantize the embedding table too, as mlx-lm does. Default: yes.",
+        ),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the encoder's square in pixels, a multiple of 64. Default: as trained.")
     ] = None,

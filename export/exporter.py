@@ -23,6 +23,7 @@ from ..quant.decoder_scheme import DecoderScheme, decoder_scheme
 from ..quant.decoder_sensitivity import mixed_bits
 from ..quant.encoder_scheme import EncoderScheme, encoder_scheme
 from ..quant.prompts import calibration_prompts
+from ..quant.recipe import read_recipe
 from ..quant.schemes import BLOCKWISE
 from .interface import interface_for
 from .mlx_encoder import beside_encoder, encoder_bytes, mlx_scheme, read_encoder
@@ -37,7 +38,7 @@ from .model_folder import (
 )
 from .output import check_destination, check_space, new_folder
 from .package_report import inspect
-from .recipe import Border, Recipe, replayed
+from .recipe import Border, Recipe, check_beside, replayed
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, verify_features
 from .write_encoder import WrittenEncoder, write_encoder
@@ -90,11 +91,11 @@ def export(
     min_snr: float | None = None,
     max_bytes: str | int | None = None,
     recipe_file: str | Path | None = None,
-    decoder_bits: int | str = 8,
+    decoder_bits: int | str | None = None,
     decoder_quantizer: str | None = None,
     decoder_avg_bits: float | None = None,
-    group_size: int = 64,
-    quantize_embeddings: bool = True,
+    group_size: int | None = None,
+    quantize_embeddings: bool | None = None,
     image_size: int | None = None,
     io: str | None = None,
     target: str | None = None,
@@ -113,7 +114,9 @@ def export(
     `layout` is `apple`, a Core ML package, or `mlx`: the encoder stands beside the decoder, for clients that run it in
     MLX; `quant` is then bf16 or fp32, and what is about the package does not apply.
     `quant` is int8 by default; `mixed` keeps `min_snr` (dB, 40 by default) or `max_bytes`. `recipe_file`, an exported
-    folder or its `fastvlm.json`, does again what that export did: it settles the encoder's and the decoder's weights.
+    folder or its `fastvlm.json`, does again what that export did: it settles the encoder's and the decoder's weights,
+    and options that do are refused beside it.
+    The decoder has `decoder_bits` 8, `group_size` 64 and `quantize_embeddings` by default.
     `io` (`float32`, `float16`, `image`), `target` (`ios17`, `ios18`) and `with_projector` are the package's border: see
     `Interface`. `calibrate` is a folder of images to measure on, instead of embedded ones.
     A package that breaks a rule of the Neural Engine is refused unless `allow_lint`; a result that falls short of the
@@ -128,15 +131,24 @@ def export(
     scheme = scheme_for(layout, quant, min_snr, max_bytes, {**asdict(border), "recipe": recipe_file})
     recipe = Recipe(
         encoder=scheme,
-        decoder=decoder_scheme(
-            decoder_bits, decoder_quantizer, decoder_avg_bits, group_size, quantize_embeddings=quantize_embeddings
-        ),
+        decoder=decoder_scheme(decoder_bits, decoder_quantizer, decoder_avg_bits, group_size, quantize_embeddings),
         image_size=checkpoint.config.image_size if image_size is None else image_size,
         interface=interface_for([scheme.quant], **asdict(border)),
     )
     if recipe_file is not None:
-        contradicts, keep_size = quant or min_snr or max_bytes, image_size is not None
-        recipe = replayed(recipe, recipe_file, border, contradicts, keep_size=keep_size)
+        saved = read_recipe(recipe_file)
+        check_beside(
+            saved,
+            {"quant": quant, "min_snr": min_snr, "max_bytes": max_bytes},
+            {
+                "decoder_bits": decoder_bits,
+                "decoder_quantizer": decoder_quantizer,
+                "decoder_avg_bits": decoder_avg_bits,
+                "group_size": group_size,
+                "quantize_embeddings": quantize_embeddings,
+            },
+        )
+        recipe = replayed(recipe, saved, border, keep_size=image_size is not None)
     check_engine(recipe, allow_lint)
     calibration = calibration_set(calibrate, checkpoint, recipe)
     destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)

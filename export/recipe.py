@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..models.config import check_image_size
 from ..models.errors import UsageError
 from ..quant.decoder_scheme import DecoderScheme
 from ..quant.encoder_scheme import EncoderScheme
-from ..quant.recipe import read_recipe
+from ..quant.recipe import SavedRecipe
 from .interface import Interface, interface_for
 
 
@@ -52,13 +52,21 @@ class Recipe:
         return {**self.encoder.as_dict(), **settings, **border}
 
 
-def replayed(recipe: Recipe, file: str | Path, border: Border, contradicts: object, *, keep_size: bool) -> Recipe:
-    """`recipe` with what an earlier export decided. Raises UsageError when options say how weights are stored too."""
-    if contradicts:
-        raise UsageError(
-            "--recipe says how the encoder's weights are stored: leave out --quant, --min-snr, --max-bytes"
-        )
-    saved = read_recipe(file)
+def check_beside(saved: SavedRecipe, encoder: Mapping[str, object], decoder: Mapping[str, object]) -> None:
+    """Raises UsageError when options, by their names, say what the recipe does too; None: not given."""
+    settled = {"encoder": encoder, "decoder": decoder if saved.decoder is not None else {}}
+    for part, options in settled.items():
+        given = [option_name(name, value) for name, value in options.items() if value is not None]
+        if given:
+            raise UsageError(f"--recipe says how the {part}'s weights are stored: leave out {', '.join(given)}")
+
+
+def option_name(name: str, value: object) -> str:
+    return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
+def replayed(recipe: Recipe, saved: SavedRecipe, border: Border, *, keep_size: bool) -> Recipe:
+    """`recipe` with what an earlier export decided."""
     schemes = {saved.encoder.quant, *saved.encoder.weights.values()}
     return replace(
         recipe,

@@ -16,6 +16,7 @@ MIXED_BITS = (4, 5, 6, 8)
 and 9 dB, too little for any matrix.)"""
 
 QUANTIZERS = ("rtn", "gptq")
+DEFAULT_BITS = 8
 DEFAULT_GROUP_SIZE = 64
 DEFAULT_AVG_BITS = 5.0
 
@@ -28,7 +29,7 @@ class DecoderScheme:
         UsageError: an option has an unknown value, or options contradict each other.
     """
 
-    bits: int | str = 8
+    bits: int | str = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     quantize_embeddings: bool = True
     """As mlx-lm does; off, the embedding table (and with it a tied head) stays float16."""
@@ -127,24 +128,24 @@ class DecoderScheme:
 
 
 def decoder_scheme(
-    bits: int | str,
+    bits: int | str | None = None,
     quantizer: str | None = None,
     avg_bits: float | None = None,
-    group_size: int = DEFAULT_GROUP_SIZE,
-    *,
-    quantize_embeddings: bool = True,
+    group_size: int | None = None,
+    quantize_embeddings: bool | None = None,
 ) -> DecoderScheme:
-    """The scheme for what was asked; `bits` may be digits.
+    """The scheme for what was asked; `bits` may be digits, and what is None is as by default.
 
     Without a quantizer it is GPTQ where that is worth its minutes: below 8 bits. A mixed decoder has `DEFAULT_AVG_BITS`
     unless others are asked for.
     """
+    bits = DEFAULT_BITS if bits is None else bits
     if isinstance(bits, str) and bits.isdecimal():
         bits = int(bits)
     return DecoderScheme(
         bits,
-        group_size,
-        quantize_embeddings,
+        DEFAULT_GROUP_SIZE if group_size is None else group_size,
+        quantize_embeddings is not False,
         quantizer or ("rtn" if bits in (8, 16) else "gptq"),
         DEFAULT_AVG_BITS if avg_bits is None and bits == MIXED else avg_bits,
     )

@@ -75,6 +75,30 @@ def test_recipe_that_names_other_convolutions_or_options_beside_it_are_refused(m
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"decoder_bits": 6}, "--decoder-bits"),
+        ({"decoder_bits": 8}, "--decoder-bits"),  # as the recipe has it: asked for all the same
+        ({"group_size": 32}, "--group-size"),
+        ({"decoder_quantizer": "rtn"}, "--decoder-quantizer"),
+        ({"decoder_bits": "mixed", "decoder_avg_bits": 5.0}, "--decoder-bits, --decoder-avg-bits"),
+        ({"quantize_embeddings": False}, "--no-quantize-embeddings"),
+    ],
+)
+def test_decoder_options_beside_a_recipe_that_has_a_decoder_are_refused(
+    mixed: Path, tmp_path: Path, options: dict, named: str
+) -> None:
+    with pytest.raises(UsageError, match=f"--recipe says how the decoder's weights are stored: leave out {named}$"):
+        export("random:tiny", out=tmp_path / "model", recipe_file=mixed, on_stage=pytest.fail, **options)
+
+
+def test_decoder_options_settle_what_a_recipe_of_the_encoder_alone_leaves_open(mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"quant": "mixed", "weights": recipe_of(mixed)["weights"]}))
+    folder = export("random:tiny", tmp_path / "model", recipe_file=tmp_path / "recipe.json", group_size=32).folder
+    assert recipe_of(folder)["decoder"]["group_size"] == 32
+
+
 @pytest.mark.parametrize("target", ["ios17", "ios18"])
 def test_package_holds_exactly_the_numbers_that_were_stored(tmp_path: Path, target: str) -> None:
     network = rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), 256)
