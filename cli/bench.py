@@ -16,7 +16,7 @@ from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.hub_cache import cached_folder
 from . import options as given
 from .bench_estimate import check_used, print_estimates
-from .outputs import STDOUT, check_outputs, check_pictures, write_picture, write_text
+from .outputs import STDOUT, check_pictures, check_reports, check_tables, write_picture, write_text
 from .progress import StageProgress, note
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def bench_command(
     from ..runtime.benchmark.workload import PROMPT, SAMPLE, Workload
     from ..runtime.estimate.report import published_lines
 
-    check_outputs(json_file, markdown)
+    check_reports(json_file)
+    check_tables(markdown)
     check_picture(plot)
     lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
     if estimate is not None:
@@ -184,9 +185,8 @@ def prepared(
                 name = Path(model).name if Path(model).exists() else model
                 label = " ".join([name, quant or "int8", *([f"{size} px"] if size else [])])
                 folder = Path(scratch) / str(len(cases))
-                export(
-                    model, folder, quant=quant, image_size=size, allow_shortfall=True, on_stage=on_stage
-                )  # for its speed
+                # a shortfall is allowed: it is measured for its speed
+                export(model, folder, quant=quant, image_size=size, allow_shortfall=True, on_stage=on_stage)
                 cases.append(Case(label, folder))
         yield cases
 
@@ -206,11 +206,12 @@ def folder_case(folder: Path, sizes: Sequence[int], quant: str | None) -> Case:
     from ..runtime.folder import open_folder
 
     found = open_folder(folder).config.image_size
-    if quant is not None or any(size != found for size in sizes):
-        raise UsageError(
-            f"{folder} was exported for {found} pixels, which cannot be changed: give --image-size and --quant with a "
-            "MODEL (tiny, random:0.5b, a checkpoint), or export other folders and give them all"
-        )
+    for option, other in (("--quant", quant is not None), ("--image-size", any(size != found for size in sizes))):
+        if other:
+            raise UsageError(
+                f"{folder} was exported for {found} pixels, and {option} belongs to an export: give it with a MODEL "
+                "(tiny, random:0.5b, a checkpoint), or export other folders and give them all"
+            )
     return case_of(folder)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from . import options as given
 from .interrupt import Interrupted
-from .outputs import STDOUT, check_outputs, check_pictures, write_picture, write_text
+from .outputs import STDOUT, check_pictures, check_reports, write_picture, write_text
 from .progress import QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
@@ -49,9 +49,12 @@ def eval_command(
     from ..runtime.evaluation.registry import open_data
     from ..runtime.evaluation.run import EvaluationRun
     from ..runtime.fastvlm import load
+    from ..runtime.request import prepare
 
+    check_data(data, task, images)
     check(json_file, plot, samples)
     old = None if compare is None else read_evaluation(compare)
+    prepare(None, "", system=system, max_tokens=1 if max_tokens is None else max_tokens)  # tells now what is wrong
     questions = open_data(data, limit, task, images)
     model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
     run = EvaluationRun(model, questions, system, max_tokens)
@@ -80,11 +83,18 @@ def ask(run: Any, count: int) -> Interrupted | None:
     return None
 
 
+def check_data(data: str, task: str | None, images: Path | None) -> None:
+    """Raises BadParameter where options of a file are given without one."""
+    given_ones = [name for name, value in (("--task", task), ("--images", images)) if value is not None]
+    if data == "tiny" and given_ones:
+        raise typer.BadParameter("belongs to a file of questions: add --data FILE", param_hint=" and ".join(given_ones))
+
+
 def check(json_file: Path | None, plot: Path | None, samples: Path | None) -> None:
     """What would fail only after minutes of work. Raises UsageError, MachineError."""
     from ..runtime.evaluation.plot import require_matplotlib
 
-    check_outputs(json_file)
+    check_reports(json_file)
     check_pictures(plot, samples)
     if plot is not None:
         require_matplotlib()

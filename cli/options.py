@@ -41,13 +41,13 @@ VerifyHashes = Annotated[
 KVBits = Annotated[int | None, typer.Option(help="8: keep keys and values in 8 bits, to save memory.")]
 
 
-def text_from(stream: TextIO, what: str = "the prompt") -> str:
-    """All of a stream, such as stdin.
+def text_from(stream: TextIO) -> str:
+    """All of a stream, such as stdin, as a prompt.
 
     Raises:
         PromptError: it is longer than a mebibyte, or not UTF-8.
     """
-    return _decoded(stream.buffer.read(MAX_STDIN_BYTES + 1), what)
+    return _decoded(stream.buffer.read(MAX_STDIN_BYTES + 1), "the prompt")
 
 
 def _decoded(content: bytes, what: str) -> str:

@@ -7,11 +7,20 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fastvlm.cli.outputs import write_picture, write_whole
+from fastvlm.cli.outputs import check_outputs, check_pictures, check_reports, check_tables, write_picture, write_whole
+from fastvlm.models.errors import UsageError
+from fastvlm.runtime.estimate.chips import chip_named
+from fastvlm.runtime.estimate.report import estimate_lines
+from fastvlm.runtime.estimate.roofline import estimate
+from fastvlm.runtime.estimate.work import Work, encoder_cost
+
+REPORT = b'{\n  "schema": "fastvlm.estimate/1"\n}\n'
+TABLES = b"**model**: int8, 256 px\n\n| ms         | median run |\n|---|--:|\n"
 
 
 def test_earlier_file_gives_way_to_the_new_one(tmp_path: Path) -> None:
@@ -25,7 +34,7 @@ def test_earlier_file_gives_way_to_the_new_one(tmp_path: Path) -> None:
 
 def test_full_disk_leaves_the_earlier_report(tmp_path: Path) -> None:
     report = tmp_path / "estimate.json"
-    report.write_bytes(b"{}")
+    report.write_bytes(REPORT)
     done = subprocess.run(
         [sys.executable, "-m", "fastvlm.cli.main", "bench", "tiny", "--estimate", "M1,M2", "--json", str(report)],
         capture_output=True,
@@ -34,7 +43,7 @@ def test_full_disk_leaves_the_earlier_report(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("error: ")
-    assert report.read_bytes() == b"{}"
+    assert report.read_bytes() == REPORT
     assert list(tmp_path.iterdir()) == [report]
 
 
@@ -58,3 +67,43 @@ def test_pipes_are_written_to(tmp_path: Path) -> None:
     assert pipe.read_bytes() == b"report"
     writer.join()
     assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "theirs", "ours"),
+    [
+        (check_reports, "a.json", b'{"model_type": "llava_qwen2"}', REPORT),
+        (check_reports, "README.md", b"# Notes\n", b""),
+        (check_tables, "README.md", b"# Notes\n", TABLES),
+        (check_tables, "b.md", b"**Notes**\n\n| a | b |\n", b"An estimate from peak rates and so on"),
+        (check_pictures, "photo.png", b"\xff\xd8\xff\xe0 a JPEG", b"\x89PNG\r\n\x1a\n"),
+    ],
+)
+def test_only_files_of_ours_are_replaced(
+    tmp_path: Path, check: Callable[..., None], name: str, theirs: bytes, ours: bytes
+) -> None:
+    path = tmp_path / name
+    check(None, path)
+    path.write_bytes(theirs)
+    with pytest.raises(UsageError, match="choose another name or remove it"):
+        check(None, path)
+    path.write_bytes(ours)
+    check(None, path)
+
+
+def test_earlier_estimate_gives_way_to_the_next_one(tmp_path: Path) -> None:
+    from fastvlm.models.random_checkpoint import TINY_ENCODER
+
+    work = Work("m", 256, 46, encoder_cost(TINY_ENCODER, 256, 8), 1, 1)
+    (tmp_path / "e.md").write_text("\n".join(estimate_lines([estimate(work, chip_named("M1"))])))
+    check_tables(tmp_path / "e.md")
+
+
+@pytest.mark.parametrize("check", [check_outputs, check_reports, check_tables, check_pictures])
+def test_model_folders_are_left_alone(tmp_path: Path, check: Callable[..., None]) -> None:
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    (tmp_path / "model" / "fastvlm.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for folder in ("model", "model/inner", "link"):
+        with pytest.raises(UsageError, match="in the model folder"):
+            check(tmp_path / folder / "new.png")
