@@ -38,7 +38,7 @@ from .model_folder import (
 )
 from .output import check_destination, check_space, new_folder
 from .package_report import inspect
-from .recipe import Border, Recipe, check_beside, replayed
+from .recipe import Border, Recipe, check_beside, check_calibration, replayed
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, verify_features
 from .write_encoder import WrittenEncoder, write_encoder
@@ -135,8 +135,8 @@ def export(
         image_size=checkpoint.config.image_size if image_size is None else image_size,
         interface=interface_for([scheme.quant], **asdict(border)),
     )
-    if recipe_file is not None:
-        saved = read_recipe(recipe_file)
+    saved = None if recipe_file is None else read_recipe(recipe_file)
+    if saved is not None:
         check_beside(
             saved,
             {"quant": quant, "min_snr": min_snr, "max_bytes": max_bytes},
@@ -151,6 +151,8 @@ def export(
         recipe = replayed(recipe, saved, border, keep_size=image_size is not None)
     check_engine(recipe, allow_lint)
     calibration = calibration_set(calibrate, checkpoint, recipe)
+    if saved is not None:
+        check_calibration(saved, calibration, recipe.image_size)
     destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)
     check_destination(destination, force=force)
     check_language_tensors(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.config import check_image_size
 from ..models.errors import UsageError
+from ..quant.calibration import ImageSet
 from ..quant.decoder_scheme import DecoderScheme
 from ..quant.encoder_scheme import EncoderScheme
 from ..quant.recipe import SavedRecipe
@@ -63,6 +64,24 @@ def check_beside(saved: SavedRecipe, encoder: Mapping[str, object], decoder: Map
 
 def option_name(name: str, value: object) -> str:
     return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
+def check_calibration(saved: SavedRecipe, given: ImageSet, image_size: int) -> None:
+    """Raises UsageError when images of a folder were measured on, and `given` are others: the bytes would differ.
+
+    Images of a folder in place of embedded ones are plainly meant. Those of another size cannot be told apart.
+    """
+    before, now = saved.calibration, given.as_dict()
+    if before.get("source") != "folder":
+        return
+    found = str(before.get("images"))
+    if now["source"] != "folder":
+        raise UsageError(f"{saved.file}: was measured on {found:.20} images of a folder; give them with --calibrate")
+    if saved.image_size == image_size and before.get("sha256") != now["sha256"]:
+        raise UsageError(
+            f"{saved.file}: was measured on {found:.20} images, and --calibrate has {now['images']} that are not the "
+            "same; give those, or take 'calibration' out of a copy of the recipe"
+        )
 
 
 def replayed(recipe: Recipe, saved: SavedRecipe, border: Border, *, keep_size: bool) -> Recipe:

@@ -24,6 +24,8 @@ class SavedRecipe:
     encoder: EncoderScheme
     decoder: DecoderScheme | None
     image_size: int | None
+    calibration: Mapping[str, Any]
+    """What the manifest says of the images that were measured on; empty where it says nothing."""
     settings: Mapping[str, Any]
     """All that the recipe says, as it was read."""
 
@@ -39,8 +41,7 @@ def read_recipe(path: str | Path) -> SavedRecipe:
     content = read_json_object(file, UsageError)
     settings = content.get("recipe", content)
     try:
-        if not isinstance(settings, Mapping):
-            raise UsageError(f"'recipe' should be a JSON object; found {type(settings).__name__}")
+        _check_kind(settings)
         return SavedRecipe(
             file,
             EncoderScheme(
@@ -52,10 +53,20 @@ def read_recipe(path: str | Path) -> SavedRecipe:
             ),
             _decoder(settings),
             _typed(settings, "image_size", int, None),
+            _calibration(settings),
             settings,
         )
     except UsageError as reason:
         raise UsageError(f"{file}: {reason}") from None
+
+
+def _check_kind(settings: object) -> None:
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"'recipe' should be a JSON object; found {type(settings).__name__}")
+    if settings.get("layout") == "mlx":
+        raise UsageError(
+            "is of an export of layout mlx, which has no recipe of an encoder: export with --layout mlx and its options"
+        )
 
 
 REQUIRED = object()
@@ -89,6 +100,13 @@ def _weights(settings: Mapping[str, Any]) -> dict[str, str]:
             known = ", ".join(WEIGHT_SCHEMES)
             raise UsageError(f"the scheme of {name!r:.80} should be one of {known}; found {scheme!r:.40}")
     return dict(weights)
+
+
+def _calibration(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = settings.get("calibration")
+    if found is not None and not isinstance(found, Mapping):
+        raise UsageError(f"'calibration' should be an object with source, images, sha256; found {found!r:.40}")
+    return dict(found or {})
 
 
 def _decoder(settings: Mapping[str, Any]) -> DecoderScheme | None:

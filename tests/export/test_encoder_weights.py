@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.encoder_weights import taking
 from fastvlm.export.exporter import export
 from fastvlm.export.interface import Interface
 from fastvlm.export.package_report import inspect
+from fastvlm.export.recipe import check_calibration
 from fastvlm.export.rewrite import rewrite
 from fastvlm.models.errors import UsageError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.mlprogram import Constants, read_package
 from fastvlm.models.random_checkpoint import RandomCheckpoint
-from fastvlm.quant.calibration import trial_images
+from fastvlm.quant.calibration import folder_images, trial_images
 from fastvlm.quant.encoder import convolutions, quantize, stored_by_plan
 from fastvlm.quant.metrics import compare
+from fastvlm.quant.recipe import read_recipe
 from fastvlm.quant.schemes import MIN_WEIGHT_SNR_DB, is_candidate
 
 
@@ -91,6 +95,30 @@ def test_decoder_options_beside_a_recipe_that_has_a_decoder_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=f"--recipe says how the decoder's weights are stored: leave out {named}$"):
         export("random:tiny", out=tmp_path / "model", recipe_file=mixed, on_stage=pytest.fail, **options)
+
+
+def pictures(folder: Path, *seeds: int) -> Path:
+    """A folder of images of noise."""
+    folder.mkdir()
+    for seed in seeds:
+        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_recipe_wants_the_images_again_that_it_was_measured_on(tmp_path: Path) -> None:
+    images, others = pictures(tmp_path / "images", 1, 2), pictures(tmp_path / "others", 3)
+    model = export("random:tiny", tmp_path / "model", calibrate=images).folder
+    again = partial(export, "random:tiny", tmp_path / "again", recipe_file=model)
+    with pytest.raises(UsageError, match=r"was measured on 2 images of a folder; give them with --calibrate$"):
+        again(on_stage=pytest.fail)
+    with pytest.raises(UsageError, match=r"measured on 2 images, and --calibrate has 1 that are not the same; give"):
+        again(calibrate=others, on_stage=pytest.fail)
+    assert contents(again(calibrate=images).folder) == contents(model)
+
+
+def test_images_of_ones_own_beside_a_recipe_of_embedded_ones_are_meant(mixed: Path, tmp_path: Path) -> None:
+    check_calibration(read_recipe(mixed), folder_images(pictures(tmp_path / "own", 1), 256, "pad"), 256)
 
 
 def test_decoder_options_settle_what_a_recipe_of_the_encoder_alone_leaves_open(mixed: Path, tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def test_recipe_is_read_alone_from_a_manifest_and_from_a_folder(tmp_path: Path) 
         ({"weights": ["int8"]}, "'weights' should name the scheme of each convolution"),
         ({"weights": {"0.0": "mixed"}}, "the scheme of '0.0' should be one of fp16, int8, .*; found 'mixed'"),
         ({"weights": {"0.0": ["int8"]}}, "the scheme of '0.0' should be one of"),
+        ({"layout": "mlx"}, "an export of layout mlx, which has no recipe of an encoder"),
+        ({"calibration": "folder"}, "'calibration' should be an object with source, images, sha256; found 'folder'"),
         ({"image_size": "256"}, "'image_size' should be of type int"),
         ({"decoder": {"bits": 4, "colour": "red"}}, "'decoder' should be an object with .*bits"),
         ({"decoder": {"bits": 3}}, "--decoder-bits should be one of"),
