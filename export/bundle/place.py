@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import zipfile
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...models.errors import OutputError
+from ...models.file_digest import sha256
 from ...models.folder_layout import PACKAGE_NAME
 from ...models.json_file import read_json_object
 from ...models.paths import is_file
@@ -118,11 +118,6 @@ def carry(source: Path, target: Path) -> None:
         os.link(source, target)
         return
     shutil.copy2(source, target)
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_zip(file: Path) -> None:

@@ -7,7 +7,6 @@ the very file that it is a part of.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import re
@@ -21,6 +20,7 @@ from typing import Any
 from ..._version import __version__
 from ..disk import check_space
 from ..errors import DownloadError
+from ..file_digest import sha256 as file_sha256
 from ..json_file import read_json_object
 
 CHUNK_BYTES = 2**20
@@ -63,7 +63,7 @@ def fetch(
             for another attempt), or the file is not what it should be (which removes it).
         OutputError: there is too little room.
     """
-    if target.is_file() and (digest := _sha256(target)) == (sha256.lower() if sha256 else digest):
+    if target.is_file() and (digest := file_sha256(target)) == (sha256.lower() if sha256 else digest):
         return digest
     part, notes = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     start = _resumable(part, notes, url)
@@ -76,7 +76,7 @@ def fetch(
         check_space(target, room * remote.size - start)
         notes.write_text(json.dumps(remote.as_dict()) + "\n", encoding="utf-8")
         _receive(response, part, start, remote, on_progress)
-    digest = _sha256(part)
+    digest = file_sha256(part)
     if sha256 is not None and digest != sha256.lower():
         part.unlink()
         raise DownloadError(
@@ -157,8 +157,3 @@ def _receive(response: Any, part: Path, start: int, remote: Remote, on_progress:
     if here < remote.size:
         again = "run the same command again to go on" if remote.validator else "run the same command again"
         raise DownloadError(f"{remote.url} was cut off after {here:,} of {remote.size:,} bytes ({cause}): {again}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from fastvlm.export.bundle.place import MAX_OTHERS, publish_beside_others
 from fastvlm.export.bundle.targets import APPLE_APP, MLX_VLM, TARGETS
 from fastvlm.export.bundle.write import LICENCE_NOTE, bundle
 from fastvlm.models.errors import ModelFolderError, OutputError, UsageError, VerificationError
+from fastvlm.models.file_digest import sha256
 from fastvlm.models.json_file import read_json_object
 
 
@@ -248,17 +249,11 @@ def test_licence_files_come_along_and_are_spoken_of(folders: dict[str, Path], tm
     shutil.copytree(folders["mlx"], source)
     (source / "LICENSE_MODEL").write_text("for research")
     manifest = read_json_object(source / "fastvlm.json")
-    manifest["files"]["LICENSE_MODEL"] = {"bytes": 12, "sha256": write_sha256(source / "LICENSE_MODEL")}
+    manifest["files"]["LICENSE_MODEL"] = {"bytes": 12, "sha256": sha256(source / "LICENSE_MODEL")}
     (source / "fastvlm.json").write_text(json.dumps({**manifest, "trained": True, "notes": []}))
     result = bundle(source, "mlx-vlm", tmp_path / "b")
     assert (result.path / "LICENSE_MODEL").read_text() == "for research"
     assert result.notes == (LICENCE_NOTE,)
-
-
-def write_sha256(file: Path) -> str:
-    from fastvlm.export.bundle.place import sha256
-
-    return sha256(file)
 
 
 def test_memory_counts_every_part(folders: dict[str, Path]) -> None:
