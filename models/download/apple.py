@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..disk import check_space
 from ..errors import DownloadError, OutputError
@@ -45,6 +46,8 @@ def download_archive(
     else:
         check_free(destination)
     with work_folder(destination) as work:
+        if not sizes:
+            check_free(destination)  # still: another download may have ended just now
         archive = work / f"{FOLDERS[name]}.zip"
         source = url or archive_url(name)
         digest = fetch(source, archive, sha256=sha256, room=ROOM, on_progress=on_progress)
@@ -104,15 +107,9 @@ def work_folder(destination: Path) -> Iterator[Path]:
     Raises:
         OutputError: another process is at it.
     """
-    import fcntl
-
     work = destination.absolute().with_name(f".{destination.name}.download")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"another process is downloading to {destination}: wait for it") from None
+    with _locked(work / "lock", destination):
         try:
             yield work
         except BaseException:
@@ -120,3 +117,19 @@ def work_folder(destination: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _locked(lock: Path, destination: Path) -> IO[str]:
+    """The file, open and locked. Raises OutputError where another process has it, or had it and removed it just now."""
+    import fcntl
+
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                opened.pop_all()
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+    raise OutputError(f"another process is downloading to {destination}: wait for it, then run the same command again")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from fastvlm.models.checkpoint import FolderCheckpoint
-from fastvlm.models.download.apple import download_archive
+from fastvlm.models.download.apple import download_archive, work_folder
 from fastvlm.models.download.archives import FOLDERS, archive_url
 from fastvlm.models.errors import DownloadError, OutputError
 from fastvlm.models.references import TINY_FOLDER
@@ -159,10 +163,48 @@ def test_what_is_in_the_way_is_never_touched(served: str, tmp_path: Path) -> Non
 
 
 def test_two_downloads_to_one_place_do_not_mix(served: str, tmp_path: Path) -> None:
-    from fastvlm.models.download.apple import work_folder
-
     with work_folder(tmp_path / "model"), pytest.raises(OutputError, match="another process is downloading"):
         download_archive(NAME, tmp_path / "model", url=served)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
+def test_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """The other process ends between our opening the file and our locking it."""
+    lock = tmp_path / ".model.download" / "lock"
+
+    def finish(file: TextIO, how: int) -> None:
+        file_lock(file, how)
+        shutil.rmtree(lock.parent)
+        if again:
+            lock.parent.mkdir()
+            lock.touch()
+
+    file_lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", finish)
+    with pytest.raises(OutputError, match="another process is downloading"), work_folder(tmp_path / "model"):
+        pass
+    assert lock.exists() == again
+
+
+def test_folder_that_goes_before_the_lock_is_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    with pytest.raises(OutputError, match="another process is downloading"), work_folder(tmp_path / "model"):
+        pass
+
+
+def test_place_that_another_download_took_meanwhile_is_not_downloaded_to(
+    server: Any, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def late(destination: Path) -> Iterator[Path]:
+        (destination / "theirs").mkdir(parents=True)
+        with work_folder(destination) as work:
+            yield work
+
+    monkeypatch.setattr("fastvlm.models.download.apple.work_folder", late)
+    with pytest.raises(OutputError, match="is not empty"):
+        download_archive(NAME, tmp_path / "model", url=served)
+    assert server.asked == []
 
 
 def test_addresses_are_apples() -> None:
