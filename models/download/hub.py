@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
-import hashlib
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..disk import check_space
 from ..errors import DownloadError
+from ..file_digest import sha256 as file_sha256
 from .apple import check_checkpoint, check_free, work_folder
 from .archives import is_needed
 from .record import add_missing, missing, recorded, write_record
@@ -57,15 +59,18 @@ def download_from_hub(
     needed = sum(size for size, _ in files.values())
     on_stage(f"fetch {len(files)} files, {needed / 1e6:,.0f} MB")
     if to is None:
-        folder = _fetched(hub_id, revision, list(files), endpoint)  # by its name, which the cache then knows
+        folder = _fetched(hub_id, commit, files, endpoint)["config.json"].parent
         _check_hashes(folder, files, on_stage)
+        _note_branch(folder, revision, commit)
         return folder
     if not filled:
         check_free(to)
     check_space(to, needed)
     with work_folder(to.resolve() if filled else to) as work:
+        if not filled:
+            check_free(to)  # still: another download may have ended just now
         folder = work / "files"
-        _fetched(hub_id, commit, list(files), endpoint, local_dir=folder)
+        _fetched(hub_id, commit, files, endpoint, local_dir=folder)
         _check_hashes(folder, files, on_stage)
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own notes
         if filled:
@@ -101,19 +106,28 @@ def _entry(file: Any) -> tuple[int, str | None]:
 
 
 def _fetched(
-    hub_id: str, revision: str | None, names: list[str], endpoint: str | None, local_dir: Path | None = None
-) -> Path:
-    from huggingface_hub import snapshot_download
+    hub_id: str, commit: str, names: Iterable[str], endpoint: str | None, local_dir: Path | None = None
+) -> dict[str, Path]:
+    """Where each file is now. One after another, here: `snapshot_download` has threads, which Ctrl-C would wait for."""
+    from huggingface_hub import hf_hub_download
 
-    return Path(
-        _told(
-            hub_id,
-            lambda: snapshot_download(
-                hub_id, revision=revision, allow_patterns=names, local_dir=local_dir, endpoint=endpoint
-            ),
-            begun=True,
-        )
-    )
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(hub_id, name, revision=commit, local_dir=local_dir, endpoint=endpoint))
+
+    return {name: _told(hub_id, partial(fetch, name), begun=True) for name in names}
+
+
+def _note_branch(folder: Path, revision: str | None, commit: str) -> None:
+    """Lets the cache know what a branch or tag stands for, as its client does; an earlier commit counts until then."""
+    from huggingface_hub import constants
+
+    ref = folder.parents[1] / "refs" / (revision or constants.DEFAULT_REVISION)
+    if revision == commit or (ref.is_file() and ref.read_text() == commit):
+        return
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    partial_ref = ref.with_name(f".{ref.name}.{os.getpid()}")
+    partial_ref.write_text(commit)
+    partial_ref.replace(ref)
 
 
 def _told(hub_id: str, ask: Callable[[], T], *, begun: bool) -> T:
@@ -167,14 +181,9 @@ def _check_hashes(folder: Path, files: dict[str, tuple[int, str | None]], on_sta
         fault = None
         if not file.is_file() or file.stat().st_size != size:
             fault = f"has {file.stat().st_size if file.is_file() else 0} bytes instead of {size}"
-        elif sha256 is not None and _sha256(file) != sha256:
+        elif sha256 is not None and file_sha256(file) != sha256:
             fault = f"has another sha256 than the hub says ({sha256[:12]}...)"
         if fault:
             for path in {file.resolve(), file}:  # in the cache a link to the content
                 path.unlink(missing_ok=True)
             raise DownloadError(f"{name} {fault}: it was removed; run the same command again")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

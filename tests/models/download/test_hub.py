@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +115,56 @@ def test_hub_id_opens_once_it_is_in_the_cache(server: Any, cache: Path, files: d
 
 def test_only_revision_in_the_cache_is_the_one_that_is_meant(server: Any, cache: Path, files: dict[str, bytes]) -> None:
     download_from_hub(HUB_ID, revision="c" * 40, endpoint=server.url)
+    assert open_checkpoint(HUB_ID).name == "FastVLM-tiny"
+
+
+def test_branch_is_known_to_the_cache_once_all_of_it_is_there(
+    server: Any, cache: Path, files: dict[str, bytes]
+) -> None:
+    """So that an earlier revision is the one that is meant until then."""
+    refs = cache / f"models--{HUB_ID.replace('/', '--')}" / "refs"
+    path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
+    good = server.files[path]
+    server.files[path] = bytes(len(good))
+    with pytest.raises(DownloadError, match="has another sha256"):
+        download_from_hub(HUB_ID, endpoint=server.url)
+    assert not refs.exists()
+    server.files[path] = good
+    download_from_hub(HUB_ID, endpoint=server.url)
+    assert {file.name: file.read_text() for file in refs.iterdir()} == {"main": "c" * 40}
+    download_from_hub(HUB_ID, revision="c" * 40, endpoint=server.url)
+    assert [file.name for file in refs.iterdir()] == ["main"]
+
+
+def test_hub_is_asked_once_what_a_branch_is(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    """A branch that moves amid a download does not mix the files of two commits."""
+    assert download_from_hub(HUB_ID, endpoint=server.url).name == "c" * 40
+    assert [path for path, _ in server.asked if path.startswith("/api/")] == [f"/api/models/{HUB_ID}"]
+    assert {path.split("/")[4] for path, _ in server.asked if "/resolve/" in path} == {"c" * 40}
+
+
+def test_ctrl_c_ends_a_download_amid_a_file_and_whole_files_stay(
+    server: Any, cache: Path, files: dict[str, bytes]
+) -> None:
+    """The file itself would take minutes."""
+    path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
+    server.bytes_per_second = 50_000
+    command = [sys.executable, "-m", "fastvlm.cli.main", "download", HUB_ID]
+    own = {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while [asked for asked, _ in server.asked].count(path) < 2 and process.poll() is None:  # HEAD, then GET
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "error: interrupted")
+    assert not list(cache.rglob("*/blobs/*.incomplete"))
+    server.asked.clear()
+    server.bytes_per_second = None
+    download_from_hub(HUB_ID, endpoint=server.url)
+    assert not any(asked.endswith("/config.json") for asked, _ in server.asked)
     assert open_checkpoint(HUB_ID).name == "FastVLM-tiny"
 
 
