@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -48,12 +51,27 @@ def listen() -> None:
 
 
 def stop_listening() -> None:
-    """The work is done: Python's own finalizers are left in peace."""
+    """The work is done: a signal ends the process while it waits for threads, and leaves its finalizers in peace."""
     sys.unraisablehook = sys.__unraisablehook__
     if _again_is_due:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    atexit.register(_handle, signal.SIG_IGN)  # Python joins its threads before it calls what is registered
+    _handle(_leave)
+
+
+def _handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler. What was printed is kept; an interruption that was told already is not told again."""
+    try:
+        if _asked is None:
+            sys.stderr.write("error: interrupted\n")
+        sys.stdout.flush()
+    finally:
+        os._exit(128 + signal_number)
 
 
 def _again(dropped: sys.UnraisableHookArgs) -> None:

@@ -65,3 +65,22 @@ def test_ctrl_c_is_neither_lost_nor_a_traceback(body: str, code: int, said: str)
     done = subprocess.run([sys.executable, "-c", AMID.format(body=body)], capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert done.stderr == said if code != 1 else done.stderr.endswith(said)
+
+
+BUSY = (
+    "import threading, time, fastvlm.cli.interrupt as begun\n"
+    "    def busy():\n"
+    "        while signal.getsignal(signal.{name}) is begun.interrupt: time.sleep(0.001)\n"
+    "        os.kill(os.getpid(), signal.{name}); time.sleep(20)\n"
+    "    threading.Thread(target=busy).start()\n"
+    "    sys.stdout.write('what is known\\n'); return []"
+)
+"""A thread that outlives the command and that Python waits for, and a signal meanwhile."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_thread_that_is_waited_for_does_not_hold_up_ctrl_c(number: signal.Signals) -> None:
+    code = AMID.format(body=BUSY.format(name=number.name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (128 + number, "error: interrupted\n")
+    assert done.stdout.startswith("what is known\n")
