@@ -104,7 +104,8 @@ def table(evaluation: Evaluation) -> Iterator[str]:
     data, asked = evaluation.data, len(evaluation.answers)
     partial = "" if evaluation.complete else f" (partial: {asked:,} of {data.count:,})"
     untrained = "" if evaluation.folder["trained"] else "; the weights are random"
-    yield f"{data.name}, {asked:,} questions{partial}, {data.metric}{untrained}"
+    folder = one_line(evaluation.folder["path"])
+    yield f"{data.name}, {asked:,} questions{partial}, {data.metric}; asked of {folder}{untrained}"
     yield f"{'kind':<16}{'n':>7}{'accuracy':>12}{'95% interval':>18}"
     for kind, row in evaluation.rows.items():
         interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def accuracy_figure(evaluation: Evaluation) -> Figure:
     width, height = (6.5 + (4.6 * COLUMNS if tables else 0), max(3.6, 4.2 * rows))
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.add_gridspec(max(rows, 1), 1 + (COLUMNS if tables else 0), width_ratios=_widths(bool(tables)))
-    figure.suptitle(_title(evaluation), fontsize=11)
+    figure.suptitle(escaped(evaluation.title), fontsize=11)
     draw_bars(figure.add_subplot(grid[:, 0]), evaluation)
     for index, (kind, words, counts) in enumerate(tables):
         axes = figure.add_subplot(grid[index // COLUMNS, 1 + index % COLUMNS])
@@ -88,15 +88,11 @@ def _widths(with_tables: bool) -> list[float]:
     return [1.3, *([1.0] * COLUMNS)] if with_tables else [1.0]
 
 
-def _title(evaluation: Evaluation) -> str:
-    recipe: Any = evaluation.folder.get("recipe")
-    scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
-    weights = "" if evaluation.folder["trained"] else ", random weights"
-    partial = "" if evaluation.complete else f" (partial, of {evaluation.data.count:,})"
-    path = plain(str(evaluation.folder["path"]))
-    return f"{path}{scheme}{weights}: {evaluation.data.name}, {len(evaluation.answers):,} questions{partial}"
-
-
 def plain(text: str, most: int = 60) -> str:
-    """A stranger's text, its last `most` characters, without the signs that matplotlib reads as formulas."""
-    return "".join(c for c in text if c.isprintable())[-most:].replace("$", r"\$")
+    """A stranger's text, its last `most` characters, as it is to be shown."""
+    return escaped("".join(c for c in text if c.isprintable())[-most:])
+
+
+def escaped(text: str) -> str:
+    """Without the signs that matplotlib reads as formulas."""
+    return text.replace("$", r"\$")

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 SCHEMA = "fastvlm.evaluation/1"
 ALL = "all"
 """The row of all questions."""
+MAX_PATH = 60
+"""Characters of a folder's path that a title shows, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,17 @@ class Evaluation:
     def accuracy(self) -> float:
         """Mean score of all questions, 0 to 1."""
         return self.rows[ALL].accuracy
+
+    @property
+    def title(self) -> str:
+        """Model and scheme, what they were asked, and how much of it: a line of printable characters."""
+        recipe: Any = self.folder.get("recipe")
+        scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
+        weights = "" if self.folder["trained"] else ", random weights"
+        partial = "" if self.complete else f" (partial, of {self.data.count:,})"
+        model = f"{str(self.folder['path'])[-MAX_PATH:]}{scheme}{weights}"
+        line = f"{model}: {self.data.name}, {len(self.answers):,} questions{partial}"
+        return "".join(c for c in line if c.isprintable())
 
     @cached_property
     def rows(self) -> dict[str, Row]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ...models.errors import ImageError
 from ...models.images import open_image
-from .report import ALL, Answer, Evaluation
+from .report import Answer, Evaluation
 
 CELLS = 24
 COLUMNS = 6
@@ -28,24 +30,37 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def sample_sheet(evaluation: Evaluation) -> Image.Image:
-    """Up to 24 answers, of every kind, half of them wrong where there are as many. The head tells the true share."""
+    """Up to 24 answers, of every kind, half of them wrong where there are as many. The head tells all shares."""
     chosen = choose(evaluation.answers)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     cell_width, cell_height = PICTURE + 2 * PAD, PICTURE + LINES * LINE + 3 * PAD
-    size = (columns * (cell_width + PAD) + PAD, HEAD + rows * (cell_height + PAD))
+    head = ((8, INK, 20, title(evaluation)), (32, FAINT, 12, shown(evaluation, chosen)))
+    texts = [(top, ink, line, ImageFont.load_default(size)) for top, ink, size, line in head]
+    least = max(math.ceil(font.getlength(line)) + 2 * PAD for *_, line, font in texts)
+    size = (max(columns * (cell_width + PAD) + PAD, least), HEAD + rows * (cell_height + PAD))
     sheet = Image.new("RGB", size, GROUND)
     pen = ImageDraw.Draw(sheet)
-    row = evaluation.rows[ALL]
-    shown = f"{len(chosen)} of {row.n:,} answers, half of them wrong ones where there are as many"
-    pen.text((PAD, 8), f"{evaluation.data.name}: {row.accuracy:.1%} right", INK, ImageFont.load_default(20))
-    pen.text((PAD, 32), shown, FAINT, ImageFont.load_default(12))
+    for top, ink, line, font in texts:
+        pen.text((PAD, top), line, ink, font)
     for index, answer in enumerate(chosen):
         left, top = PAD + index % columns * (cell_width + PAD), HEAD + index // columns * (cell_height + PAD)
         pen.rounded_rectangle((left, top, left + cell_width, top + cell_height), 8, CARD)
         sheet.paste(thumbnail(answer), (left + PAD, top + PAD))
         write_text(pen, answer, left + PAD, top + PICTURE + 2 * PAD)
     return sheet
+
+
+def title(evaluation: Evaluation) -> str:
+    """Which model was asked what, and how often it was right."""
+    return f"{evaluation.title}, {evaluation.accuracy:.1%} right"
+
+
+def shown(evaluation: Evaluation, chosen: Sequence[Answer]) -> str:
+    """The counts of what the sheet holds, which is no fair share of all answers."""
+    right, wrong = (sum(one.score == score for one in chosen) for score in (1, 0))
+    partly = f", {len(chosen) - right - wrong} partly right" if right + wrong < len(chosen) else ""
+    return f"shown: {len(chosen)} of {len(evaluation.answers):,} answers, {right} right{partly}, {wrong} wrong"
 
 
 def choose(answers: tuple[Answer, ...], cells: int = CELLS) -> list[Answer]:

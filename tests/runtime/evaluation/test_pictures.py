@@ -102,6 +102,19 @@ def test_sheet_colours_answers_by_their_score() -> None:
     assert holds(right, (0, 90, 200)), "the image itself"
 
 
+def test_sheet_names_the_model_and_counts_what_it_shows() -> None:
+    found = evaluation_of([("a", "b")] * 3 + [("a", "a")])
+    assert sheet.title(found) == "a $\\frac$  folder, random weights: made, 4 questions, 25.0% right"
+    assert sheet.shown(found, found.answers) == "shown: 4 of 4 answers, 1 right, 3 wrong"
+    partly = (replace(found.answers[0], score=0.5), *found.answers[1:])
+    assert sheet.shown(found, partly[:2]) == "shown: 2 of 4 answers, 0 right, 1 partly right, 1 wrong"
+
+
+def test_sheet_is_as_wide_as_its_head() -> None:
+    found = evaluation_of([("a", "b")])
+    assert sheet.sample_sheet(found).width > ImageFont.load_default(20).getlength(sheet.title(found))
+
+
 def test_sheet_survives_any_text_and_a_lost_image() -> None:
     found = evaluation_of([("a" * 500, "\x00\n\u65e5" * 90), ("b", ""), ("c", "word " * 200)])
     lost = Answer(Sample("z", "gone.png", "q", ("a",), "k"), None, 0.0, "", None, error="gone.png does not exist")
