@@ -173,11 +173,12 @@ def prepared(
     """
     from ..runtime.benchmark.run import Case
 
+    found = [(model, resolved(model, sizes, quant)) for model in models]  # all of them, before the first is exported
     cases = []
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
-        for model in models:
-            if exported := exported_folder(model):
-                cases.append(folder_case(exported, sizes, quant))
+        for model, case in found:
+            if case:
+                cases.append(case)
                 continue
             from ..export.exporter import export  # folders are measured without it
 
@@ -189,6 +190,19 @@ def prepared(
                 export(model, folder, quant=quant, image_size=size, allow_shortfall=True, on_stage=on_stage)
                 cases.append(Case(label, folder))
         yield cases
+
+
+def resolved(model: str, sizes: Sequence[int], quant: str | None) -> Case | None:
+    """An exported folder; None for a MODEL that can be exported. Raises FastVLMError where it is neither."""
+    if exported := exported_folder(model):
+        return folder_case(exported, sizes, quant)
+    from ..models.config import check_image_size
+    from ..models.references import open_checkpoint
+
+    open_checkpoint(model)
+    for size in sizes:
+        check_image_size(size)
+    return None
 
 
 def exported_folder(model: str) -> Path | None:

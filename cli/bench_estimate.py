@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LIST = "list"
 
-USED = ("models", "image_size", "quant", "prompt_tokens", "json_file", "markdown", "plot", "published", "estimate")
-"""Parameters of `bench` that change an estimate, or are so anyway: the published times always stand below it."""
+USED = ("models", "image_size", "quant", "prompt_tokens", "json_file", "markdown", "plot", "estimate")
+"""Parameters of `bench` that change an estimate. Not `published`: those times stand below it anyway."""
 
 
 def check_used(context: typer.Context, chips: str) -> None:

@@ -20,15 +20,17 @@ from ..benchmark.plot import Bar
 from .chips import CHIPS, SOURCES, chip_named
 from .published import PAPER, POINTS
 from .roofline import Check, Estimate, checks
+from .work import TEXT_TOKENS
 
 SCHEMA = "fastvlm.estimate/1"
 
 CAVEAT = "An estimate from peak rates and published times, not a measurement: expect it to be off by a third."
+PROMPT = f"The prompt is an image and {TEXT_TOKENS} tokens of text, unless --prompt-tokens names another length."
 
 
 def estimate_lines(estimates: Sequence[Estimate]) -> Iterator[str]:
     """What is predicted, then how well the same roofline gives what was published."""
-    yield from (CAVEAT, "")
+    yield from (CAVEAT, PROMPT, "")
     header = ["estimate, ms", "chip", "TTFT", "range", "encode", "prefill", "overhead", "tokens/s at most"]
     yield from table(header, [_row(one) for one in estimates])
     yield from ("", *check_lines(), "", *source_lines([one.chip for one in estimates]))
@@ -37,7 +39,7 @@ def estimate_lines(estimates: Sequence[Estimate]) -> Iterator[str]:
 def _row(one: Estimate) -> list[str]:
     times = (one.encode_ms, one.prefill_ms, one.overhead_ms)
     return [
-        f"{plain(one.label)}, {one.image_size} px, {one.prompt_tokens} tokens",
+        f"{plain(one.label)}, {one.image_size} px, {one.prompt_tokens} prompt tokens",
         one.chip,
         f"~ {milliseconds(one.ttft_ms)}",
         f"{milliseconds(one.low_ms)} to {milliseconds(one.high_ms)}",
