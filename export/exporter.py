@@ -17,7 +17,6 @@ from ..models.errors import PackageError, UsageError, VerificationError
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
-from ..quant.calibration import ImageSet, calibration_images, folder_images
 from ..quant.decoder import check_language_tensors, saved_tensors
 from ..quant.decoder_scheme import DecoderScheme, decoder_scheme
 from ..quant.decoder_sensitivity import mixed_bits
@@ -38,7 +37,7 @@ from .model_folder import (
 )
 from .output import check_destination, check_space, new_folder
 from .package_report import inspect
-from .recipe import Border, Recipe, check_beside, check_calibration, replayed
+from .recipe import Border, Recipe, calibration_set, check_beside, replayed
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, verify_features
 from .write_encoder import WrittenEncoder, write_encoder
@@ -120,7 +119,7 @@ def export(
     `io` (`float32`, `float16`, `image`), `target` (`ios17`, `ios18`) and `with_projector` are the package's border: see
     `Interface`. `calibrate` is a folder of images to measure on, instead of embedded ones.
     A package that breaks a rule of the Neural Engine is refused unless `allow_lint`; a result that falls short of the
-    checkpoint is refused unless `allow_shortfall`, which the manifest then tells. What is not finite is always refused.
+    checkpoint is refused unless `allow_shortfall`: the manifest's notes tell of both. What is not finite never passes.
 
     Raises:
         FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
@@ -150,9 +149,7 @@ def export(
         )
         recipe = replayed(recipe, saved, border, keep_size=image_size is not None)
     check_engine(recipe, allow_lint)
-    calibration = calibration_set(calibrate, checkpoint, recipe)
-    if saved is not None:
-        check_calibration(saved, calibration, recipe.image_size)
+    calibration = calibration_set(calibrate, recipe.image_size, checkpoint.config.image_aspect_ratio, saved)
     destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)
     check_destination(destination, force=force)
     check_language_tensors(checkpoint)
@@ -161,8 +158,9 @@ def export(
     with new_folder(destination, force=force) as folder:
         if recipe.has_package:
             encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
-            check_lint(folder / PACKAGE_NAME, allow_lint)
+            broken = lint_notes(folder / PACKAGE_NAME, allow_lint)
         else:
+            broken = ()
             encoder = read_encoder(checkpoint, recipe, calibration, on_stage)
         recipe = replace(recipe, encoder=replace(recipe.encoder, weights=encoder.plan))
         recipe = replace(recipe, decoder=write_decoder(folder, checkpoint, recipe, encoder, tokenizer, on_stage))
@@ -180,7 +178,7 @@ def export(
             folder=destination,
             checkpoint=checkpoint.name,
             trained=is_trained(checkpoint),
-            notes=(*checkpoint.notes, *encoder.notes, *verification.encoder.notes, *verification.failures),
+            notes=(*checkpoint.notes, *encoder.notes, *broken, *verification.encoder.notes, *verification.failures),
             verification=verification,
             encoder_bytes=encoder_bytes(folder),
             files=file_table(folder),
@@ -259,13 +257,6 @@ def manifest_recipe(recipe: Recipe, encoder: WrittenEncoder) -> dict[str, Any]:
     return {**recipe.as_dict(), **encoder.as_dict()}
 
 
-def calibration_set(folder: str | Path | None, checkpoint: Checkpoint, recipe: Recipe) -> ImageSet:
-    """The images to calibrate on: those in `folder`, or embedded ones. Raises ImageError when there are none."""
-    if folder is None:
-        return calibration_images(recipe.image_size)
-    return folder_images(folder, recipe.image_size, checkpoint.config.image_aspect_ratio)
-
-
 def check_engine(recipe: Recipe, allow_lint: bool) -> None:
     """Raises UsageError for what lint will refuse for sure, before the work is done."""
     if BLOCKWISE in {recipe.quant, *recipe.encoder.weights.values()} and not allow_lint:
@@ -275,12 +266,14 @@ def check_engine(recipe: Recipe, allow_lint: bool) -> None:
         )
 
 
-def check_lint(package: Path, allow_lint: bool) -> None:
-    """Raises PackageError when the package breaks a rule of the Neural Engine, unless `allow_lint`."""
+def lint_notes(package: Path, allow_lint: bool) -> tuple[str, ...]:
+    """The rules of the Neural Engine that the package breaks. Raises PackageError unless `allow_lint`."""
     errors = inspect(package).errors
-    if errors and not allow_lint:
-        listed = "; ".join(f"{finding.rule}: {finding.example} ({finding.reason})" for finding in errors)
+    broken = tuple(f"{finding.rule}: {finding.example} ({finding.reason})" for finding in errors)
+    if broken and not allow_lint:
+        listed = "; ".join(broken)
         raise PackageError(f"the package would not run on the Neural Engine: {listed}; --allow-lint writes it anyway")
+    return tuple(f"breaks a rule of the Neural Engine, which was allowed: {one}" for one in broken)
 
 
 def is_trained(checkpoint: Checkpoint) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..models.config import check_image_size
 from ..models.errors import UsageError
-from ..quant.calibration import ImageSet
+from ..quant.calibration import ImageSet, calibration_images, folder_images
 from ..quant.decoder_scheme import DecoderScheme
 from ..quant.encoder_scheme import EncoderScheme
 from ..quant.recipe import SavedRecipe
@@ -64,6 +65,19 @@ def check_beside(saved: SavedRecipe, encoder: Mapping[str, object], decoder: Map
 
 def option_name(name: str, value: object) -> str:
     return ("--no-" if value is False else "--") + name.replace("_", "-")
+
+
+def calibration_set(folder: str | Path | None, image_size: int, fit: str, saved: SavedRecipe | None) -> ImageSet:
+    """The images to calibrate on: those in `folder`, or embedded ones.
+
+    Raises:
+        ImageError: `folder` holds none.
+        UsageError: they are not those that `saved` was measured on.
+    """
+    images = calibration_images(image_size) if folder is None else folder_images(folder, image_size, fit)
+    if saved is not None:
+        check_calibration(saved, images, image_size)
+    return images
 
 
 def check_calibration(saved: SavedRecipe, given: ImageSet, image_size: int) -> None:

@@ -65,7 +65,7 @@ def _check_kind(settings: object) -> None:
         raise UsageError(f"'recipe' should be a JSON object; found {type(settings).__name__}")
     if settings.get("layout") == "mlx":
         raise UsageError(
-            "is of an export of layout mlx, which has no recipe of an encoder: export with --layout mlx and its options"
+            "an export of layout mlx, which has no recipe of an encoder; give its options again with --layout mlx"
         )
 
 

@@ -150,6 +150,17 @@ def test_int4_is_refused_before_any_work_unless_lint_errors_are_allowed(tmp_path
         export("random:tiny", out=tmp_path / "model", quant="int4", on_stage=pytest.fail)
 
 
+def test_broken_rules_that_were_allowed_are_told_in_the_manifest(tmp_path: Path) -> None:
+    results = [export("random:tiny", tmp_path / name, quant="int4", allow_lint=True) for name in ("model", "again")]
+    notes = json.loads((tmp_path / "model" / "fastvlm.json").read_text())["notes"]
+    told = [note for note in notes if "breaks a rule of the Neural Engine, which was allowed: " in note]
+    errors = inspect(tmp_path / "model").errors
+    assert errors
+    assert all(f"{error.rule}: {error.example}" in note for error, note in zip(errors, told, strict=True))
+    assert list(results[0].notes) == notes  # which the command prints
+    assert contents(tmp_path / "model") == contents(tmp_path / "again")
+
+
 def test_network_that_takes_another_size_computes_what_one_written_for_it_does() -> None:
     written = {size: rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), size) for size in (128, 256)}
     small, large = (torch.from_numpy(trial_images(size)[0]) for size in (128, 256))
