@@ -20,7 +20,7 @@ from ..models.folder_layout import (
     has_mlx_encoder,
     saved_weights,
 )
-from ..models.hub_cache import cached_folder
+from ..models.hub_cache import HUB_ID, cached_folder
 from ..models.json_file import read_json_object
 from ..models.paths import is_file
 
@@ -70,7 +70,7 @@ def open_folder(path: str | Path, *, verify_hashes: bool = False) -> ModelFolder
     if not path.is_dir():
         path = cached_folder(str(path)) or path  # an exported folder on the hub, as apple/FastVLM-0.5B-fp16
     if not path.is_dir():
-        raise ModelFolderError(f"{path} is not a folder; a model folder is what `fastvlm export` writes")
+        raise ModelFolderError(_not_a_folder(str(path)))
     manifest = read_json_object(path / MANIFEST_NAME, ModelFolderError) if (path / MANIFEST_NAME).is_file() else None
     if manifest is not None:
         _check_files(path, manifest, verify_hashes)
@@ -86,6 +86,21 @@ def open_folder(path: str | Path, *, verify_hashes: bool = False) -> ModelFolder
     )
     trained = manifest is None or manifest.get("trained") is not False
     return ModelFolder(path, config, trained, _notes(manifest, trained))
+
+
+def _not_a_folder(name: str) -> str:
+    """What to do about a name that stands for something to export, perhaps."""
+    from ..models.download.archives import FOLDERS
+    from ..models.references import TINY
+
+    if name == TINY or name.startswith("random:"):
+        return f"{name} is a MODEL to export, not a folder: first `fastvlm export {name} -o model`, then name `model`"
+    if HUB_ID.fullmatch(name) or name in FOLDERS:
+        return (
+            f"{name} is neither a folder here nor in the hub's cache: fetch it with `fastvlm download {name}`, and "
+            "make a model folder of it with `fastvlm export`, unless it is an exported one"
+        )
+    return f"{name} is not a folder; a model folder is what `fastvlm export` writes"
 
 
 def _notes(manifest: Mapping[str, Any] | None, trained: bool) -> tuple[str, ...]:
