@@ -1,0 +1,6 @@
+"""`python -m fastvlm`: the same as `fastvlm`."""
+
+from .cli.start import main
+
+if __name__ == "__main__":
+    main()
