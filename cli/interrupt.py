@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import NoReturn
 
@@ -25,10 +26,13 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
-def interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler."""
+def interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """A signal handler. Raises `Interrupted`, but amid the making of an extension module, which would abort."""
     global _asked
     _asked = signal_number
+    if _makes_extension(frame):
+        _come_again(signal_number)
+        return
     raise Interrupted(signal_number)
 
 
@@ -44,7 +48,10 @@ def gone_on() -> None:
 
 
 def listen() -> None:
-    """Signals raise `Interrupted` from here on; in a finalizer, whose exceptions Python drops, a moment later."""
+    """Signals raise `Interrupted` from here on.
+
+    They do so a moment later in a finalizer, whose exceptions Python drops, and amid the import of an extension.
+    """
     for number in SIGNALS:
         signal.signal(number, interrupt)
     sys.unraisablehook = _again
@@ -78,7 +85,21 @@ def _again(dropped: sys.UnraisableHookArgs) -> None:
     if not isinstance(dropped.exc_value, Interrupted):
         sys.__unraisablehook__(dropped)
         return
+    _come_again(dropped.exc_value.signal_number)
+
+
+def _come_again(signal_number: int) -> None:
     global _again_is_due
-    number, _again_is_due = dropped.exc_value.signal_number, True
-    signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
+    _again_is_due = True
+    signal.signal(signal.SIGALRM, lambda _, frame: interrupt(signal_number, frame))
     signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+
+
+def _makes_extension(frame: FrameType | None) -> bool:
+    """C++ that calls Python while a module is made (MLX's does) knows no exceptions there."""
+    while frame is not None:
+        making = frame.f_code.co_name in ("create_module", "exec_module")
+        if making and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False

@@ -57,9 +57,16 @@ AMID = (
         ("import time; Finalized(); time.sleep(120); return []", 130, "error: interrupted\n"),
         ("try: press()\n    except BaseException: raise AttributeError from None", 130, "error: interrupted\n"),
         ("atexit.register(press); return []", 0, ""),
+        (
+            "import _imp, importlib.machinery, time\n"
+            "    _imp.exec_dynamic = lambda module: (press(), os.write(2, b'made\\n'))\n"
+            "    importlib.machinery.ExtensionFileLoader('x', '/x').exec_module(None); time.sleep(120)",
+            130,
+            "made\nerror: interrupted\n",
+        ),
         ("raise AttributeError('a fault of ours')", 1, "AttributeError: a fault of ours\n"),
     ],
-    ids=["in a finalizer", "as another exception", "at the end", "not at all"],
+    ids=["in a finalizer", "as another exception", "at the end", "amid an extension's import", "not at all"],
 )
 def test_ctrl_c_is_neither_lost_nor_a_traceback(body: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", AMID.format(body=body)], capture_output=True, text=True, timeout=60)
