@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import PackageError
-from ..models.folder_layout import PACKAGE_NAME
+from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, has_mlx_encoder
 from ..models.mlprogram import (
     Program,
     TensorType,
@@ -81,7 +81,18 @@ def inspect(path: str | Path) -> PackageReport:
     package = path / PACKAGE_NAME if (path / PACKAGE_NAME).is_dir() else path
     if not package.is_dir():
         raise PackageError(f"{path} is neither a .mlpackage nor a folder with {PACKAGE_NAME}")
+    if (package / CONFIG_NAME).is_file():
+        raise PackageError(f"{path} {without_package(package)}")
     return describe(read_package(package))
+
+
+def without_package(folder: Path) -> str:
+    """What a model folder is that has no package. Raises WeightsError when its weights are damaged."""
+    if has_mlx_encoder(folder):
+        return "holds its encoder as MLX weights, for clients that run it in MLX: there is no package to inspect"
+    if (folder / MANIFEST_NAME).is_file():
+        return f"lacks {PACKAGE_NAME}: export the model again"
+    return f"is a checkpoint, which has no package yet: export it first, with `fastvlm export {folder}`"
 
 
 def describe(program: Program) -> PackageReport:

@@ -13,13 +13,15 @@ from PIL import Image
 import fastvlm
 from fastvlm.export.exporter import export
 from fastvlm.export.mlx_encoder import verify_mlx_encoder
+from fastvlm.export.package_report import inspect
 from fastvlm.export.safetensors_file import write_safetensors
 from fastvlm.export.verify_encoder import EncoderReference, encoder_reference
 from fastvlm.models._mlx import mx
-from fastvlm.models.errors import UsageError, VerificationError, WeightsError
+from fastvlm.models.errors import PackageError, UsageError, VerificationError, WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.folder_layout import saved_encoder
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.references import TINY_FOLDER
 from fastvlm.quant.calibration import verification_images
 
 TOWER = "vision_tower.vision_model."
@@ -63,6 +65,19 @@ def test_manifest_says_what_it_is(exported: Path) -> None:
     recipe = json.loads((exported / "fastvlm.json").read_text())["recipe"]
     assert (recipe["layout"], recipe["quant"]) == ("mlx", "bf16")
     assert "io" not in recipe and "target" not in recipe
+
+
+def test_inspect_says_what_a_folder_without_a_package_is(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="encoder as MLX weights, .*: there is no package to inspect$"):
+        inspect(exported)
+    with pytest.raises(
+        PackageError, match=r"is a checkpoint, .*: export it first, with `fastvlm export .*checkpoint`$"
+    ):
+        inspect(TINY_FOLDER)
+    for name in ("config.json", "fastvlm.json"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    with pytest.raises(PackageError, match="lacks fastvithd.mlpackage: export the model again$"):
+        inspect(tmp_path)
 
 
 def test_folder_without_a_package_answers(exported: Path, encoder: FastViT) -> None:
