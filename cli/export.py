@@ -144,7 +144,7 @@ def summary(result: Export, seconds: float) -> str:
     return "\n".join(
         (
             f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
-            f"next to {result.checkpoint} in float32:",
+            f"next to {result.checkpoint} in float32, on images kept for this:",
             f"  encoder {megabytes(result.encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
             f"  decoder {megabytes(other_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
             f"{decoder.logits.same_argmax:.0%} of greedy tokens agree",

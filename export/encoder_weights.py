@@ -54,10 +54,10 @@ def searched(
     with taking(network, image_size, probe_size):
         options = measured_options(network, [pixel_scale * image for image in calibration_images(probe_size)])
     images = Images(calibration, [pixel_scale * image for image in trial_images(image_size)])
+    others = fixed_bytes(network, options)
     if scheme.max_bytes is None:
         assert scheme.min_snr is not None
-        return search(network, options, images, min_snr=scheme.min_snr, say=on_stage)
-    others = fixed_bytes(network, options)
+        return search(network, options, images, min_snr=scheme.min_snr, others=others, say=on_stage)
     return search_bytes(network, options, images, max_bytes=scheme.max_bytes, others=others)
 
 

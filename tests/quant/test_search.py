@@ -158,6 +158,17 @@ def test_size_is_kept_and_an_impossible_one_refused(network: nn.Sequential, imag
         search_bytes(network, options, images, max_bytes=20_000, others=5_000)
 
 
+def test_progress_counts_the_bytes_that_a_size_is_kept_in_and_says_what_was_measured_on(
+    network: nn.Sequential, images: Images
+) -> None:
+    said: list[str] = []
+    options, others = measured_options(network, images.calibration), 3_000_000
+    found = search(network, options, images, min_snr=30.0, others=others, say=said.append)
+    assert search_bytes(network, options, images, max_bytes=others + plan_bytes(options, found.plan), others=others)
+    assert f"encoder at most {(others + plan_bytes(options, found.plan)) / 1e6:.1f} MB, " in said[-1]
+    assert all(line.endswith(" dB on the search's images") for line in said)
+
+
 def test_floor_that_no_plan_reaches_leaves_float16(network: nn.Sequential, images: Images) -> None:
     options = {"1.0": [Option("fp16", 100, 0.0), Option("pal4", 10, 0.0)]}  # a measurement that promises too much
     float16 = snr_db(network, {}, images)
