@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def check_bundle(folder: str | Path, target: str) -> BundleCheck:
     """
     folder, contract = Path(folder).expanduser(), contract_for(target)
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder} is not a folder; --check takes a bundle's")
+        what = "is a zip file: unzip it first" if zipfile.is_zipfile(folder) else "is not a folder"
+        raise ModelFolderError(f"{folder} {what}; --check takes a bundle's folder")
     return BundleCheck(folder, target, tuple(bundle_faults(folder, contract)))
 
 

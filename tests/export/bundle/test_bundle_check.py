@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,10 @@ def test_files_that_the_clients_can_do_without_may_be_absent(bundles: dict[str, 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="is not a folder"):
         check_bundle(tmp_path / "absent", "mlx-vlm")
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as file:
+        file.writestr("config.json", "{}")
+    with pytest.raises(ModelFolderError, match=r"bundle.zip is a zip file: unzip it first; --check takes a bundle's"):
+        check_bundle(tmp_path / "bundle.zip", "mlx-vlm")
     with pytest.raises(UsageError, match="--target should be one of apple-app, mlx-swift-lm, mlx-vlm; found 'android'"):
         check_bundle(tmp_path, "android")
 
