@@ -24,7 +24,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; `-` reads it from stdin.")],
     image: given.Images = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Caption every image of a folder, into --out.")
+        Path | None, typer.Option(metavar="DIR", help="Caption every image of a folder and its subfolders, into --out.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="F.jsonl", help="For --images; an earlier run goes on.")

@@ -44,6 +44,9 @@ damaged ones.)"""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 """What Pillow decodes itself: others would start programs (EPS: Ghostscript) or are no pictures of today."""
 
+SUFFIXES = tuple(f".{kind}" for kind in "avif bmp gif ico jp2 jpeg jpg pgm png ppm tif tiff webp".split())
+"""Files of other names in a folder are not images, and not looked at."""
+
 THIN = 4
 """Height over width from which on it pays to leave out the black beside an image."""
 

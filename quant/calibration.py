@@ -16,7 +16,7 @@ from typing import cast, overload
 import numpy as np
 
 from ..models.errors import ImageError
-from ..models.images import Fit, open_image, preprocess, to_pixel_values
+from ..models.images import SUFFIXES, Fit, open_image, preprocess, to_pixel_values
 from ..models.tiny.scenes import draw_scene
 from ..models.tiny.splits import scene_seeds
 
@@ -25,9 +25,6 @@ SEEDS = {"calibration": 0, "trial": 50, "verification": 100}
 
 MAX_FOLDER_IMAGES = 32
 """Read from a folder at most: each is run two or three times, at seconds apiece for FastViTHD at 1024 pixels."""
-
-SUFFIXES = frozenset(f".{kind}" for kind in "png jpg jpeg webp gif bmp tif tiff ppm pgm avif jp2".split())
-"""Files of other names in a folder are not images, and not looked at."""
 
 MAX_LISTED = 4
 
@@ -111,7 +108,7 @@ def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
         except ImageError as reason:
             broken.append(str(reason).replace(str(file), file.name))  # a manifest tells it: no paths
     if not pixels:
-        found = f": {broken[0]}" if broken else f" ({', '.join(sorted(SUFFIXES))})"
+        found = f": {broken[0]}" if broken else f" ({', '.join(SUFFIXES)})"
         raise ImageError(f"{folder} holds no image that can be read{found}")
     more = [f"and {len(broken) - MAX_LISTED} more"] if len(broken) > MAX_LISTED else []
     notes = (f"images left out: {'; '.join(broken[:MAX_LISTED] + more)}",) if broken else ()

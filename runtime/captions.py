@@ -15,16 +15,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..models.errors import FastVLMError, ImageError, OutputError, PackageError, UsageError
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME
+from ..models.images import SUFFIXES
 from .generate import Generation
 from .request import Request, prepare
 
 if TYPE_CHECKING:
     from .fastvlm import FastVLM
-
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".ico", ".avif", ".jp2")
-)
-
 
 MAX_BYTES = 2**30
 """Of a file of captions: a million of them."""
@@ -46,7 +42,7 @@ def image_files(folder: Path) -> list[Path]:
         and path.is_file()
     ]
     if not found:
-        raise ImageError(f"{folder} holds no images: their names should end in one of {' '.join(sorted(SUFFIXES))}")
+        raise ImageError(f"{folder} holds no images: their names should end in one of {' '.join(SUFFIXES)}")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
