@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "runtime" / "samples" / "shapes.png"
 
 
-def fastvlm(*words: object, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fastvlm.cli.main", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=120)
+def fastvlm(
+    *words: object, cwd: Path, stdin: str = "", start: Sequence[str] = ("-m", "fastvlm.cli.main")
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, *start, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, input=stdin, timeout=300)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:
@@ -88,10 +90,24 @@ def test_generate_as_json_adds_up(model: Path, tmp_path: Path) -> None:
     assert piped["text"] == result["text"]
 
 
-def test_generate_without_an_image(model: Path, tmp_path: Path) -> None:
-    done = fastvlm("generate", model, "-p", "Hello", "--max-tokens", 2, "--json", cwd=tmp_path)
-    timings = json.loads(done.stdout)["timings"]
-    assert timings["encode_ms"] < 1  # there is nothing to encode
+WITHOUT_ENCODER = """
+from fastvlm.models.errors import PackageError
+from fastvlm.runtime.encoders import ReferenceEncoder
+def encode(self, pixel_values):
+    raise PackageError("an image is encoded")
+ReferenceEncoder.encode = encode
+from fastvlm.cli.main import main
+main()
+"""
+
+
+def test_generate_without_an_image_encodes_nothing(model: Path, tmp_path: Path) -> None:
+    words = (model, "--vision", "reference", "-p", "Hello", "--max-tokens", 2, "--ignore-eos", "--json")
+    done = fastvlm("generate", *words, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 2
+    with_image = fastvlm("generate", *words, "-i", SAMPLE, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
+    assert_one_line_error(with_image, "an image is encoded")
 
 
 def test_verify_passes_and_fails_by_exit_code(model: Path, tmp_path: Path, write_checkpoint: Callable) -> None:
@@ -167,7 +183,7 @@ def test_terminated_export_leaves_nothing(tmp_path: Path) -> None:
             if "run the checkpoint's encoder" in line:
                 process.terminate()
                 break
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert process.returncode == 128 + 15
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +207,7 @@ def test_interrupted_export_says_so_and_leaves_nothing(tmp_path: Path) -> None:
             if "run the checkpoint's encoder" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=300)
     assert process.returncode == 130
     assert rest.strip().splitlines()[-1] == "error: interrupted"
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +215,7 @@ def test_interrupted_export_says_so_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_reader_that_has_enough_ends_generation_quietly(model: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m fastvlm.cli.main generate {model} -p hi --ignore-eos | head -c 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, timeout=60)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, timeout=300)
     assert done.returncode == 0
     assert b"Error" not in done.stderr
     assert b"Traceback" not in done.stderr

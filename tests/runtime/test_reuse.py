@@ -119,7 +119,7 @@ def test_encoder_and_decoder_work_side_by_side(vlm: FastVLM, monkeypatch: pytest
 
     def encode_meanwhile(pixel_values: np.ndarray) -> np.ndarray:
         threads.append(threading.current_thread())
-        assert reading.wait(20), "the text before the image is not read meanwhile"
+        assert reading.wait(300), "the text before the image is not read meanwhile"
         return encode(pixel_values)
 
     vlm.encoder.encode = encode_meanwhile  # type: ignore[method-assign]
@@ -146,7 +146,7 @@ def test_threads_get_the_ids_that_each_gets_alone(loaded: FastVLM, options: dict
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert found == {n: [alone[n]] * 3 for n in found}
 
 
@@ -175,7 +175,7 @@ def test_one_answer_may_be_read_by_several_threads_in_turn(loaded: FastVLM) -> N
     while not pieces or pieces[-1] is not None:
         thread = threading.Thread(target=read_one)
         thread.start()
-        thread.join(60)
+        thread.join(300)
         assert pieces, "reading failed"
     assert "".join(pieces[:-1]) == expected.text
     assert stream.generation.token_ids == expected.token_ids

@@ -123,7 +123,7 @@ def test_file_without_a_valid_header_is_refused(tmp_path: Path, content: bytes) 
         BlobFile(path)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_file_gives_values_or_one_error(
     blobs: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -338,7 +338,7 @@ def test_ceil_mode_pool_counts_only_what_is_there(save_program: Callable[..., Pa
     np.testing.assert_allclose(found, [[[[2, 3.5], [6.5, 8]]]])
 
 
-@settings(max_examples=60, deadline=5000)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_integer_parameter_runs_or_is_one_error(
     package: Path,

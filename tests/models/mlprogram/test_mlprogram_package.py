@@ -248,7 +248,7 @@ def test_broken_graph_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_package_gives_a_program_or_one_error(
     small_package: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
