@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ FASTVLM = (sys.executable, "-m", "fastvlm.cli.main")
 
 
 def run(*words: object, stdin: bytes = b"", cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*FASTVLM, *map(str, words)], cwd=cwd, capture_output=True, input=stdin, timeout=120)
+    return subprocess.run([*FASTVLM, *map(str, words)], cwd=cwd, capture_output=True, input=stdin, timeout=300)
 
 
 def test_chat_follows_piped_lines(model: Path, tmp_path: Path) -> None:
@@ -70,18 +69,17 @@ def test_stdin_that_is_no_prompt_is_told(model: Path, tmp_path: Path, stdin: byt
 def test_ctrl_c_in_a_terminal_ends_the_answer_and_not_the_chat(model: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [*FASTVLM, "chat", str(model), "--max-tokens", "100000"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pipesize": 4096}  # the answer fills it, and waits
+    with subprocess.Popen(command, cwd=tmp_path, stdin=theirs, **pipes) as process:
         os.write(ours, b"Tell me.\n")
         assert process.stdout.read(6)  # the answer has begun
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-        os.write(ours, b"/quit\n")
-        _, errors = process.communicate(timeout=60)
+        os.write(ours, b"/quit\n")  # read after the answer
+        _, errors = process.communicate(timeout=300)
     os.close(ours)
     os.close(theirs)
-    assert b"stopped: this question is not in the history" in errors or b"TTFT" in errors
+    assert b"stopped: this question is not in the history" in errors
+    assert b"TTFT" not in errors
     assert process.returncode == 0
 
 
@@ -102,7 +100,7 @@ def test_folder_is_captioned_and_gone_on_with(model: Path, tmp_path: Path) -> No
     shutil.copy(SAMPLES / "word.png", folder)
     second = caption(model, folder, out, "--batch-size", 1)
     assert second.returncode == 1
-    assert b"broken.png is not an image" in second.stderr or b"broken.png" in second.stderr
+    assert b"broken.png is no image in a format" in second.stderr
     assert b"4 images in" in second.stderr
     assert b"2 of them from an earlier run" in second.stderr
     assert b"1 of 4 images have no caption" in second.stderr
