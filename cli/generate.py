@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..models.errors import FastVLMError
 from . import options as given
 from .captions import caption_folder
+from .interrupt import Interrupted
 from .progress import note
 
 if TYPE_CHECKING:
@@ -77,17 +80,30 @@ def generate_command(
     request = prepare(image or None, question, **options)
     model = opened()
     stream = model.answer(request)
-    with given.quiet_pipe():
-        for piece in stream:
-            if not as_json:
-                given.write_piece(piece)
     if as_json:
+        for _ in stream:
+            pass
         typer.echo(json.dumps(as_dict(stream.generation, model.notes), indent=2, ensure_ascii=False))
     else:
-        given.write_piece("\n")
+        with given.quiet_pipe():
+            show(stream)
         sys.stderr.write(timing_lines(stream.generation.timings))
         for text in model.notes:  # last, where it is not scrolled past
             note(text)
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Prints the answer as it comes; what interrupts it is told on a line of its own."""
+    begun = False
+    try:
+        for piece in pieces:
+            given.write_piece(piece)
+            begun = True
+    except (Interrupted, FastVLMError):
+        if begun:
+            given.write_piece("\n")
+        raise
+    given.write_piece("\n")
 
 
 def as_dict(generation: Generation, notes: tuple[str, ...]) -> dict[str, object]:
