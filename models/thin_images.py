@@ -34,8 +34,9 @@ def resize_stripe_rows(stripe: NDArray[np.uint8], left: int, side: int, size: in
 def _weights(left: int, width: int, side: int, size: int) -> tuple[slice, NDArray[np.float64]]:
     """The output columns that see the stripe, and what each of its columns (W) adds to them, as integers."""
     scale = side / size
-    first = max(0, int((left - SUPPORT * scale) / scale) - 1)
-    last = min(size, int((left + width + SUPPORT * scale) / scale) + 2)
+    support = SUPPORT * max(scale, 1.0)
+    first = max(0, int((left - support) / scale) - 1)
+    last = min(size, int((left + width + support) / scale) + 2)
     weights = np.zeros((width, last - first))
     for column in range(first, last):
         begin, taps = _coefficients(column, scale, side)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -65,6 +65,8 @@ def test_pixel_values_equal_the_reference(golden: Path, case: int, name: str) ->
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([64, 128]), st.integers(200, 5000), st.integers(0, 9))
+@example(1, 5, 64, 200, 0)  # thin, and enlarged
+@example(2, 40, 128, 200, 1)
 def test_padding_in_strips_equals_padding_at_once(width: int, height: int, size: int, strip: int, seed: int) -> None:
     image = noise(width, height, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
