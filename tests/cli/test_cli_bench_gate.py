@@ -127,7 +127,7 @@ def test_an_estimate_refuses_what_it_does_not_use() -> None:
     assert done.exit_code == 2
     assert "FOLDER" in done.output and "--quant" in done.output
     assert invoke("--estimate", "list").exit_code == 0
-    assert invoke("tiny", "--published", "--prompt-tokens", 64, "--estimate", "M4").exit_code == 0
+    assert invoke("tiny", "--prompt-tokens", 64, "--estimate", "M4").exit_code == 0
 
 
 def test_an_estimate_counts_the_scheme() -> None:
