@@ -75,7 +75,9 @@ def check_destination(destination: Path, *, force: bool) -> None:
         raise OutputError(f"{destination} exists and is no folder: choose another output folder")
     if destination.is_dir() and any(destination.iterdir()):
         if not force:
-            raise OutputError(f"{destination} exists: pass --force (force=True) to replace it, or choose another output folder")
+            raise OutputError(
+                f"{destination} exists: pass --force (force=True) to replace it, or choose another output folder"
+            )
         if not (destination / MANIFEST_NAME).is_file():
             raise OutputError(
                 f"{destination} was not written by fastvlm (no {MANIFEST_NAME} in it), so --force will not replace it: "
@@ -122,7 +124,9 @@ def is_output(path: Path, partial: Path) -> bool:
 
 def output_error(reason: OSError, destination: Path) -> OutputError:
     if reason.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        return OutputError(f"{destination} exists: another process wrote it meanwhile; pass --force (force=True) to replace it")
+        return OutputError(
+            f"{destination} exists: another process wrote it meanwhile; pass --force (force=True) to replace it"
+        )
     if reason.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk is full: {destination} was not written; free some space or choose another disk")
     return OutputError(f"{destination} cannot be written: {reason.strerror or reason}")
