@@ -103,13 +103,17 @@ def read_manifest(folder: Path) -> None:
 def read_recipe(folder: Path) -> None:
     """As `export --recipe` and `verify` do."""
     from fastvlm.export.interface import interface_for
-    from fastvlm.export.recipe import Border, Recipe, replayed
+    from fastvlm.export.recipe import Border, Recipe, check_calibration, replayed
     from fastvlm.export.verify import encoder_floor_db, saved_recipe
+    from fastvlm.quant.calibration import verification_images
     from fastvlm.quant.decoder_scheme import decoder_scheme
     from fastvlm.quant.encoder_scheme import encoder_scheme
+    from fastvlm.quant.recipe import read_recipe as file_recipe
 
     new = Recipe(encoder_scheme(None, None, None), decoder_scheme(8, None, None, 64), 128, interface_for(["int8"]))
-    replayed(new, folder / "fastvlm.json", Border(), None, keep_size=False)
+    earlier = file_recipe(folder / "fastvlm.json")
+    recipe = replayed(new, earlier, Border(), keep_size=False)
+    check_calibration(earlier, verification_images(128), recipe.image_size)
     saved = saved_recipe(folder)
     encoder_floor_db(saved)
     interface_for([saved["quant"]], saved=saved)
