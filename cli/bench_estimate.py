@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LIST = "list"
 
 USED = ("models", "image_size", "quant", "prompt_tokens", "json_file", "markdown", "plot", "estimate")
-"""Parameters of `bench` that change an estimate. Not `published`: those times stand below it anyway."""
+"""Parameters of `bench` that change an estimate. `published` does not: those times stand below it anyway."""
 
 
 def check_used(context: typer.Context, chips: str) -> None:

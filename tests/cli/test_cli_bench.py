@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastvlm.cli.outputs import check_pictures, check_reports, check_tables
+
 COMMAND = [sys.executable, "-m", "fastvlm.cli.main", "bench"]
 STAGES = ("preprocess_ms", "encode_ms", "project_ms", "prefill_ms", "sample_ms")
 
@@ -42,6 +44,13 @@ def test_tables_go_to_stdout_and_progress_to_stderr(measured: subprocess.Complet
     assert "  model (2 of 2)" in measured.stderr
     assert "note: random weights: the text means nothing" in measured.stderr
     assert (model.parent / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_written_may_be_replaced(measured: subprocess.CompletedProcess, model: Path) -> None:
+    assert measured.returncode == 0, measured.stderr
+    check_reports(model.parent / "b.json")
+    check_tables(model.parent / "b.md")
+    check_pictures(model.parent / "b.png")
 
 
 def test_report_holds_cold_and_warm_runs_apart(measured: subprocess.CompletedProcess, model: Path) -> None:
