@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..models._coremltools import import_coremltools
+from ..models.coreml_errors import coreml_reason
 from ..models.errors import MachineError, PackageError
 
 ENGINE, GPU, CPU, UNKNOWN = "neural engine", "GPU", "CPU", "unknown"
@@ -127,6 +128,5 @@ class CoreMLPlans:
                 self._ct.models.utils.compile_model(str(package), compiled)
                 plan = MLComputePlan.load_from_path(path=compiled, compute_units=self._ct.ComputeUnit.CPU_AND_NE)
             except Exception as reason:  # coremltools raises plain Exception and RuntimeError
-                detail = (str(reason) or type(reason).__name__).splitlines()[0]
-                raise PackageError(f"Core ML cannot plan for {package.name}: {detail}") from reason
+                raise PackageError(f"Core ML cannot plan for {package.name}: {coreml_reason(reason)}") from reason
             yield plan

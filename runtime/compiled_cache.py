@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..models.coreml_errors import coreml_reason
 from ..models.errors import OutputError, PackageError
 
 ENVIRONMENT_VARIABLE = "FASTVLM_CACHE"
@@ -75,7 +76,7 @@ class CompiledCache:
         try:
             return Opened(compiler.open(place), compiled_now=True)
         except Exception as reason:  # coremltools raises plain Exception and RuntimeError
-            raise PackageError(f"{package} was compiled but does not open: {_first_line(reason)}") from reason
+            raise PackageError(f"{package} was compiled but does not open: {coreml_reason(reason)}") from reason
 
     def place(self, package: Path, version: str) -> Path:
         """Where the compiled copy of this content belongs."""
@@ -106,7 +107,7 @@ class CompiledCache:
             try:
                 compiler.compile(package, fresh)
             except Exception as reason:  # coremltools raises plain Exception and RuntimeError
-                raise PackageError(f"{package} does not compile: {_first_line(reason)}") from reason
+                raise PackageError(f"{package} does not compile: {coreml_reason(reason)}") from reason
             if not fresh.is_dir():
                 raise PackageError(f"{package} does not compile: nothing was written to {fresh}")
             with contextlib.suppress(OSError):  # another process was faster: its copy has the same content
@@ -147,7 +148,3 @@ def user_cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "fastvlm"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastvlm"
-
-
-def _first_line(reason: Exception) -> str:
-    return (str(reason) or type(reason).__name__).splitlines()[0]

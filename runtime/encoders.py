@@ -14,6 +14,7 @@ import numpy as np
 from ..models._coremltools import import_coremltools
 from ..models.blas import release_torch_threads
 from ..models.config import PATCH_SIZE, FastVLMConfig
+from ..models.coreml_errors import coreml_reason
 from ..models.errors import MachineError, PackageError, UsageError
 from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
 from ..models.mlprogram import Program, read_package
@@ -226,6 +227,6 @@ class CoreMLTools:
             try:
                 return model.predict(inputs)
             except RuntimeError as reason:
-                raise PackageError(f"Core ML cannot run the package: {str(reason).splitlines()[0]}") from reason
+                raise PackageError(f"Core ML cannot run the package: {coreml_reason(reason)}") from reason
 
         return predict

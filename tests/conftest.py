@@ -31,6 +31,12 @@ def golden() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def core_ml_error() -> Callable[[str], RuntimeError]:
+    """`core_ml_error("It fails.")`: what coremltools raises for that NSError, whose `userInfo` it prints."""
+    return lambda description: RuntimeError(f'{{\n    NSLocalizedDescription = "{description}";\n}}')
+
+
 @pytest.fixture
 def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Writes `random:tiny` as a checkpoint folder in Apple's layout and returns it.

@@ -32,7 +32,7 @@ class FakeCompiler:
     def open(self, compiled: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
         content = (compiled / "model").read_text()
         if content == "broken":
-            raise RuntimeError("Core ML\nrefuses")
+            raise RuntimeError('{\n    NSLocalizedDescription = "Core ML refuses.";\n}')
         return lambda inputs: {"content": content}
 
 
@@ -104,10 +104,12 @@ def test_nothing_stays_behind_when_compiling_fails(package: Path, cache: Compile
     def fail(package: Path, destination: Path) -> None:
         destination.mkdir()
         (destination / "half").touch()
-        raise RuntimeError("Error compiling model:\nlong log")
+        raise RuntimeError('Error compiling model: "Failed to parse\nthe model".')
 
     compiler.compile = fail  # type: ignore[method-assign]
-    with pytest.raises(PackageError, match=r"mlpackage does not compile: Error compiling model:$"):
+    with pytest.raises(
+        PackageError, match=r'mlpackage does not compile: Error compiling model: "Failed to parse the model"\.$'
+    ):
         cache.open(package, compiler)
     assert list(cache.folder.iterdir()) == []
 
@@ -121,7 +123,7 @@ def test_package_error_when_the_compiler_writes_nothing(package: Path, cache: Co
 
 def test_package_error_when_a_fresh_copy_does_not_open(package: Path, cache: CompiledCache) -> None:
     (package / "Manifest.json").write_text("broken")
-    with pytest.raises(PackageError, match=r"was compiled but does not open: Core ML$"):
+    with pytest.raises(PackageError, match=r"was compiled but does not open: Core ML refuses\.$"):
         cache.open(package, FakeCompiler())
 
 

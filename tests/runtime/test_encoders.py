@@ -229,7 +229,7 @@ class FakeModel:
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "images" not in inputs:
-            raise RuntimeError("E5RT failed\ndetails")
+            raise RuntimeError('{\n    NSLocalizedDescription = "Failed to run: error code: -14.";\n}')
         return {"image_features": FEATURES}
 
 
@@ -285,5 +285,5 @@ def test_core_ml_is_asked_for_the_neural_engine(monkeypatch: pytest.MonkeyPatch,
     predict = tools.open(tmp_path / "a.mlmodelc")
     assert FakeModel.opened == (str(tmp_path / "a.mlmodelc"), coremltools.ComputeUnit.CPU_AND_NE)
     assert checked_features(predict({"images": PIXELS}), SHAPES) is FEATURES
-    with pytest.raises(PackageError, match="Core ML cannot run the package: E5RT failed$"):
+    with pytest.raises(PackageError, match=r"Core ML cannot run the package: Failed to run: error code: -14\.$"):
         predict({})
