@@ -13,6 +13,7 @@ import typer
 
 from ..models.errors import FastVLMError, UsageError
 from . import options as given
+from .arguments import in_options
 from .interrupt import Interrupted, gone_on
 from .progress import note, one_line
 
@@ -111,7 +112,7 @@ class Session:
                 self._ask(text)
         except FastVLMError as error:
             self.failed = True
-            sys.stderr.write(f"error: {one_line(str(error))}\n")
+            sys.stderr.write(f"error: {one_line(in_options(error))}\n")
         return True
 
     def _command(self, name: str, argument: str = "") -> bool:

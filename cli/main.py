@@ -10,6 +10,7 @@ import typer
 
 from .._version import __version__
 from ..models.errors import FastVLMError
+from .arguments import in_options
 from .bench import bench_command
 from .bundle import bundle_command
 from .chat import chat_command
@@ -83,7 +84,7 @@ def _run() -> None:
     try:
         app()
     except FastVLMError as error:
-        _fail(str(error))
+        _fail(in_options(error))
     except Interrupted:
         _fail("")
     except MemoryError:

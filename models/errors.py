@@ -1,35 +1,53 @@
 """Every error that fastvlm raises on purpose.
 
     FastVLMError
-    ├── UsageError            a request that cannot be met as it was worded
+    ├── UsageError            arguments that are invalid or exclude each other
     ├── ModelReferenceError   MODEL names nothing that can be opened
-    ├── CheckpointError       a source checkpoint is not what it should be
+    ├── CheckpointError       a source checkpoint is invalid
     │   ├── ConfigError       config.json or a tokenizer file: missing, malformed, contradictory
     │   ├── WeightsError      tensors: unreadable, missing, unexpected, of a wrong shape, not finite
     │   └── AdapterError      a LoRA adapter cannot be merged into a checkpoint
-    ├── DownloadError         something cannot be fetched, or is not what it should be
+    ├── DownloadError         a file cannot be downloaded, or is not the expected one
     ├── PackageError          a .mlpackage cannot be read or run
     ├── ModelFolderError      an exported folder is incomplete or does not match its manifest
     ├── ImageError            an image cannot be opened
-    ├── DataSetError          a data set to evaluate on cannot be read
-    ├── ReportError           an earlier report is not what this tool wrote
+    ├── DataSetError          a data set for evaluation cannot be read
+    ├── ReportError           an earlier report was not written by fastvlm
     ├── PromptError           a prompt cannot be turned into tokens for this model
     ├── OutputError           the result cannot be written
-    ├── VerificationError     an export falls short of the checkpoint that it came from
+    ├── VerificationError     an export falls short of its checkpoint
     └── MachineError          this machine lacks something that the request needs
 
-A message is one line: what failed, what was expected, what was found, what to do.
+A message is one line: `<subject>: <what is wrong> (got <found>). <what to do>.`
+
+A message names *Python* arguments, and lists their names after the text:
+
+    raise UsageError(f"group_size must be 32, 64 or 128 (got {size})", "group_size")
+    raise UsageError("min_snr needs quant='mixed'", "min_snr", "quant")
+    raise OutputError(f"{folder} exists. Pass force=True to replace it", "force")
+
+The command line replaces each listed name by its option, with its value if there is one: `--group-size`,
+`--quant mixed`, `--force`. Names that are not listed stay as they are, so quoted file content is never changed. An
+argument whose option is not its name with dashes is in the table of `cli/arguments.py`.
 """
 
 from __future__ import annotations
 
 
 class FastVLMError(Exception):
-    """Base of every error raised on purpose; the command line turns it into one line and exit code 1."""
+    """The base of every error raised on purpose. The command line prints it as one line and exits with 1.
+
+    Attributes:
+        arguments: names of the Python arguments that occur in the message.
+    """
+
+    def __init__(self, message: str = "", *arguments: str) -> None:
+        super().__init__(message)
+        self.arguments = arguments
 
 
 class UsageError(FastVLMError):
-    """A request that cannot be met as it was worded."""
+    """Arguments are invalid or exclude each other."""
 
 
 class ModelReferenceError(FastVLMError):
@@ -37,7 +55,7 @@ class ModelReferenceError(FastVLMError):
 
 
 class CheckpointError(FastVLMError):
-    """A source checkpoint is not what it should be."""
+    """A source checkpoint is invalid."""
 
 
 class ConfigError(CheckpointError):
@@ -49,11 +67,11 @@ class WeightsError(CheckpointError):
 
 
 class AdapterError(CheckpointError):
-    """A LoRA adapter cannot be merged into a checkpoint: malformed, or made for another."""
+    """A LoRA adapter is malformed, or was trained for another checkpoint."""
 
 
 class DownloadError(FastVLMError):
-    """Something cannot be fetched, or is not what it should be."""
+    """A file cannot be downloaded, or is not the expected one."""
 
 
 class PackageError(FastVLMError):
@@ -69,11 +87,11 @@ class ImageError(FastVLMError):
 
 
 class DataSetError(FastVLMError):
-    """A data set to evaluate on cannot be read, or lacks answers or images."""
+    """A data set for evaluation cannot be read, or lacks answers or images."""
 
 
 class ReportError(FastVLMError):
-    """An earlier report, to compare with, is not what this tool wrote."""
+    """An earlier report was not written by fastvlm."""
 
 
 class PromptError(FastVLMError):
@@ -85,7 +103,7 @@ class OutputError(FastVLMError):
 
 
 class VerificationError(FastVLMError):
-    """An export falls short of the checkpoint that it came from."""
+    """An export falls short of its checkpoint."""
 
 
 class MachineError(FastVLMError):

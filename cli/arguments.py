@@ -1,0 +1,53 @@
+"""Errors of the library name Python arguments. The command line names its options instead."""
+
+from __future__ import annotations
+
+import re
+
+from ..models.errors import FastVLMError
+
+OPTIONS = {
+    "client": "--for",
+    "folder": "FOLDER",
+    "layout": "--encoder",
+    "model": "MODEL",
+    "model_id": "ID",
+    "recipe_file": "--recipe",
+    "vision": "--backend",
+    "zipped": "--zip",
+}
+"""The option of an argument, where it is not the argument's name with dashes."""
+
+VALUES = {"layout": {"apple": "coreml"}}
+"""The word for an argument's value, where the option has another one."""
+
+VALUE = r"""=('[^']*'|"[^"]*"|[\w.+-]*\w)"""
+"""A value after an argument's name, as Python writes it."""
+
+
+def option_of(argument: str) -> str:
+    """Returns the option, or the positional argument, that sets a Python argument."""
+    return OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
+
+
+def in_options(error: FastVLMError) -> str:
+    """Returns an error's message with the options of the command line in place of Python arguments.
+
+    `quant='mixed'` becomes `--quant mixed`, `force=True` `--force`, and `quantize_embeddings=False`
+    `--no-quantize-embeddings`.
+    """
+    if not error.arguments:
+        return str(error)
+    names = "|".join(re.escape(name) for name in sorted(error.arguments, key=len, reverse=True))
+    return re.sub(rf"(?<![\w./-])({names})(?:{VALUE})?(?![\w/-]|\.\w)", _option, str(error))
+
+
+def _option(found: re.Match[str]) -> str:
+    argument, value = found[1], found[2]
+    option = option_of(argument)
+    if value is None or value == "True":
+        return option
+    if value == "False":
+        return f"--no-{option.removeprefix('--')}"
+    word = value.strip("'\"")
+    return f"{option} {VALUES.get(argument, {}).get(word, word)}"
