@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
-from ..models.hub_cache import cached_folder
 from . import options as given
 from .bench_estimate import check_used, print_estimates
 from .outputs import STDOUT, check_pictures, check_reports, check_tables, write_picture, write_text
 from .progress import StageProgress, note
 
 if TYPE_CHECKING:
+    from ..runtime.benchmark.cases import Case
     from ..runtime.benchmark.comparison import Comparison
     from ..runtime.benchmark.report import Benchmark
-    from ..runtime.benchmark.run import Case
 
 
 def bench_command(
@@ -171,7 +169,7 @@ def prepared(
         UsageError: a size or scheme is asked of a folder that has another.
         FastVLMError: a MODEL cannot be exported.
     """
-    from ..runtime.benchmark.run import Case
+    from ..runtime.benchmark.cases import Case
 
     found = [(model, resolved(model, sizes, quant)) for model in models]  # all of them, before the first is exported
     cases = []
@@ -194,39 +192,17 @@ def prepared(
 
 def resolved(model: str, sizes: Sequence[int], quant: str | None) -> Case | None:
     """An exported folder; None for a MODEL that can be exported. Raises FastVLMError where it is neither."""
-    if exported := exported_folder(model):
-        return folder_case(exported, sizes, quant)
     from ..models.config import check_image_size
     from ..models.references import open_checkpoint
+    from ..runtime.benchmark.cases import exported_folder, folder_case
+
+    if exported := exported_folder(model):
+        return folder_case(exported, sizes, quant)
 
     open_checkpoint(model)
     for size in sizes:
         check_image_size(size)
     return None
-
-
-def exported_folder(model: str) -> Path | None:
-    """An exported folder, perhaps in the hub's cache; None where it is for `export` to say what `model` is."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        folder = cached_folder(model) or folder
-    return folder if (folder / MANIFEST_NAME).is_file() or (folder / PACKAGE_NAME).is_dir() else None
-
-
-def folder_case(folder: Path, sizes: Sequence[int], quant: str | None) -> Case:
-    """Raises UsageError when something else is asked for than the folder is."""
-    from ..models.errors import UsageError
-    from ..runtime.benchmark.run import case_of
-    from ..runtime.folder import open_folder
-
-    found = open_folder(folder).config.image_size
-    for option, other in (("--quant", quant is not None), ("--image-size", any(size != found for size in sizes))):
-        if other:
-            raise UsageError(
-                f"{folder} was exported for {found} pixels, and {option} belongs to an export: give it with a MODEL "
-                "(tiny, random:0.5b, a checkpoint), or export other folders and give them all"
-            )
-    return case_of(folder)
 
 
 def write(

@@ -89,8 +89,8 @@ def works(
     from ..models.config import check_image_size
     from ..models.fastvit_config import FastViTConfig
     from ..models.references import open_checkpoint
+    from ..runtime.benchmark.cases import exported_folder, folder_case
     from ..runtime.estimate.work import ENCODER_BITS, INT8_ACTIVATIONS, architecture_work, folder_work
-    from .bench import exported_folder, folder_case
 
     scheme = quant or "int8"
     if scheme not in ENCODER_BITS:

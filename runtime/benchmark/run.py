@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ...models.errors import UsageError
+from .cases import Case, cases_of
 from .isolated import measure_isolated
 from .measure import Measured
 from .report import Benchmark, Configuration
 from .workload import Loading, Workload
 
 OnStage = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a benchmark: a folder, and how long its prompt should be (None: as worded)."""
-
-    label: str
-    folder: Path
-    prompt_tokens: int | None = None
 
 
 def benchmark(
@@ -63,27 +55,6 @@ def benchmark(
         workload=facts,
         configurations=tuple(merged(case.label, measured) for case, measured in zip(cases, found, strict=True)),
     )
-
-
-def cases_of(folders: Sequence[str | Path | Case], prompt_tokens: Sequence[int] = ()) -> list[Case]:
-    """Every folder with every prompt length, under labels that tell them apart. Raises UsageError."""
-    if not folders:
-        raise UsageError("name at least one exported folder to measure")
-    given = [one if isinstance(one, Case) else case_of(Path(one).expanduser()) for one in folders]
-    names = [case.label for case in given]
-    given = [case if names.count(case.label) == 1 else replace(case, label=str(case.folder)) for case in given]
-    if not prompt_tokens:
-        return given
-    return [
-        replace(case, label=f"{case.label}, {length} tokens", prompt_tokens=length)
-        for case in given
-        for length in prompt_tokens
-    ]
-
-
-def case_of(folder: Path) -> Case:
-    """A folder under its own name."""
-    return Case(folder.resolve().name, folder)
 
 
 def merged(label: str, measured: Sequence[Measured]) -> Configuration:

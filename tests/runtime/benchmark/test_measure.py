@@ -14,7 +14,7 @@ from fastvlm.runtime.benchmark.isolated import measure_isolated
 from fastvlm.runtime.benchmark.machine import environment, mac_power, peak_memory_bytes
 from fastvlm.runtime.benchmark.measure import answer, sizes_bytes
 from fastvlm.runtime.benchmark.report import Run
-from fastvlm.runtime.benchmark.run import Case, benchmark, cases_of
+from fastvlm.runtime.benchmark.run import benchmark
 from fastvlm.runtime.benchmark.spread import spread_of
 from fastvlm.runtime.benchmark.workload import Workload, largest
 from fastvlm.runtime.fastvlm import FastVLM
@@ -115,15 +115,6 @@ def test_power_of_a_mac_is_read_from_pmset() -> None:
         "AC power, low power mode off"
     )
     assert mac_power("", "") == ""
-
-
-def test_labels_tell_cases_apart(tmp_path: Path) -> None:
-    one, other = tmp_path / "a" / "model", tmp_path / "b" / "model"
-    assert [case.label for case in cases_of([one, other])] == [str(one), str(other)]
-    assert [case.label for case in cases_of([one], [50, 100])] == ["model, 50 tokens", "model, 100 tokens"]
-    assert cases_of([Case("named", one)])[0].label == "named"
-    with pytest.raises(UsageError, match="name at least one"):
-        cases_of([])
 
 
 def test_errors_come_back_from_the_process_that_measures(tmp_path: Path) -> None:
