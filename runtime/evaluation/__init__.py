@@ -1,4 +1,4 @@
-"""How often an exported folder is right: data sets, metrics, the run over the questions, its report and its pictures.
+"""The accuracy of an exported folder: data sets, metrics, the run over the questions, its report and its plots.
 
-To add a data set, write a file with a `Layout` and name it in `registry.LAYOUTS`.
+To add a data set, add a `Layout` to `datasets.LAYOUTS`.
 """

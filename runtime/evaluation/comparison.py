@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: what changed, and whether that is more than chance."""
+"""The comparison of two evaluations: changes on the questions that both asked, with a test against chance."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .report import ALL, SCHEMA, Evaluation
 from .significance import sign_test
 
 LEVEL = 0.05
+"""The p-value below which a change counts as beyond noise."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """The questions of one kind that both runs asked."""
+    """The change of scores over the questions of one kind that both runs asked."""
 
     n: int
     old: float
@@ -25,51 +26,56 @@ class Change:
     """Mean scores, 0 to 1."""
     better: int
     worse: int
-    """Questions whose score rose and fell."""
+    """The numbers of questions whose score rose and fell."""
     p: float
-    """Chance of as uneven a split of these, if nothing had really changed."""
+    """The probability of a split at least as uneven, if chance alone had changed the scores."""
 
     @property
     def points(self) -> float:
-        """Percentage points that the new run is better by."""
+        """The gain of the new run in percentage points."""
         return 100 * (self.new - self.old)
 
     @property
     def beyond_noise(self) -> bool:
+        """True if the change is significant at `LEVEL`."""
         return self.p < LEVEL
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields, `points` and `beyond_noise`."""
         return {**asdict(self), "points": self.points, "beyond_noise": self.beyond_noise}
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """An evaluation compared with an earlier one."""
+
     old_folder: str
     changes: dict[str, Change]
-    """By kind; `all` last. Empty when no question is the same."""
+    """The changes by kind, with `all` last. Empty if no question is the same."""
     left_out: int
-    """Questions of the new run that the old one did not ask about the same picture with the same answers."""
+    """The number of new questions that the old run did not ask about the same image with the same answers."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the object that `fastvlm eval --json` has under `comparison`."""
         changes = {kind: change.as_dict() for kind, change in self.changes.items()}
         return {"old_folder": self.old_folder, "left_out": self.left_out, "changes": changes}
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What `fastvlm eval --json` wrote. Raises DataSetError."""
+    """Reads a report of `fastvlm eval`. Raises DataSetError."""
     values = read_json_object(Path(path), DataSetError)
     if values.get("schema") != SCHEMA:
         raise DataSetError(
-            f"{path} should be what `fastvlm eval --json` writes, {SCHEMA}; found schema {values.get('schema')!r:.40}"
+            f"{path} must be a report of `fastvlm eval` with the schema {SCHEMA} (got {values.get('schema')!r:.40})."
         )
     scores = values.get("scores")
     if not isinstance(scores, dict) or not all(_is_score(entry) for entry in scores.values()):
-        raise DataSetError(f"{path} has no scores to compare with; write it again with `fastvlm eval --json`")
+        raise DataSetError(f"{path} has no valid scores. Write the report again with `fastvlm eval`.")
     return values
 
 
 def compare(new: Evaluation, old: Mapping[str, Any]) -> Comparison:
-    """`new` next to an earlier evaluation from `read_evaluation`, over the questions that both asked."""
+    """Compares `new` with an earlier evaluation from `read_evaluation`, over the questions that both asked."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for answer in new.answers:
         before = old["scores"].get(answer.sample.id)
@@ -85,7 +91,7 @@ def compare(new: Evaluation, old: Mapping[str, Any]) -> Comparison:
 
 
 def change(pairs: list[tuple[float, float]]) -> Change:
-    """Of the (old, new) scores of the same questions."""
+    """Returns the change from (old, new) scores of the same questions."""
     n = len(pairs)
     better, worse = sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
     old, new = (sum(side) / n for side in zip(*pairs, strict=True))

@@ -1,29 +1,59 @@
-"""Metrics: (prediction, answers) -> 0.0 to 1.0, as the benchmarks that they come from define them."""
+"""The metrics: (prediction, answers) -> 0.0 to 1.0, as the published benchmarks define them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from .vqa_text import normalized_vqa_text
-
 RELATIVE_TOLERANCE = 0.05
 ANLS_THRESHOLD = 0.5
 AGREEING_PEOPLE = 3
+
+DIGITS = {
+    word: str(value)
+    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}  # fmt: skip
+ARTICLES = {"a", "an", "the"}
+
+NEGATED = "ai are ca could did do does had has have is might must need ought sha should was were wo would".split()
+WITH_VE = "could i might must not should they we what where who would you".split()
+WITH_RE = "they there what why you".split()
+WITH_LL = "how it somebody someone something they what who why you".split()
+WITH_S = "how somebody someone that there what when where who why".split()
+WITH_D = "how it somebody someone something there they where who you".split()
+
+CONTRACTIONS = {
+    **{f"{stem}nt": f"{stem}n't" for stem in NEGATED},
+    **{f"{stem}ve": f"{stem}'ve" for stem in WITH_VE},
+    **{f"{stem}re": f"{stem}'re" for stem in WITH_RE},
+    **{f"{stem}ll": f"{stem}'ll" for stem in WITH_LL},
+    **{f"{stem}s": f"{stem}'s" for stem in WITH_S},
+    **{f"{stem}d": f"{stem}'d" for stem in WITH_D},
+    "im": "i'm",
+    "oclock": "o'clock",
+    "yall": "y'all",
+    "maam": "ma'am",
+}
+"""Contractions without an apostrophe -> with it. Words with a meaning of their own (its, were, well) are left out."""
+
+COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)(%?)", re.IGNORECASE)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 when the prediction is one of the answers, case, spaces and a final stop aside."""
+    """Returns 1 for a prediction that equals an answer except for case, spaces and a final full stop."""
     return float(_plain(prediction) in map(_plain, answers))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Agreement with several people's answers (VQA, arXiv 1505.00468; TextVQA): full when three gave this one.
+    """Returns the agreement with the answers of several people (VQA, arXiv 1505.00468, and TextVQA).
 
-    The mean over all people of min(1, others who gave it / 3), so that nobody is compared with themselves: of ten
-    answers one, two, three, four equal ones give 0.3, 0.6, 0.9, 1. With fewer than four answers, all others must agree.
+    The score is the mean over all people of min(1, other people with this answer / 3). Nobody is compared with
+    themselves. Among ten answers, one, two, three and four equal ones give 0.3, 0.6, 0.9 and 1. With fewer than four
+    answers, all others must agree.
     """
     answers = [normalized_vqa_text(answer) for answer in answers]
     agreeing = answers.count(normalized_vqa_text(prediction))
@@ -35,21 +65,37 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Within 5 % of a number, else the same text but for case (ChartQA, arXiv 2203.10244, section 5.1)."""
+    """Returns 1 for a number within 5 % of the answer, or for an equal string (ChartQA, arXiv 2203.10244, section 5.1).
+
+    Strings are compared without case.
+    """
     return float(any(_is_nearly(prediction.strip(), answer.strip()) for answer in answers))
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """1 - edit distance / length of the longer text, for the best answer; 0 below 0.5 (arXiv 1907.00490, DocVQA).
+    """Returns 1 - edit distance / length of the longer string, for the best answer (arXiv 1907.00490, DocVQA).
 
-    Case and runs of blanks do not count, as in the challenge's own script.
+    Scores below 0.5 count as 0. Case and runs of blanks do not count, as in the challenge's script.
     """
     similarity = max((_similarity(_spaced(prediction), _spaced(answer)) for answer in answers), default=0.0)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
+def normalized_vqa_text(text: str) -> str:
+    """Returns `text` in the form in which the VQA challenge compares answers (visualqa.org/evaluation).
+
+    The form is lower case, with number words as digits, without articles, and with apostrophes in contractions.
+    Full stops stay only in decimals, and commas between digits are left out. Other punctuation becomes a blank,
+    except for apostrophes, colons and currency signs.
+    """
+    text = COMMA_IN_NUMBER.sub("", text.lower().replace("\u2019", "'"))
+    text = PUNCTUATION.sub(" ", STOP.sub("", text))
+    words = (DIGITS.get(word, word) for word in text.split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
 def levenshtein(one: str, other: str) -> int:
-    """The fewest insertions, deletions and replacements of characters that turn one text into the other."""
+    """Returns the fewest insertions, deletions and replacements of characters that turn one string into the other."""
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         above, row[0] = row[0], i
@@ -79,7 +125,7 @@ def _is_nearly(prediction: str, answer: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The number that a whole text is; percent are hundredths."""
+    """Returns the number that makes up the whole string, or None. Percent are hundredths."""
     match = NUMBER.fullmatch(text)
     if match is None:
         return None

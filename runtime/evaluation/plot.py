@@ -1,33 +1,38 @@
-"""Accuracies by kind, and what is taken for what, as a picture. Needs matplotlib, an optional dependency."""
+"""The plot of an evaluation: accuracy by kind, and confusion tables. It needs matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...models.errors import MachineError
-from .mixups import OTHER, mixups
-from .report import Evaluation
+from .report import Answer, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = 2
-"""Of confusion tables."""
+"""The number of confusion tables in a row of the figure."""
+OTHER = "other"
+"""The label of the last column, which counts answers with none of the words."""
 BAR_COLOUR, ALL_COLOUR = "#3b6ea8", "#274768"
 
 
 def require_matplotlib(instead: str = "--samples") -> None:
-    """Raises MachineError, which names what to use `instead`, unless matplotlib is installed."""
+    """Raises MachineError unless matplotlib is installed. The message recommends the option `instead`."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MachineError(f'--plot needs matplotlib: pip install "fastvlm[plot]", or use {instead}, which does not')
+        raise MachineError(
+            f'--plot needs matplotlib. Run `pip install "fastvlm[plot]"`, or use {instead}, which works without it.'
+        )
 
 
 def accuracy_figure(evaluation: Evaluation) -> Figure:
-    """Bars with 95 % intervals, and a confusion table for each kind whose answers choose between words."""
+    """Draws bars with 95 % intervals, and a confusion table for each kind whose answers choose between words."""
     from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps figures alive
 
     tables = _tables(evaluation)
@@ -44,6 +49,7 @@ def accuracy_figure(evaluation: Evaluation) -> Figure:
 
 
 def draw_bars(axes: Axes, evaluation: Evaluation) -> None:
+    """Draws the accuracy of each kind with its 95 % interval."""
     rows = evaluation.rows
     places = np.arange(len(rows))[::-1]
     shares = np.array([100 * row.accuracy for row in rows.values()])
@@ -61,7 +67,7 @@ def draw_bars(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def draw_table(axes: Axes, kind: str, words: tuple[str, ...], counts: np.ndarray) -> None:
-    """Rows: the word expected; columns: the word given. Shades are shares of a row."""
+    """Draws counts with a row per expected word and a column per given word. Shades are shares of a row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*np.nonzero(counts), strict=True):
@@ -74,8 +80,29 @@ def draw_table(axes: Axes, kind: str, words: tuple[str, ...], counts: np.ndarray
     axes.set_ylabel("expected", fontsize=8)
 
 
+def mixups(answers: Sequence[Answer], words: Sequence[str]) -> np.ndarray:
+    """Returns (W, W + 1) counts, int64: rows by the expected word, columns by the given word, the last one for neither.
+
+    Answers whose expected text has none of the words are left out.
+    """
+    counts = np.zeros((len(words), len(words) + 1), np.int64)
+    for answer in answers:
+        expected = word_in(answer.sample.answers[0], words)
+        if expected is not None:
+            given = word_in(answer.text or "", words)
+            counts[words.index(expected), len(words) if given is None else words.index(given)] += 1
+    return counts
+
+
+def word_in(text: str, words: Sequence[str]) -> str | None:
+    """Returns the first of `words` in `text`, or None. The longest of several wins ('top left' over 'top')."""
+    longest_first = sorted(words, key=len, reverse=True)
+    found = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text.lower())
+    return found[0] if found else None
+
+
 def _tables(evaluation: Evaluation) -> list[tuple[str, tuple[str, ...], np.ndarray]]:
-    """(kind, words, counts) of the kinds that were asked about."""
+    """Returns (kind, words, counts) for each kind with answers."""
     found = []
     for kind, words in evaluation.data.categories.items():
         counts = mixups([one for one in evaluation.answers if one.sample.kind == kind], words)
@@ -89,10 +116,10 @@ def _widths(with_tables: bool) -> list[float]:
 
 
 def plain(text: str, most: int = 60) -> str:
-    """A stranger's text, its last `most` characters, as it is to be shown."""
+    """Returns the last `most` characters of untrusted text, printable and without formula signs."""
     return escaped("".join(c for c in text if c.isprintable())[-most:])
 
 
 def escaped(text: str) -> str:
-    """Without the signs that matplotlib reads as formulas."""
+    """Returns text in which matplotlib does not find formulas."""
     return text.replace("$", r"\$")

@@ -1,20 +1,20 @@
-"""What came of an evaluation, and its JSON.
+"""The result of an evaluation, and its JSON.
 
 `fastvlm eval --json` writes one object (`schema` "fastvlm.evaluation/1"; fields may be added without a new number):
 
     schema       "fastvlm.evaluation/1"
-    complete     false when the run was interrupted
-    questions    asked so far, of `planned`
+    complete     false if the run was interrupted
+    questions    number asked so far, of `planned`
     data         name, metric and note of the data set
     options      greedy, max_tokens, system, instruction
     folder       path, trained, and from its manifest: source, recipe, tools
-    environment  versions, machine, vision back end, decoder device
-    notes        what a user should know of this folder
-    accuracy     {"all": row, kind: row ...}; a row has n, right, accuracy, low and high (95 % interval)
-    ttft_ms      {"median", "n"} over answers that encoded an image; null without one
+    environment  versions, machine, vision backend, decoder device
+    notes        remarks for the user about this folder
+    accuracy     {"all": row, kind: row ...}, where a row has n, right, accuracy, low and high (95 % interval)
+    ttft_ms      {"median", "n"} over answers that encoded an image, or null without one
     seconds      time of the whole run
     wrong        every answer with a score below 1: id, kind, question, expected, answer, score, error
-    scores       id -> {"kind", "score", "digest"}; the digest is of pixels, question and expected answers
+    scores       id -> {"kind", "score", "digest"}, with a digest of pixels, question and expected answers
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "fastvlm.evaluation/1"
 ALL = "all"
-"""The row of all questions."""
+"""The name of the row that counts all questions."""
 MAX_PATH = 60
-"""Characters of a folder's path that a title shows, the last ones."""
+"""The number of characters from the end of a folder's path that a title shows."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Answer:
 
     sample: Sample
     text: str | None
-    """None when it could not be answered: `error` says why."""
+    """The answer, or None if the question failed. `error` then has the reason."""
     score: float
     digest: str
     timings: Timings | None
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the entry that a report lists under `wrong`."""
         sample = self.sample
         return {
             "id": sample.id,
@@ -73,19 +74,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """The questions of one kind."""
+    """The scores of the questions of one kind."""
 
     n: int
     right: int
-    """Answers with the full score."""
+    """The number of answers with the full score."""
     accuracy: float
-    """Mean score, 0 to 1."""
+    """The mean score, 0 to 1."""
     low: float
     high: float
-    """95 % interval of the accuracy."""
+    """The 95 % interval of the accuracy."""
 
 
 def row_of(scores: Iterable[float]) -> Row:
+    """Returns the row for the scores of some questions."""
     scores = list(scores)
     accuracy = fmean(scores) if scores else 0.0
     return Row(len(scores), sum(score == 1 for score in scores), accuracy, *wilson_interval(accuracy, len(scores)))
@@ -93,7 +95,7 @@ def row_of(scores: Iterable[float]) -> Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers to the questions of a data set; all of them unless the run was interrupted."""
+    """The answers to the questions of a data set. An interrupted run has fewer than planned."""
 
     data: DataSet
     answers: tuple[Answer, ...]
@@ -105,16 +107,17 @@ class Evaluation:
 
     @property
     def complete(self) -> bool:
+        """True if every planned question was asked."""
         return len(self.answers) == self.data.count
 
     @property
     def accuracy(self) -> float:
-        """Mean score of all questions, 0 to 1."""
+        """The mean score of all questions, 0 to 1."""
         return self.rows[ALL].accuracy
 
     @property
     def title(self) -> str:
-        """Model and scheme, what they were asked, and how much of it: a line of printable characters."""
+        """The folder, scheme, data set and number of questions, as one line of printable characters."""
         recipe: Any = self.folder.get("recipe")
         scheme = f", {recipe['quant']}" if isinstance(recipe, dict) and isinstance(recipe.get("quant"), str) else ""
         weights = "" if self.folder["trained"] else ", random weights"
@@ -125,24 +128,24 @@ class Evaluation:
 
     @cached_property
     def rows(self) -> dict[str, Row]:
-        """By kind, in the order of their names; `all` last."""
+        """The rows by kind, sorted by name, with `all` last."""
         kinds = sorted({answer.sample.kind for answer in self.answers})
         by_kind = {kind: row_of(one.score for one in self.answers if one.sample.kind == kind) for kind in kinds}
         return {**by_kind, ALL: row_of(one.score for one in self.answers)}
 
     @property
     def ttft_ms(self) -> list[float]:
-        """Of the answers that encoded an image, the process's first one aside."""
+        """The TTFT of each answer that encoded an image, without the first answer of the process."""
         timings = (one.timings for one in self.answers if one.timings)
         return [one.ttft_ms for one in timings if not one.cached_images and not one.cold]
 
     @property
     def failures(self) -> list[Answer]:
-        """Questions that could not be answered."""
+        """The answers to questions that failed."""
         return [one for one in self.answers if one.error]
 
     def as_dict(self) -> dict[str, Any]:
-        """See the head of this file."""
+        """Returns the object described at the top of this file."""
         times = self.ttft_ms
         return {
             "schema": SCHEMA,
@@ -166,7 +169,7 @@ class Evaluation:
 
 
 def folder_facts(folder: ModelFolder) -> dict[str, Any]:
-    """Where the model came from, as its manifest tells."""
+    """Returns the folder's path, and the origin of the model from its manifest."""
     path = folder.path / MANIFEST_NAME
     manifest = read_json_object(path, ModelFolderError) if path.is_file() else {}
     kept = {name: manifest.get(name) for name in ("source", "recipe", "tools")}
@@ -174,7 +177,8 @@ def folder_facts(folder: ModelFolder) -> dict[str, Any]:
 
 
 def environment(model: FastVLM) -> dict[str, Any]:
-    from ...models._mlx import mx  # a bad request is told without it
+    """Returns the versions, machine and devices that the answers depend on."""
+    from ...models._mlx import mx  # a bad request fails before this import
 
     return {
         "fastvlm": __version__,

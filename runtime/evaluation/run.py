@@ -1,4 +1,4 @@
-"""The run over the questions of a data set."""
+"""The evaluation of a folder: a run over the questions of a data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .report import Answer, Evaluation, environment, folder_facts
 from .samples import DataSet, Sample
 
 GIVE_UP_AFTER = 8
-"""First questions that may all fail before the run ends: the folder, not the questions, is to blame."""
+"""The number of first questions that may all fail before the run ends. Then the folder is at fault, not a question."""
 
 
 def evaluate(
@@ -31,13 +31,13 @@ def evaluate(
     max_tokens: int | None = None,
     on_answer: Callable[[Answer], None] | None = None,
 ) -> Evaluation:
-    """How often the model in a folder answers held-out questions right. Greedy: the same each time on one machine.
+    """Measures the accuracy of the model in a folder. Decoding is greedy, so results repeat on one machine.
 
-    `data` and `limit` are those of `registry.open_data`, `task` its `layout`; `vision` and `system` those of `load`
-    and `prepare`. `on_answer` is told each answer.
+    `data`, `limit`, `task` and `images` are those of `registry.open_data`. `vision` is an argument of `load`, and
+    `system` and `max_tokens` are arguments of `prepare`. `on_answer` is called with each answer.
 
     Raises:
-        UsageError, DataSetError: see `registry.open_data`.
+        UsageError, DataSetError: the questions cannot be opened, as in `registry.open_data`.
         FastVLMError: the folder cannot be loaded, or answers none of the first questions.
     """
     questions = open_data(data, limit, task, None if images is None else Path(images))
@@ -50,7 +50,7 @@ def evaluate(
 
 
 class EvaluationRun:
-    """Asks one question after the other while it is iterated over; `evaluation` is what has come of it so far."""
+    """An iterator that asks one question after the other. `evaluation` has the results so far."""
 
     def __init__(self, model: FastVLM, data: DataSet, system: str | None = None, max_tokens: int | None = None) -> None:
         self._model = model
@@ -61,7 +61,7 @@ class EvaluationRun:
         self._seconds = 0.0
 
     def __iter__(self) -> Iterator[Answer]:
-        """Raises FastVLMError when none of the first questions can be answered."""
+        """Yields each answer. Raises FastVLMError if none of the first questions can be answered."""
         failed: FastVLMError | None = None
         for sample in self._data.samples:
             begin = time.perf_counter()
@@ -81,6 +81,7 @@ class EvaluationRun:
 
     @property
     def evaluation(self) -> Evaluation:
+        """The result over the questions asked so far."""
         return Evaluation(
             data=self._data,
             answers=tuple(self._answers),
@@ -102,7 +103,7 @@ class EvaluationRun:
 
 
 def digest(sample: Sample, request: Request) -> str:
-    """Of pixels, question and answers: what must be the same for two runs to be compared."""
+    """Returns a hash of pixels, question and answers, which must agree for two scores to be compared."""
     state = hashlib.blake2b(digest_size=8)
     for image in request.images:
         state.update(repr(image.size).encode())

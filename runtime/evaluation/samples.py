@@ -1,4 +1,4 @@
-"""What an evaluation is made of: samples, data sets, and layouts of the files that hold them."""
+"""The data of an evaluation: samples, data sets, and layouts of question files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from ...models.images import ImageSource
 
 Metric = Callable[[str, Sequence[str]], float]
-"""(prediction, answers) -> 0.0 to 1.0."""
+"""A function (prediction, answers) -> 0.0 to 1.0."""
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-"""What LLaVA-1.5 (arXiv 2310.03744, table 7), whose recipe FastVLM was trained with, appends to such questions."""
+"""The instruction that LLaVA-1.5 (arXiv 2310.03744, table 7) appends to such questions. FastVLM follows its recipe."""
 
 
 @dataclass(frozen=True)
@@ -21,53 +21,54 @@ class Sample:
     """One question about one image."""
 
     id: str
-    """The same each time: two runs are compared by it."""
+    """A name that is the same in every run, as two runs are compared by it."""
     image: ImageSource
     question: str
     answers: tuple[str, ...]
-    """Any of them is right; the metric says how."""
+    """The right answers. The metric defines how a prediction is compared with them."""
     kind: str
-    """The row of the table that it counts for."""
+    """The row of the table that the question counts for."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Samples, and how an answer to one is judged."""
+    """Samples with the metric that scores their answers."""
 
     name: str
     metric: str
-    """What a score means, in a word or two."""
+    """The name of the metric, for tables."""
     samples: Iterable[Sample]
     count: int
     score: Callable[[Sample, str], float]
-    """(sample, prediction) -> 0.0 to 1.0."""
+    """A function (sample, prediction) -> 0.0 to 1.0."""
     max_tokens: int
     instruction: str = ""
-    """Appended to each question."""
+    """The text appended to each question."""
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Kind -> the words between which its answers choose."""
+    """The words between which answers choose, by kind."""
     note: str = ""
-    """What a reader of the figures should know."""
+    """A remark for readers of the figures."""
 
     def prompt(self, sample: Sample) -> str:
+        """Returns the question with the instruction."""
         return f"{sample.question}\n{self.instruction}" if self.instruction else sample.question
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One form of question files: a list of JSON objects, bare, under `data`, or one per line."""
+    """One form of question files: JSON objects in a list, in a list under `data`, or one per line."""
 
     name: str
     metric_name: str
     metric: Metric
     keys: tuple[str, ...]
-    """What the first entry of such a file has, and of no other."""
+    """The keys by which the first entry of such a file is recognised."""
     read: Callable[[list[dict[str, Any]], Path], Iterator[Sample]]
-    """(entries, file) -> samples, with `image` as the file names it. Malformed entries may raise KeyError, TypeError,
-    ValueError or AttributeError."""
+    """A function (entries, file) -> samples, with `image` as named in the file. Malformed entries may raise KeyError,
+    TypeError, ValueError or AttributeError."""
     image_folders: tuple[str, ...] = ("images",)
-    """Where images are, beside the file or one folder up, apart from where the file says."""
+    """The folders, next to the file or one level up, that are searched for images."""
     instruction: str = SHORT_ANSWER
     max_tokens: int = 32
     many_files: bool = False
-    """Whether one split comes in several files."""
+    """True if one split comes in several files."""

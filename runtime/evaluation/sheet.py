@@ -1,4 +1,4 @@
-"""A sheet of images with their questions and answers, right ones and wrong ones. Drawn with Pillow alone."""
+"""The sheet of sample images with questions and answers, right and wrong. It needs only Pillow."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ...models.images import open_image
 from .report import Answer, Evaluation
 
 CELLS = 24
+"""The number of answers on a sheet."""
 COLUMNS = 6
 PICTURE = 232
-"""Side of an image's square, in pixels."""
+"""The side of an image's square in pixels."""
 PAD = 14
 LINE = 18
 LINES = 6
-"""Of text below an image."""
+"""The most lines of text below an image."""
 HEAD = 52
 
 GROUND, CARD, INK, FAINT = (238, 239, 241), (255, 255, 255), (32, 33, 36), (110, 114, 120)
@@ -30,7 +31,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def sample_sheet(evaluation: Evaluation) -> Image.Image:
-    """Up to 24 answers, of every kind, half of them wrong where there are as many. The head tells all shares."""
+    """Draws up to `CELLS` answers of every kind, half of them wrong if there are enough. The title has the accuracy."""
     chosen = choose(evaluation.answers)
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -52,19 +53,19 @@ def sample_sheet(evaluation: Evaluation) -> Image.Image:
 
 
 def title(evaluation: Evaluation) -> str:
-    """Which model was asked what, and how often it was right."""
+    """Returns the model, the data set and the accuracy."""
     return f"{evaluation.title}, {evaluation.accuracy:.1%} right"
 
 
 def shown(evaluation: Evaluation, chosen: Sequence[Answer]) -> str:
-    """The counts of what the sheet holds, which is no fair share of all answers."""
+    """Returns the counts of the chosen answers, which are not a fair sample."""
     right, wrong = (sum(one.score == score for one in chosen) for score in (1, 0))
     partly = f", {len(chosen) - right - wrong} partly right" if right + wrong < len(chosen) else ""
     return f"shown: {len(chosen)} of {len(evaluation.answers):,} answers, {right} right{partly}, {wrong} wrong"
 
 
 def choose(answers: tuple[Answer, ...], cells: int = CELLS) -> list[Answer]:
-    """Wrong ones and right ones, of one kind after the other, about different images; in the order of asking."""
+    """Chooses wrong and right answers of all kinds about different images, in the order of the run."""
     right, wrong = ([one for one in answers if (one.score == 1) == full] for full in (True, False))
     seen: set[str | int] = set()
     taken = in_turn(wrong, max(cells // 2, cells - len(right)), seen)
@@ -74,7 +75,7 @@ def choose(answers: tuple[Answer, ...], cells: int = CELLS) -> list[Answer]:
 
 
 def in_turn(answers: list[Answer], count: int, seen: set[str | int]) -> list[Answer]:
-    """`count` of the answers, kind by kind in turn, about images that were not seen yet while there are such."""
+    """Takes `count` answers, one kind after the other, with images that are not in `seen` first."""
     pools: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         pools[answer.sample.kind].append(answer)
@@ -88,12 +89,13 @@ def in_turn(answers: list[Answer], count: int, seen: set[str | int]) -> list[Ans
 
 
 def image_key(answer: Answer) -> str | int:
+    """Returns a key that is equal for answers about the same image."""
     image = answer.sample.image
     return str(image) if isinstance(image, str | Path) else id(image)
 
 
 def thumbnail(answer: Answer) -> Image.Image:
-    """The image within a square; grey where it cannot be opened."""
+    """Returns the image in a square, which stays grey if the image cannot be opened."""
     square = Image.new("RGB", (PICTURE, PICTURE), GROUND)
     try:
         image = open_image(answer.sample.image)
@@ -105,7 +107,7 @@ def thumbnail(answer: Answer) -> Image.Image:
 
 
 def write_text(pen: ImageDraw.ImageDraw, answer: Answer, left: int, top: int) -> None:
-    """Question, answer in the colour of its score, and what was expected where that differs."""
+    """Writes the question, the answer in the colour of its score, and the expected answer if that differs."""
     font = ImageFont.load_default(13)
     colour = RIGHT if answer.score == 1 else PARTLY if answer.score > 0 else WRONG
     lines = [(line, INK) for line in wrapped(answer.sample.question, font, 2)]
@@ -118,7 +120,7 @@ def write_text(pen: ImageDraw.ImageDraw, answer: Answer, left: int, top: int) ->
 
 
 def wrapped(text: str, font: Font, most: int) -> list[str]:
-    """`text` in at most so many lines of the image's width, cut with an ellipsis."""
+    """Breaks `text` into at most `most` lines of the image's width, cut with an ellipsis."""
     lines: list[str] = []
     rest = "".join(c if c.isprintable() else " " for c in text).split()
     while rest and len(lines) < most:
@@ -132,7 +134,7 @@ def wrapped(text: str, font: Font, most: int) -> list[str]:
 
 
 def fitted(line: str, font: Font) -> str:
-    """`line`, cut with an ellipsis when it is wider than the image."""
+    """Returns `line`, cut with an ellipsis if it is wider than the image."""
     if font.getlength(line) <= PICTURE:
         return line
     line = line.removesuffix(" …")

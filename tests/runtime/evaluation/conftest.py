@@ -1,4 +1,4 @@
-"""Question files in the layouts of published data sets, with small images."""
+"""Question files in the layouts of published data sets, small images, and evaluations without a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
+from fastvlm.runtime.evaluation.report import Answer, Evaluation
+from fastvlm.runtime.evaluation.samples import DataSet, Sample
 
 TEN = ["stop"] * 4 + ["halt"] * 2 + ["go", "red", "sign", "a stop"]
 
@@ -73,7 +76,7 @@ def write_questions(tmp_path: Path) -> Callable[..., Path]:
 
 
 def own(count: int, kinds: int = 2) -> list[dict[str, Any]]:
-    """Questions in the toolkit's own layout, two per image."""
+    """Returns questions in the toolkit's own layout, two per image."""
     return [
         {
             "image": f"{n // 2}.png",
@@ -91,4 +94,20 @@ def own_questions(write_questions: Callable[..., Path]) -> Callable[[int], Path]
     """`own_questions(count)`: a file of questions with its images."""
     return lambda count: (
         write_questions({"mine.json": own(count)}, [f"{n}.png" for n in range(-(-count // 2))]) / "mine.json"
+    )
+
+
+def evaluation_of(texts: list[tuple[str, str]], categories: dict | None = None) -> Evaluation:
+    """Returns an evaluation of (expected, given) answers of two kinds in turn, each about its own image."""
+    samples = [
+        Sample(f"{n}", Image.new("RGB", (20 + n, 30), (n, 90, 200)), f"What is {n}?", (expected,), f"kind {n % 2}")
+        for n, (expected, _) in enumerate(texts)
+    ]
+    answers = tuple(
+        Answer(sample, given, float(given == sample.answers[0]), "d", None)
+        for sample, (_, given) in zip(samples, texts, strict=True)
+    )
+    data = DataSet("made", "exact match", samples, len(samples), lambda *_: 0.0, 8, categories=categories or {})
+    return Evaluation(
+        data, answers, {}, {"path": "a $\\frac$ \x1b folder", "trained": False, "recipe": None}, {}, (), 1.0
     )

@@ -1,4 +1,4 @@
-"""Metrics against values worked out from the definitions, and against what must hold for any text."""
+"""The metrics against published values, and properties that hold for any string."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm.runtime.evaluation.metrics import anls, exact_match, levenshtein, relaxed_accuracy, vqa_accuracy
-from fastvlm.runtime.evaluation.vqa_text import normalized_vqa_text
+from fastvlm.runtime.evaluation.metrics import (
+    anls,
+    exact_match,
+    levenshtein,
+    normalized_vqa_text,
+    relaxed_accuracy,
+    vqa_accuracy,
+)
 
 ANY_SPEED = settings(deadline=None, derandomize=True)
 METRICS = (exact_match, vqa_accuracy, relaxed_accuracy, anls)
@@ -15,14 +21,14 @@ ANSWERS = st.lists(st.text(max_size=12), min_size=1, max_size=10)
 
 
 @pytest.mark.parametrize(("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
-def test_vqa_accuracy_of_ten_answers_is_the_published_table(agreeing: int, expected: float) -> None:
+def test_vqa_accuracy_of_ten_answers_equals_the_published_table(agreeing: int, expected: float) -> None:
     answers = ["stop"] * agreeing + [f"other {n}" for n in range(10 - agreeing)]
     assert vqa_accuracy("Stop.", answers) == pytest.approx(expected)
 
 
 @ANY_SPEED
 @given(st.lists(st.sampled_from(["red", "blue", "12", "no"]), min_size=4, max_size=10), st.sampled_from(["red", "12"]))
-def test_vqa_accuracy_is_the_mean_of_leaving_each_person_out(answers: list[str], prediction: str) -> None:
+def test_vqa_accuracy_is_the_mean_with_each_person_left_out(answers: list[str], prediction: str) -> None:
     left_out = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
     expected = sum(min(1.0, rest.count(prediction) / 3) for rest in left_out) / len(answers)
     assert vqa_accuracy(prediction, answers) == pytest.approx(expected)
@@ -44,7 +50,7 @@ def test_vqa_accuracy_is_the_mean_of_leaving_each_person_out(answers: list[str],
         ("$5 (five)", "$5 5"),
     ],
 )
-def test_vqa_text_follows_the_challenges_rules(text: str, expected: str) -> None:
+def test_vqa_text_follows_the_rules_of_the_challenge(text: str, expected: str) -> None:
     assert normalized_vqa_text(text) == expected
 
 
@@ -68,9 +74,7 @@ def test_vqa_text_follows_the_challenges_rules(text: str, expected: str) -> None
         ("100 people", "100", 0.0),
     ],
 )
-def test_relaxed_accuracy_allows_5_percent_of_a_number_and_no_more(
-    prediction: str, answer: str, expected: float
-) -> None:
+def test_relaxed_accuracy_allows_5_percent_of_a_number(prediction: str, answer: str, expected: float) -> None:
     assert relaxed_accuracy(prediction, [answer]) == expected
 
 
@@ -88,11 +92,11 @@ def test_relaxed_accuracy_allows_5_percent_of_a_number_and_no_more(
         ("x", [""], 0.0),
     ],
 )
-def test_anls_is_the_best_similarity_from_one_half_on(prediction: str, answers: list[str], expected: float) -> None:
+def test_anls_is_the_best_similarity_above_one_half(prediction: str, answers: list[str], expected: float) -> None:
     assert anls(prediction, answers) == pytest.approx(expected)
 
 
-def test_exact_match_passes_over_case_spaces_and_the_final_stop() -> None:
+def test_exact_match_ignores_case_spaces_and_the_final_stop() -> None:
     assert exact_match(" It is  RED. ", ["no", "it is red"]) == 1.0
     assert exact_match("It is reddish", ["it is red"]) == 0.0
 
@@ -100,7 +104,7 @@ def test_exact_match_passes_over_case_spaces_and_the_final_stop() -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @ANY_SPEED
 @given(prediction=st.text(max_size=12), answers=ANSWERS)
-def test_scores_lie_between_0_and_1_and_do_not_depend_on_the_order(metric, prediction: str, answers: list[str]) -> None:
+def test_scores_are_in_0_to_1_in_any_order_of_answers(metric, prediction: str, answers: list[str]) -> None:
     score = metric(prediction, answers)
     assert 0.0 <= score <= 1.0
     assert metric(prediction, answers[::-1]) == score
@@ -109,7 +113,7 @@ def test_scores_lie_between_0_and_1_and_do_not_depend_on_the_order(metric, predi
 @pytest.mark.parametrize("metric", METRICS)
 @ANY_SPEED
 @given(answer=st.text(max_size=12), count=st.integers(1, 10))
-def test_the_answer_that_everybody_gave_has_the_full_score(metric, answer: str, count: int) -> None:
+def test_unanimous_answer_has_the_full_score(metric, answer: str, count: int) -> None:
     assert metric(answer, [answer] * count) == 1.0
 
 
