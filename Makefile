@@ -1,11 +1,14 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+# `python3` if fastvlm supports it, else the newest supported version. Each is run: pyenv's shims exist without a Python.
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	if $$python -c '$(FITS)' >/dev/null 2>&1; then echo $$python; break; fi; done),python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 SAMPLES := runtime/samples
 MINUTES ?= 15
 
-.PHONY: demo test check accuracy bench soak clean
+.PHONY: demo test check accuracy bench soak mac-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastvlm export --quant int8 --force --out demo/model
@@ -36,7 +39,7 @@ soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	@$(PYTHON) -c '$(FITS)' || \
 		{ echo "fastvlm needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing into .venv: a minute or a few, once"
 	@$(PYTHON) -m venv .venv

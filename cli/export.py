@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..models.float32 import disable_tf32
 from ..models.references import DEFAULT_MODEL
 from .progress import StageProgress, megabytes, note
 
@@ -104,6 +105,7 @@ def export_command(
     """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
     with StageProgress() as progress:
         progress("load the tools")
+        disable_tf32()
         from ..export.exporter import export
 
         result = export(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..models.float32 import disable_tf32
 from .progress import StageProgress
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run a folder's package and decoder, and compare them with the checkpoint. Exit 1 when they fall short."""
+    disable_tf32()
     from ..export.verify import verify
 
     with StageProgress() as progress:

@@ -14,6 +14,7 @@ from .._version import __version__
 from ..models.apple_layout import language_shapes
 from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
 from ..models.errors import PackageError, UsageError, VerificationError
+from ..models.float32 import disable_tf32
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
@@ -125,6 +126,7 @@ def export(
         FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
             checkpoint (`VerificationError`). Nothing is left behind.
     """
+    disable_tf32()
     checkpoint = open_checkpoint(model, adapter)
     border = Border(io, target, with_projector)
     scheme = scheme_for(layout, quant, min_snr, max_bytes, {**asdict(border), "recipe": recipe_file})

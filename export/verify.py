@@ -16,6 +16,7 @@ import numpy as np
 from ..models.checkpoint import Checkpoint
 from ..models.config import check_image_size
 from ..models.errors import ModelFolderError
+from ..models.float32 import disable_tf32
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.json_file import read_json_object
 from ..models.references import open_checkpoint
@@ -116,6 +117,7 @@ def verify(
     from ..models.fastvit import FastViT
     from .verify_encoder import encoder_reference
 
+    disable_tf32()
     folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against, adapter)
     recipe = saved_recipe(folder)
     on_stage("compare files with the manifest")

@@ -141,7 +141,9 @@ class FastVLM:
         batch_size: int = BATCH_SIZE,
         **options: Any,
     ) -> list[Generation]:
-        """The answers to many prompts, `batch_size` of them decoded at a time: their ids are those of `generate`.
+        """The answers to many prompts, `batch_size` of them decoded at a time.
+
+        Their ids are those of `generate`, on a Mac up to float16's rounding: other kernels compute several rows.
 
         `images[n]` belongs to `prompts[n]`, or to the one prompt; `options` are those of `prepare`, the same for all.
 

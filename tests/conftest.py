@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import runpy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX is imported: tolerances are those of full float32
+if sys.platform == "darwin":
+    # torch's and scikit-learn's wheels each bring an OpenMP library there, and a process that loads both aborts with
+    # "OMP: Error #15" or hangs. The tests compare palettes with scikit-learn's, with one thread and small arrays.
+    os.environ["KMP_DUPLICATE_LIB_OK"] = "TRUE"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +28,20 @@ def tolerance() -> Callable[[str], float]:
     """`tolerance("decoder_logits_float32")`: the number that `tests/tolerances.py` keeps, with its reason, there."""
     table = runpy.run_path(str(Path(__file__).with_name("tolerances.py")))["TOLERANCES"]
     return lambda key: table[key].value
+
+
+@pytest.fixture(scope="module")
+def float32_decoder() -> Iterator[None]:
+    """MLX on the CPU, where weights are expanded to float32 and one row is computed as it is among many.
+
+    On Metal a batch runs other kernels than a single answer, in float16: near ties of two ids may fall the other way.
+    """
+    from fastvlm.models._mlx import mx
+
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 @pytest.fixture(scope="session")

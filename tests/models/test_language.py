@@ -22,6 +22,8 @@ from fastvlm.models.language import LanguageSide, expected_shapes, load_language
 from fastvlm.models.quantization import Affine, Quantization
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
 CONFIG = FastVLMConfig(
     decoder=Qwen2Config(
         hidden_size=64,

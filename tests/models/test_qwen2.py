@@ -14,6 +14,8 @@ from fastvlm.models.config import Qwen2Config
 from fastvlm.models.kv_cache import CACHE_STEP, KVCache
 from fastvlm.models.qwen2 import Qwen2, silu
 
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
 CONFIG = Qwen2Config(
     hidden_size=48,
     intermediate_size=80,

@@ -19,6 +19,8 @@ from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import Request, prepare
 from fastvlm.runtime.reuse import Memory
 
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
 OTHER = 255 - PICTURE
 

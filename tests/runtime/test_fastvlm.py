@@ -28,6 +28,8 @@ from fastvlm.runtime.tokenizer import Tokenizer
 
 from .conftest import StandingClock
 
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
 OTHER = 255 - PICTURE
 VARIED = {"temperature": 1.0, "seed": 3, "max_tokens": 8}

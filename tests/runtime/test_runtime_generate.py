@@ -27,6 +27,8 @@ from fastvlm.runtime.generate import (
 from fastvlm.runtime.sampling import Sampler, SamplingOptions, id_on_host
 from fastvlm.runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
 EOS = 1022
 
 words = st.text("ab", min_size=1, max_size=4)
