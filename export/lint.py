@@ -157,6 +157,16 @@ def costly_kinds(program: Program) -> Iterator[str]:
     yield from (f"{op.name} ({op.kind})" for op in computed(program) if op.kind in ("linear", "squeeze"))
 
 
+def turned_weights(program: Program) -> Iterator[str]:
+    constants = Constants(program)
+    softmaxes = {output.name for op in computed(program) if op.kind == "softmax" for output in op.outputs}
+    for operation in (op for op in computed(program) if op.kind == "matmul"):
+        left, right, turn = (operation.inputs.get(name, ())[:1] for name in ("x", "y", "transpose_y"))
+        turns = turn and constants.array(turn[0]).any() and softmaxes.intersection(right)
+        if turns and all(isinstance(name, str) and name not in constants for name in left):
+            yield f"{operation.name} (transpose_y of a softmax)"
+
+
 def many_transposes(program: Program) -> Iterator[str]:
     transposes = [op.name for op in computed(program) if op.kind == "transpose"]
     yield from transposes[1:]
@@ -256,6 +266,8 @@ RULES = (
          "write it so that the converter fuses it"),
     Rule("warning", "costly kinds", costly_kinds, "linear and squeeze change the memory layout",
          "use 1x1 convolutions and keep four axes"),
+    Rule("warning", "turned weights", turned_weights, "on a GPU it can abort the process: MLIR pass manager failed",
+         "compute the scores as key^T query, with softmax over the keys, then value times the weights"),
     Rule("warning", "transposes", many_transposes, "each transpose copies its operand",
          "keep channels first throughout"),
     Rule("warning", "rank 5", rank_5, "rank 5 is slower on the engine", "stay at rank 4"),

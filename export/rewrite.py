@@ -77,8 +77,10 @@ class EngineAttentionBlock(nn.Module):
         positions = self.grid * self.grid
         qkv = self.qkv(x).reshape(1, 3 * self.num_heads, HEAD_DIM, positions)
         query, key, value = qkv.split(self.num_heads, 1)  # (1, heads, 32, HW) each
-        weights = (query.transpose(-1, -2) @ key).softmax(-1)  # (1, heads, HW, HW)
-        mixed = value @ weights.transpose(-1, -2)  # (1, heads, 32, HW)
+        # Keys in front of queries, as in ml-ane-transformers: a second matmul that turns its weights aborts MPSGraph,
+        # which runs the package on a GPU (lint rule "turned weights").
+        weights = (key.transpose(-1, -2) @ query).softmax(-2)  # (1, heads, keys, queries)
+        mixed = value @ weights  # (1, heads, 32, queries)
         return mixed.reshape(1, self.channels, self.grid, self.grid)
 
 

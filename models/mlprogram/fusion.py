@@ -71,15 +71,23 @@ class _Finder:
         return Chain(FEED_FORWARD_ADD, (first, gelu, second, added), {**operands, "y": other})
 
     def attention(self, first: Operation) -> Chain | None:
-        """softmax(query^T key) over the last axis of (B, heads, N, N), and value times its transpose."""
+        """Attention over (B, heads, head_dim, N): scores, softmax over the keys, and value times the weights.
+
+        The scores have keys in front of queries, or queries in front of keys where the last product turns them.
+        """
         softmax = self._next(first, "softmax") if self._is_product(first, turned=(1, 0)) else None
         last = self._next(softmax, "matmul") if softmax else None
-        if softmax is None or last is None or not self._is_product(last, turned=(0, 1)):
+        if softmax is None or last is None or last.inputs.get("y") != (softmax.outputs[0].name,):
             return None
-        over_last = self._parameters(softmax).integer("axis", -1) in (-1, softmax.outputs[0].rank - 1)
-        if not over_last or last.inputs["y"] != (softmax.outputs[0].name,):
+        rank = softmax.outputs[0].rank
+        axis = self._parameters(softmax).integer("axis", -1) % max(rank, 1)
+        if axis == rank - 2 and self._is_product(last, turned=(0, 0)):
+            key, query = "x", "y"
+        elif axis == rank - 1 and self._is_product(last, turned=(0, 1)):
+            query, key = "x", "y"
+        else:
             return None
-        operands = {"query": first.inputs["x"][0], "key": first.inputs["y"][0], "value": last.inputs["x"][0]}
+        operands = {"query": first.inputs[query][0], "key": first.inputs[key][0], "value": last.inputs["x"][0]}
         return Chain(ATTENTION, (first, softmax, last), operands)
 
     def _next(self, operation: Operation, kind: str) -> Operation | None:

@@ -82,6 +82,10 @@ BROKEN = {
     "constants": program(constant(np.array([1, np.inf], np.float16))),
     "unfused norm": program(operation("rsqrt", tensor("y", 1, 16, 64, 64), x="x")),
     "costly kinds": program(operation("squeeze", tensor("y", 16, 64, 64), x="x")),
+    "turned weights": program(
+        operation("softmax", tensor("w", 1, 16, 64, 64), x="x"),
+        operation("matmul", tensor("y", 1, 16, 64, 64), x="x", y="w", transpose_y=value(np.array(True))),
+    ),
     "transposes": program(
         operation("transpose", tensor("y", 1, 64, 16, 64), x="x"),
         operation("transpose", tensor("z", 1, 64, 64, 32), x="y"),
@@ -123,6 +127,17 @@ def test_rule_is_broken_alone(rule: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert finding.advice
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"transpose_y": value(np.array(False))}, {"y": "x"}, {"x": value(np.ones((1, 16, 64, 64), np.float16))}],
+    ids=["as they are", "no softmax", "a constant times them"],
+)
+def test_matmul_is_clean_without_turned_weights(changes: dict[str, Any]) -> None:
+    inputs = {"x": "x", "y": "w", "transpose_y": value(np.array(True))} | changes
+    softmax = operation("softmax", tensor("w", 1, 16, 64, 64), x="x")
+    assert lint(program(softmax, operation("matmul", tensor("y", 1, 16, 64, 64), **inputs))) == []
+
+
 def test_values_past_float16_in_a_float32_constant_are_an_error() -> None:
     (finding,) = lint(program(constant(np.array([1, 7e4], np.float32))))
     assert (finding.severity, finding.rule) == ("error", "constants")
@@ -137,6 +152,7 @@ def test_real_package_is_clean_and_counted(tmp_path: Path) -> None:
     convert_encoder(network, 256, stored, package, metadata={}, on_stage=lambda _: None)
     report = inspect(package)
     assert report.errors == ()
+    assert "turned weights" not in {finding.rule for finding in report.findings}
     assert report.operations["conv"] == 46
     assert report.metadata[COMPRESSED_WEIGHTS_KEY] == str(report.compressed_weights) != "0"
     numbers = sum(parameter.numel() for parameter in network.parameters())
