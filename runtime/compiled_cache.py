@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from ..models.coreml_errors import coreml_reason
 from ..models.errors import OutputError, PackageError
+from .package_digest import package_digest
 
 ENVIRONMENT_VARIABLE = "FASTVLM_CACHE"
 
@@ -24,6 +24,18 @@ MAX_COPIES = 8
 
 ABANDONED_SECONDS = 24 * 3600
 """Age at which a workplace is what a killed process left: compiling takes seconds."""
+
+ATTEMPTS = 2
+"""Times that a copy is opened before it is given up: a new one costs the engine's compilation, up to two minutes."""
+
+RETRY_SECONDS = 0.5
+"""Pause between two attempts: the service that loads models may be starting again."""
+
+USED, SHARES = ".used", ".shares"
+"""What is recorded of a copy, next to it: its last use, and the engine's share of its work."""
+
+RECORDS = "digests"
+"""Folder of the digests of packages, in the cache folder."""
 
 Predict = Callable[[dict[str, Any]], dict[str, Any]]
 """Arrays by input name -> arrays by output name."""
@@ -45,6 +57,8 @@ class Compiler(Protocol):
 class Opened:
     predict: Predict
     compiled_now: bool
+    compiled: Path
+    """The copy that was opened."""
 
 
 class CompiledCache:
@@ -55,7 +69,7 @@ class CompiledCache:
 
     def __init__(self, folder: Path | None = None, max_copies: int = MAX_COPIES) -> None:
         self.folder = folder or user_cache_folder() / "compiled"
-        self._max_copies = max_copies
+        self.max_copies = max_copies
 
     def open(self, package: Path, compiler: Compiler) -> Opened:
         """The package, ready to run; compiled first unless a copy of the same content is there and opens.
@@ -66,21 +80,33 @@ class CompiledCache:
         """
         place = self.place(package, compiler.version)
         if place.is_dir():
-            with contextlib.suppress(Exception):  # whatever is wrong with the old copy, a new one replaces it
-                opened = Opened(compiler.open(place), compiled_now=False)
-                _mark_used(place)
-                return opened
-            shutil.rmtree(place, ignore_errors=True)
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    time.sleep(RETRY_SECONDS)
+                with contextlib.suppress(Exception):  # whatever is wrong with the old copy, a new one replaces it
+                    opened = Opened(compiler.open(place), compiled_now=False, compiled=place)
+                    _mark_used(place)
+                    return opened
+            _remove(place)
         self._compile(package, place, compiler)
-        self._evict(place)
         try:
-            return Opened(compiler.open(place), compiled_now=True)
+            return Opened(compiler.open(place), compiled_now=True, compiled=place)
         except Exception as reason:  # coremltools raises plain Exception and RuntimeError
             raise PackageError(f"{package} was compiled but does not open: {coreml_reason(reason)}") from reason
 
+    def compiled(self, package: Path, compiler: Compiler) -> Path:
+        """The compiled copy, made first unless there is one; it is not opened. Raises what `open` does."""
+        place = self.place(package, compiler.version)
+        if place.is_dir():
+            _mark_used(place)
+        else:
+            self._compile(package, place, compiler)
+        return place
+
     def place(self, package: Path, version: str) -> Path:
         """Where the compiled copy of this content belongs."""
-        return self.folder / f"{package.stem}-{package_digest(package, version)[:20]}.mlmodelc"
+        digest = package_digest(package, version, self.folder / RECORDS)
+        return self.folder / f"{package.stem}-{digest[:20]}.mlmodelc"
 
     def _evict(self, newest: Path) -> None:
         """Removes the copies used longest ago beyond the bound, and what killed processes left."""
@@ -88,9 +114,12 @@ class CompiledCache:
         copies = sorted(self.folder.glob("*.mlmodelc"), key=_last_used, reverse=True)
         others = [copy for copy in copies if copy != newest]
         now = time.time()
-        left = [path for path in self.folder.glob(".compiling-*") if now - _last_used(path) > ABANDONED_SECONDS]
-        for path in (*others[max(0, self._max_copies - 1) :], *left):
-            shutil.rmtree(path, ignore_errors=True)
+        left = [path for path in self.folder.glob(".compiling-*") if now - _changed(path) > ABANDONED_SECONDS]
+        for path in (*others[max(0, self.max_copies - 1) :], *left):
+            _remove(path)
+        for note in (*self.folder.glob(f"*{USED}"), *self.folder.glob(f"*{SHARES}")):
+            if not note.with_suffix(".mlmodelc").exists():
+                note.unlink(missing_ok=True)
 
     def _compile(self, package: Path, place: Path, compiler: Compiler) -> None:
         """Compiles beside `place`, then renames: another process never sees half a copy."""
@@ -114,31 +143,33 @@ class CompiledCache:
                 fresh.rename(place)
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
+        self._evict(place)
 
 
 def _mark_used(place: Path) -> None:
+    """Records the use in a file of its own: Core ML may take a folder that was touched for a new model."""
     with contextlib.suppress(OSError):  # a cache that only others may write still serves
-        os.utime(place)
+        place.with_suffix(USED).touch()
 
 
-def _last_used(path: Path) -> float:
+def _last_used(place: Path) -> float:
+    return _changed(place.with_suffix(USED)) or _changed(place)
+
+
+def _changed(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:  # removed by another process meanwhile
         return 0.0
 
 
-def package_digest(package: Path, version: str) -> str:
-    """sha256 of a package's files, with their paths, and of what compiles it. Raises PackageError."""
-    files = sorted(path for path in package.rglob("*") if path.is_file())
-    if not files:
-        raise PackageError(f"{package} is no package: it holds no files")
-    digest = hashlib.sha256(version.encode())
-    for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + content)
-    return digest.hexdigest()
+def _remove(place: Path) -> None:
+    """Removes a copy, and what is recorded of it."""
+    shutil.rmtree(place, ignore_errors=True)
+    if place.suffix == ".mlmodelc":
+        for suffix in (USED, SHARES):
+            with contextlib.suppress(OSError):
+                place.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def user_cache_folder() -> Path:

@@ -12,15 +12,17 @@ import pytest
 
 from fastvlm.models.errors import OutputError, PackageError
 from fastvlm.runtime import compiled_cache
-from fastvlm.runtime.compiled_cache import CompiledCache, package_digest, user_cache_folder
+from fastvlm.runtime.compiled_cache import CompiledCache, user_cache_folder
 
 
 class FakeCompiler:
     """Compiles by copying the manifest; opens what is whole."""
 
-    def __init__(self, version: str = "macOS 15.1") -> None:
+    def __init__(self, version: str = "macOS 15.1", failures: int = 0) -> None:
         self.version = version
         self.compiled: list[Path] = []
+        self.failures = failures
+        """Times that opening fails for a reason that passes."""
 
     def compile(self, package: Path, destination: Path) -> None:
         self.compiled.append(destination)
@@ -30,10 +32,18 @@ class FakeCompiler:
         (destination / "model").write_bytes((package / "Manifest.json").read_bytes())
 
     def open(self, compiled: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError('{\n    NSLocalizedDescription = "The service is not there.";\n}')
         content = (compiled / "model").read_text()
         if content == "broken":
             raise RuntimeError('{\n    NSLocalizedDescription = "Core ML refuses.";\n}')
         return lambda inputs: {"content": content}
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_cache, "RETRY_SECONDS", 0)
 
 
 @pytest.fixture
@@ -56,7 +66,9 @@ def test_package_is_compiled_once_when_it_is_opened_twice(package: Path, cache: 
     assert (first.compiled_now, second.compiled_now) == (True, False)
     assert len(compiler.compiled) == 1
     assert first.predict({}) == second.predict({}) == {"content": "{}"}
-    assert [path.name for path in cache.folder.iterdir()] == [cache.place(package, compiler.version).name]
+    place = cache.place(package, compiler.version)
+    assert {path.name for path in cache.folder.iterdir()} == {place.name, f"{place.stem}.used"}
+    assert first.compiled == second.compiled == place
 
 
 def test_copy_is_found_when_the_package_was_moved(package: Path, cache: CompiledCache, tmp_path: Path) -> None:
@@ -96,6 +108,35 @@ def test_copy_is_replaced_when_it_does_not_open(package: Path, cache: CompiledCa
     (place / "model").write_text("broken")
     assert cache.open(package, compiler).predict({}) == {"content": "{}"}
     assert (place / "model").read_text() == "{}"
+
+
+def test_copy_stays_when_it_opens_the_second_time(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    cache.open(package, compiler)
+    compiler.failures = 1
+    assert not cache.open(package, compiler).compiled_now
+    compiler.failures = 2
+    assert cache.open(package, compiler).compiled_now
+    assert len(compiler.compiled) == 2
+
+
+def test_copy_is_never_touched(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler()
+    place = cache.open(package, compiler).compiled
+    times = (1e9, 1e9)
+    for path in (place, *place.rglob("*")):
+        os.utime(path, times)
+    cache.open(package, compiler)
+    assert {path.stat().st_mtime for path in (place, *place.rglob("*"))} == {1e9}
+    assert place.with_suffix(".used").stat().st_mtime > 1e9
+
+
+def test_compiled_copy_is_made_once_without_opening(package: Path, cache: CompiledCache) -> None:
+    compiler = FakeCompiler(failures=1)
+    made = cache.compiled(package, compiler)
+    assert made == cache.compiled(package, compiler) == cache.place(package, compiler.version)
+    assert made.is_dir()
+    assert (len(compiler.compiled), compiler.failures) == (1, 1)
 
 
 def test_nothing_stays_behind_when_compiling_fails(package: Path, cache: CompiledCache) -> None:
@@ -139,21 +180,13 @@ def test_the_other_copy_serves_when_another_process_was_faster(package: Path, ca
 
     compiler.compile = overtaken  # type: ignore[method-assign]
     assert cache.open(package, compiler).predict({}) == {"content": "theirs"}
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(list(cache.folder.glob("*.mlmodelc"))) == 1
 
 
 def test_output_error_names_the_variable_when_the_cache_cannot_be_written(package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/cache cannot be written .*FASTVLM_CACHE"):
         CompiledCache(tmp_path / "file" / "cache").open(package, FakeCompiler())
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_package_error_when_there_is_nothing_to_compile(tmp_path: Path, exists: bool) -> None:
-    if exists:
-        (tmp_path / "empty.mlpackage").mkdir()
-    with pytest.raises(PackageError, match="is no package: it holds no files"):
-        package_digest(tmp_path / "empty.mlpackage", "1")
 
 
 def test_cache_folder_is_where_the_system_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,17 +214,18 @@ def make_packages(tmp_path: Path, count: int) -> list[Path]:
     return packages
 
 
-def test_copies_used_longest_ago_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1e9]
-    utime = os.utime
-    monkeypatch.setattr(compiled_cache.os, "utime", lambda path: utime(path, (now[0], now[0])))
+def test_copies_used_longest_ago_go_when_there_are_too_many(tmp_path: Path) -> None:
+    now = 1e9
     cache, compiler = CompiledCache(tmp_path / "cache", max_copies=3), FakeCompiler()
     packages = make_packages(tmp_path, 5)
     for n in (0, 1, 2, 0, 3, 4):
-        now[0] += 10
-        cache.open(packages[n], compiler)
+        now += 10
+        opened = cache.open(packages[n], compiler).compiled
+        opened.with_suffix(".shares").touch()
+        os.utime(opened.with_suffix(".used"), (now, now))
     kept = [n for n in range(5) if cache.place(packages[n], compiler.version).is_dir()]
     assert kept == [0, 3, 4]
+    assert len(list(cache.folder.iterdir())) == 3 * len(kept)  # what is recorded of a copy goes with it
     assert not cache.open(packages[0], compiler).compiled_now
 
 
@@ -200,7 +234,7 @@ def test_newest_copy_stays_when_the_bound_is_one(tmp_path: Path) -> None:
     for package in make_packages(tmp_path, 2):
         assert cache.open(package, compiler).compiled_now
         assert not cache.open(package, compiler).compiled_now
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(list(cache.folder.glob("*.mlmodelc"))) == 1
 
 
 def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path, package: Path) -> None:
