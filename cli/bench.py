@@ -115,7 +115,7 @@ def bench_command(
 def check_gate(limit: float | None, compare: Path | None, processes: int) -> None:
     """Raises BadParameter, UsageError where `--fail-above` could never fail."""
     from ..models.errors import UsageError
-    from ..runtime.benchmark.noise import MIN_PROCESSES
+    from ..runtime.benchmark.comparison import MIN_PROCESSES
 
     if limit is None:
         return

@@ -1,1 +1,1 @@
-"""How long an answer takes: what is measured, kept as JSON, compared and drawn. See `report.py` for the words."""
+"""The benchmark: measured times of an answer, as JSON, tables, comparisons and plots. `report.py` defines the terms."""

@@ -14,7 +14,7 @@ from ..folder import open_folder
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark: a folder, and how long its prompt should be (None: as worded)."""
+    """One row of a benchmark: a folder, and the length of its prompt (None: without filler)."""
 
     label: str
     folder: Path
@@ -22,9 +22,9 @@ class Case:
 
 
 def cases_of(folders: Sequence[str | Path | Case], prompt_tokens: Sequence[int] = ()) -> list[Case]:
-    """Every folder with every prompt length, under labels that tell them apart. Raises UsageError."""
+    """Returns a case per folder and prompt length, with unique labels. Raises UsageError without folders."""
     if not folders:
-        raise UsageError("name at least one exported folder to measure")
+        raise UsageError("folders must have at least one exported folder.")
     given = [one if isinstance(one, Case) else case_of(Path(one).expanduser()) for one in folders]
     names = [case.label for case in given]
     given = [case if names.count(case.label) == 1 else replace(case, label=str(case.folder)) for case in given]
@@ -38,7 +38,7 @@ def cases_of(folders: Sequence[str | Path | Case], prompt_tokens: Sequence[int] 
 
 
 def case_of(folder: Path) -> Case:
-    """A folder under its own name."""
+    """Returns the case of a folder, labelled with its name."""
     return Case(folder.resolve().name, folder)
 
 
@@ -57,10 +57,11 @@ def folder_case(folder: Path, sizes: Sequence[int], quant: str | None) -> Case:
         UsageError: another image size or a scheme is asked for, which only an export can change.
     """
     found = open_folder(folder).config.image_size
-    for option, other in (("--quant", quant is not None), ("--image-size", any(size != found for size in sizes))):
+    for argument, other in (("quant", quant is not None), ("image_size", any(size != found for size in sizes))):
         if other:
             raise UsageError(
-                f"{option} cannot change an exported folder ({folder} is for {found} pixels). "
-                "Pass a checkpoint instead, or export one folder per setting."
+                f"{argument} cannot change an exported folder ({folder} is for {found} pixels). "
+                "Pass a checkpoint instead, or export one folder per setting.",
+                argument,
             )
     return case_of(folder)

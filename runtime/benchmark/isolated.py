@@ -1,4 +1,4 @@
-"""Measuring in a process of its own: the first answer is cold, and the peak of memory is this folder's."""
+"""The measurement of a folder in a new process, so that the first answer is cold and peak memory is the folder's."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .reading import configuration_from
 from .workload import Loading, Workload
 
 COMMAND = (sys.executable, "-P", "-m", __name__)
-"""-P: a folder here that is named like a module must not take its place."""
+"""The command of the new process. With -P, a folder in the working directory cannot shadow a module."""
 
 
 def measure_isolated(
     folder: Path, workload: Workload, loading: Loading | None = None, *, prompt_tokens: int | None = None
 ) -> Measured:
-    """`measure` in a new process.
+    """Runs `measure` in a new process.
 
     Raises:
-        FastVLMError: what `measure` raises there.
+        FastVLMError: the error of `measure` in that process.
         MachineError: the process ended without a result.
     """
     order = {
@@ -46,16 +46,15 @@ def measure_isolated(
 
 
 def _end_of(done: subprocess.CompletedProcess[str]) -> str:
-    """What became of a process that gave no result."""
+    """Returns the reason why a process has no result."""
     if done.returncode == -signal.SIGKILL:
-        advice = "close other programs, or use a smaller model"
-        return f"the process that measured was killed, perhaps for want of memory: {advice}"
-    said = done.stderr.strip().splitlines() or ["it said nothing"]
-    return f"the process that measured ended with exit code {done.returncode}: {said[-1]}"
+        return "measuring process: killed, probably out of memory. Close other programs, or use a smaller model."
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return f"measuring process: ended with exit code {done.returncode} ({lines[-1]})."
 
 
 def main() -> None:
-    """Reads the order from stdin and writes the result to stdout, to which nothing else can write."""
+    """Reads the order from stdin and writes the result to stdout. Other output is redirected to stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the parent, which ends this process
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""What machine and which versions measure, as far as the system tells."""
+"""The machine and the versions of a measurement, as far as the system reports them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THREAD_VARIABLE = "OMP_NUM_THREADS"
 
 
 def environment() -> dict[str, Any]:
-    """See `report.py`."""
+    """Returns the `environment` of a report, as defined in `report.py`."""
     from ...models.blas import preload_blas
 
     mac = sys.platform == "darwin"
@@ -40,9 +40,9 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident size of this process so far; None where the system does not tell.
+    """Returns the largest resident size of this process so far, or None if the system does not report it.
 
-    On Linux not from `getrusage`, which hands on what the parent took before it started this process.
+    On Linux it is read from /proc, as the value of `getrusage` includes the parent's memory before the start.
     """
     try:
         match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -54,7 +54,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def mac_power(source: str, settings: str) -> str:
-    """`AC power, low power mode off`, from what `pmset -g batt` and `pmset -g` print."""
+    """Returns e.g. `AC power, low power mode off`, from the output of `pmset -g batt` and `pmset -g`."""
     drawn = re.search(r"drawing from '([^']+)'", source)
     low = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", settings, re.MULTILINE)
     words = [drawn[1].replace("Power", "power")] if drawn else []
@@ -68,7 +68,7 @@ def _mac_power() -> str | None:
 
 
 def _governor() -> str | None:
-    """Linux's rule for clock frequencies; virtual machines have none."""
+    """Returns Linux's frequency governor, or None on virtual machines."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -94,7 +94,7 @@ def _number(text: str) -> int | None:
 
 
 def _output(*command: str) -> str:
-    """What a system tool prints; nothing when it is not there or fails."""
+    """Returns the output of a system tool, or an empty string if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""A benchmark as Markdown that is readable before it is rendered: for a terminal, an issue, a README."""
+"""A benchmark as Markdown that is also readable unrendered, for terminals, issues and READMEs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..timings import TTFT_STAGES
-from .comparison import COMPARED, Comparison
+from .comparison import COMPARED, Comparison, TimeChange
 from .machine import VERSIONS
-from .noise import Change
-from .report import MS_PER_TOKEN, TPS, TTFT, Benchmark, Configuration
-from .spread import spread_of
+from .report import MS_PER_TOKEN, TPS, TTFT, Benchmark, Configuration, spread_of
 
 MISSING = "-"
 STAGE_ROWS = (*TTFT_STAGES, TTFT, MS_PER_TOKEN)
 
-SUMS = "median run: its stages add up to its TTFT; in the other columns each row was sorted by itself, so they need not"
+SUMS = "stages of the median run add up to its TTFT, other columns are sorted row by row and need not"
 
 
 def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterator[str]:
-    """Lines: each configuration by stage, all of them next to each other, the machine, what changed."""
+    """Yields the lines: each configuration by stage, a table of all of them, the machine, the comparison."""
     for one in benchmark.configurations:
         yield from (f"**{plain(one.label)}**: {_what(one)}", "", *stages(one), "")
     if len(benchmark.configurations) > 1:
@@ -30,7 +28,7 @@ def report(benchmark: Benchmark, comparison: Comparison | None = None) -> Iterat
 
 
 def stages(one: Configuration) -> list[str]:
-    """Milliseconds of each stage, of the whole time to first token and of a token after it."""
+    """Returns a table in milliseconds: each stage, TTFT, and decoding per token."""
     names = {TTFT: "**TTFT**"}
     if rate := one.summary.get(TPS):
         names[MS_PER_TOKEN] = f"decode, ms per token ({_rate(rate.p50)} tokens/s)"
@@ -43,7 +41,7 @@ def stages(one: Configuration) -> list[str]:
 
 
 def overview(configurations: Sequence[Configuration]) -> list[str]:
-    """A row for each configuration: medians, memory and sizes."""
+    """Returns a table with a row per configuration: medians, memory and sizes."""
     header = ["", "TTFT, ms", "encode", "prefill", "cold TTFT", "tokens/s", "peak memory", "of MLX", "on disk"]
     rows = [
         [
@@ -63,7 +61,7 @@ def overview(configurations: Sequence[Configuration]) -> list[str]:
 
 
 def about(benchmark: Benchmark) -> Iterator[str]:
-    """The machine and what was asked, as a list."""
+    """Yields a list of the machine, the versions and the workload."""
     found, one = benchmark.environment, benchmark.configurations[0]
     cores = f"{found.get('cores')} cores"
     if found.get("performance_cores"):
@@ -89,8 +87,8 @@ def about(benchmark: Benchmark) -> Iterator[str]:
 
 
 def changes(comparison: Comparison) -> Iterator[str]:
-    """Next to an earlier benchmark; what is not the same first."""
-    yield f"Next to the benchmark of {plain(comparison.old_created)}:"
+    """Yields the comparison with an earlier benchmark, differences of the setup first."""
+    yield f"Compared with the benchmark of {plain(comparison.old_created)}:"
     for text in comparison.warnings:
         yield f"- not the same: {plain(text)}"
     for label in comparison.unmatched:
@@ -101,7 +99,7 @@ def changes(comparison: Comparison) -> Iterator[str]:
         yield from table([plain(label), "was, ms", "is, ms", "change", "95 % interval", "p", "verdict"], rows)
 
 
-def _change_row(measure: str, one: Change) -> list[str]:
+def _change_row(measure: str, one: TimeChange) -> list[str]:
     name = {TTFT: "**TTFT**", MS_PER_TOKEN: "decode, per token"}.get(measure, measure.removesuffix("_ms"))
     interval = MISSING if one.low is None or one.high is None else f"{_percent(one.low)} to {_percent(one.high)}"
     return [
@@ -116,7 +114,7 @@ def _change_row(measure: str, one: Change) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table in columns of even width; all but the first to the right."""
+    """Returns a Markdown table with padded columns, all but the first aligned right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -132,6 +130,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def megabytes(count: int | None) -> str:
+    """Returns bytes as decimal megabytes."""
     return MISSING if count is None else f"{count / 1e6:,.1f} MB"
 
 
@@ -150,7 +149,7 @@ def _what(one: Configuration) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Three digits that count, without a unit: 0.36, 12.3, 904."""
+    """Returns a number with three significant digits and without a unit: 0.36, 12.3, 904."""
     if value is None:
         return MISSING
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -169,5 +168,5 @@ def _gigabytes(count: object) -> str:
 
 
 def plain(text: str) -> str:
-    """A stranger's text on one line, with nothing that Markdown or a terminal would act on."""
+    """Returns untrusted text on one line, without characters that Markdown or a terminal interprets."""
     return "".join(c if c.isprintable() and c not in "|`<>*" else "?" for c in text)[:120]

@@ -1,4 +1,4 @@
-"""Measuring in this process: load, the cold answer, the warm-up, the runs that count."""
+"""The measurement of a folder in this process: load, cold answer, warm-up, runs."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .workload import Loading, Workload
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process has to tell."""
+    """The result of one process."""
 
     configuration: Configuration
-    """With this one process; its label is the folder's name."""
+    """The configuration with this one process, labelled with the folder's name."""
     environment: dict[str, Any]
 
 
 def measure(
     folder: str | Path, workload: Workload, loading: Loading | None = None, *, prompt_tokens: int | None = None
 ) -> Measured:
-    """Loads the folder and measures it here: only in a new process is the first answer a cold one.
+    """Loads the folder and measures it. The first answer is cold only in a new process.
 
     Raises:
-        FastVLMError: the folder cannot be loaded, or cannot answer.
+        FastVLMError: the folder cannot be loaded, or an answer fails.
     """
     from ...models._mlx import mx
 
-    surroundings = environment()  # first: the load average is that of others
+    surroundings = environment()  # first, so that the load average excludes this process
     loading = loading or Loading()
     model = load(folder, **asdict(loading))
     request = workload.request(workload.prompt) if prompt_tokens is None else workload.lengthened(model, prompt_tokens)
@@ -57,7 +57,7 @@ def measure(
 
 
 def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -> tuple[Run, Timings]:
-    """One answer, for which the image is encoded anew."""
+    """Measures one answer, with an image that is not cached."""
     model.feature_cache.clear()
     stream = model.answer(request)
     begin = clock()
@@ -65,7 +65,7 @@ def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -
         pass
     answer_ms = 1000 * (clock() - begin)
     timings = stream.generation.timings
-    assert timings.cached_images == 0, "a benchmark would be without the time of encoding"
+    assert timings.cached_images == 0, "the encoder's time would be missing"
     stages = {stage: getattr(timings, stage) for stage in TTFT_STAGES}
     run = Run(**stages, decode_tps=timings.decode_tps, generated_tokens=timings.generated_tokens, answer_ms=answer_ms)
     return run, timings
@@ -93,7 +93,7 @@ def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: 
 
 
 def sizes_bytes(folder: Path) -> dict[str, int]:
-    """What the parts of a model folder take on disk: encoder (0 where it is among the weights), decoder, other."""
+    """Returns bytes on disk by part: encoder (0 if it is in the weights file), decoder, other."""
     sizes = {"encoder": 0, "decoder": 0, "other": 0}
     for path in folder.rglob("*"):
         if path.is_file():

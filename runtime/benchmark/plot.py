@@ -1,4 +1,4 @@
-"""Where the time to first token goes, as a picture. Needs matplotlib, an optional dependency."""
+"""The plot of a benchmark: TTFT by stage. It needs matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ COLOURS = {
     "overhead": "#c9ced4",
     "whole": "#d8d8d8",
 }
-"""Told apart with every common colour blindness: they differ in lightness too."""
+"""The colours of the parts. They also differ in lightness, for colour-blind readers and prints."""
 
 INK, FAINT = "#24292f", "#6a737d"
 ROW_INCHES, BAR = 0.52, 0.62
 UPPER, LOWER = 0.15, -0.19
-"""Of a row, where the whole's number stands, and where the whisker with its own: neither is read as the other's."""
+"""The heights in a row of the median's number, and of the whisker with its number, so that they do not overlap."""
 ROOM = 1.3
-"""Of the longest bar: what stands behind it needs a place."""
+"""The width of the axis as a multiple of the longest bar, with room for the text behind it."""
 LABELLED_SHARE = 0.07
-"""Of the longest bar: a part below it has no room for its number."""
+"""The share of the longest bar below which a part has no room for its number."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A row: parts in milliseconds that stand end to end, and what is told of the whole."""
+    """A row of the plot: parts in milliseconds, end to end, with their total and remarks."""
 
     label: str
     parts: dict[str, float]
     total: float
     high: float | None = None
-    """p90 of the whole."""
+    """The p90 of the total."""
     note: str = ""
     measured: bool = True
-    """False: published by others, or estimated."""
+    """False for times that others published and for estimates."""
 
 
 def bars_of(configurations: Sequence[Configuration]) -> list[Bar]:
-    """A row each."""
+    """Returns a row per configuration."""
     return [bar_of(one) for one in configurations]
 
 
 def bar_of(one: Configuration) -> Bar:
-    """The stages of the median run, as the table shows them: they add up to the median."""
+    """Returns the stages of the median run, which add up to the median TTFT, as in the table."""
     parts = {stage.removesuffix("_ms"): one.middle(stage) or 0.0 for stage in TTFT_STAGES}
     whole, cold = one.summary[TTFT], one.cold(TTFT)
     note = "" if cold is None else f"cold {milliseconds(cold)} ms"
@@ -64,7 +64,7 @@ def bar_of(one: Configuration) -> Bar:
 
 
 def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:
-    """Stacked bars, the longest as wide as the picture; numbers in ink, so that it also works in print."""
+    """Draws stacked bars with their numbers, the longest as wide as the plot."""
     from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps figures alive
 
     figure = Figure(figsize=(10, 1.8 + ROW_INCHES * len(bars)), layout="constrained")
@@ -89,7 +89,7 @@ def figure_of(bars: Sequence[Bar], title: str, subtitle: str = "") -> Figure:
 
 
 def figure_of_benchmark(benchmark: Benchmark, others: Sequence[Bar] = ()) -> Figure:
-    """The configurations, and below them what others published or an estimate says."""
+    """Draws the configurations, and below them `others`: published or estimated times."""
     found = benchmark.environment
     versions = f"fastvlm {found.get('fastvlm')}, MLX {found.get('mlx')}"
     subtitle = f"{found.get('chip')}, {found.get('cores')} cores, {found.get('os')}; {versions}"
@@ -121,7 +121,7 @@ def _draw(axes: Axes, place: int, bar: Bar, longest: float) -> None:
 
 
 def _legend(figure: Figure, bars: Sequence[Bar], title: str) -> None:
-    """With the picture's title above it: matplotlib would put a title of the figure across it."""
+    """Draws the legend with the title above it, as a title of the figure would overlap the legend."""
     from matplotlib.patches import Patch
 
     used = [part for part in COLOURS if part != "whole" and any(part in bar.parts for bar in bars)]

@@ -1,4 +1,4 @@
-"""A benchmark's JSON, read back: strictly, for what is compared has to be what was measured."""
+"""The strict reader of a benchmark's JSON, so that a comparison only uses measured values."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..timings import TTFT_STAGES
 from .report import SCHEMA, TTFT, Benchmark, Configuration, Process, Run
 
 SUM_TOLERANCE = 0.01
-"""Of ttft_ms, by which its stages may differ from it."""
+"""The share of ttft_ms by which the sum of its stages may differ from it."""
 
 MOST = 2**53
-"""No time, size or count comes near; whole numbers beyond it are not exact in every reader of JSON."""
+"""The upper bound of times, sizes and counts. Whole numbers above it are not exact in every JSON reader."""
 
 T = TypeVar("T")
 
 
 def read_benchmark(path: str | Path) -> Benchmark:
-    """What `fastvlm bench --json` wrote. Raises ReportError, which names the place that is wrong."""
+    """Reads a report of `fastvlm bench`. Raises ReportError, which names the invalid field."""
     path = Path(path)
     values = read_json_object(path, ReportError)
     if values.get("schema") != SCHEMA:
         raise ReportError(
-            f"{path} should be what `fastvlm bench --json` writes, {SCHEMA}; found schema {values.get('schema')!r:.40}"
+            f"{path} must be a report of `fastvlm bench` with the schema {SCHEMA} (got {values.get('schema')!r:.40})."
         )
     try:
         return benchmark_from(values)
     except ReportError as reason:
-        raise ReportError(f"{path} is no report of a benchmark: {reason}") from None
+        raise ReportError(f"{path} is not a valid report of a benchmark: {reason}.") from None
 
 
 def benchmark_from(values: Mapping[str, Any]) -> Benchmark:
-    """The object as `report.py` describes it. Raises ReportError."""
+    """Reads the object that `report.py` defines. Raises ReportError."""
     return Benchmark(
         created=_text(values, "created"),
         environment=_object(values, "environment"),
@@ -45,7 +45,7 @@ def benchmark_from(values: Mapping[str, Any]) -> Benchmark:
 
 
 def configuration_from(values: Mapping[str, Any]) -> Configuration:
-    """Raises ReportError."""
+    """Reads a configuration. Raises ReportError."""
     counts = ("image_size", "image_tokens", "prompt_tokens", "reused_tokens")
     sizes = _object(values, "sizes_bytes")
     return Configuration(
@@ -63,7 +63,7 @@ def configuration_from(values: Mapping[str, Any]) -> Configuration:
 
 
 def process_from(values: Mapping[str, Any]) -> Process:
-    """Raises ReportError."""
+    """Reads a process. Raises ReportError."""
     has_peak = values.get("peak_memory_bytes") is not None
     return Process(
         load_ms=_number(values, "load_ms"),
@@ -76,7 +76,7 @@ def process_from(values: Mapping[str, Any]) -> Process:
 
 
 def run_from(values: Mapping[str, Any]) -> Run:
-    """Raises ReportError, also where the stages do not add up to the time to first token."""
+    """Reads a run. Raises ReportError, also if the stages do not add up to the time to first token."""
     run = Run(
         **{stage: _number(values, stage) for stage in TTFT_STAGES},
         decode_tps=None if values.get("decode_tps") is None else _number(values, "decode_tps"),
@@ -85,15 +85,15 @@ def run_from(values: Mapping[str, Any]) -> Run:
     )
     ttft = _number(values, TTFT)
     if abs(run.ttft_ms - ttft) > SUM_TOLERANCE * ttft:
-        raise ReportError(f"the stages of a run add up to {run.ttft_ms:.3f} ms, but its ttft_ms is {ttft:.3f}")
+        raise ReportError(f"ttft_ms must be the sum of the run's stages, {run.ttft_ms:.3f} (got {ttft:.3f})")
     return run
 
 
 def _several(values: Mapping[str, Any], key: str, read: Callable[[Mapping[str, Any]], T]) -> tuple[T, ...]:
-    """Objects in a list of at least one."""
+    """Reads a list of at least one object."""
     found = values.get(key)
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
-        raise ReportError(f"{key} should be a list of objects, at least one")
+        raise ReportError(f"{key} must be a list of at least one object")
     several = []
     for index, one in enumerate(found):
         try:
@@ -105,34 +105,34 @@ def _several(values: Mapping[str, Any], key: str, read: Callable[[Mapping[str, A
 
 def _number(values: Mapping[str, Any], key: str) -> float:
     found = values.get(key)
-    if not isinstance(found, int | float) or isinstance(found, bool) or not 0 <= found < MOST:  # nor is NaN
-        raise ReportError(f"{key} should be a number from 0; found {found!r:.60}")
+    if not isinstance(found, int | float) or isinstance(found, bool) or not 0 <= found < MOST:  # False for NaN too
+        raise ReportError(f"{key} must be a number of at least 0 (got {found!r:.60})")
     return float(found)
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:
     found = values.get(key)
     if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < MOST:
-        raise ReportError(f"{key} should be a whole number from 0; found {found!r:.60}")
+        raise ReportError(f"{key} must be a whole number of at least 0 (got {found!r:.60})")
     return found
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:
     found = values.get(key)
     if not isinstance(found, str) or not found:
-        raise ReportError(f"{key} should be a text; found {found!r:.60}")
+        raise ReportError(f"{key} must be a string (got {found!r:.60})")
     return found
 
 
 def _texts(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
     found = values.get(key)
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ReportError(f"{key} should be a list of texts; found {found!r:.60}")
+        raise ReportError(f"{key} must be a list of strings (got {found!r:.60})")
     return tuple(found)
 
 
 def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     found = values.get(key)
     if not isinstance(found, dict):
-        raise ReportError(f"{key} should be an object; found {found!r:.60}")
+        raise ReportError(f"{key} must be an object (got {found!r:.60})")
     return found

@@ -1,62 +1,90 @@
-"""What a benchmark found, and its JSON.
+"""The result of a benchmark, and its JSON.
 
-`fastvlm bench --json` writes one object (`schema` "fastvlm.benchmark/1"; fields may be added without a new number).
-Times are milliseconds of wall clock, sizes are bytes.
+`fastvlm bench --json` writes one object with the `schema` "fastvlm.benchmark/1". Fields may be added without a new
+number. Times are milliseconds of wall clock, sizes are bytes.
 
     schema          "fastvlm.benchmark/1"
-    created         when it began, ISO 8601, UTC
+    created         start of the benchmark, ISO 8601, UTC
     environment     chip, cores, performance_cores, memory_bytes, os, python, fastvlm, mlx, torch, coremltools, numpy,
-                    blas, threads, power, load_average; null where the system does not tell
+                    blas, threads, power, load_average, or null where the system does not report it
     workload        image (name, width, height, sha256 of its pixels), prompt, max_tokens, warmup
     configurations  one object for each folder and prompt length:
-        label           what tables call it
+        label           name in tables
         folder          path, trained, and from its manifest: source, recipe, tools
-        vision          back end of the encoder: coreml, mlx or reference
-        compute_units   of coreml: what it may run on; else null, as in older files
-        kv_bits         8 where keys and values were kept in 8 bits; else null, as in older files
+        vision          backend of the encoder: coreml, mlx or reference
+        compute_units   the compute units of coreml, null for other backends and in older files
+        kv_bits         8 for a KV cache in 8 bits, else null, as in older files
         decoder         device of the decoder
-        image_size      side of the encoder's square in pixels; image_tokens: positions that an image takes
-        prompt_tokens   positions of the whole prompt; reused_tokens: of them the fixed beginning, read once at load
+        image_size      side of the encoder's square in pixels, and image_tokens, the positions of an image
+        prompt_tokens   positions of the whole prompt, and reused_tokens, the part in the prefix cache since loading
         sizes_bytes     encoder, decoder (with projector), other
-        notes           what a user should know of this folder on this machine
+        notes           remarks for the user about this folder on this machine
         processes       one object for each process that measured:
-            load_ms, compile_ms     time of loading; of compiling the package, 0 when that was done before
-            cold                    the process's first answer, a run as below (null if another came before it)
-            peak_memory_bytes       of the whole process, loading included; null where the system does not tell
-            mlx_peak_memory_bytes   of what MLX allocated
+            load_ms, compile_ms     time of loading, and of compiling the package, 0 if it was compiled before
+            cold                    first answer of the process, a run as below, or null if it was not the first
+            peak_memory_bytes       of the process with loading, or null where the system does not report it
+            mlx_peak_memory_bytes   of MLX's allocations
             runs                    answers after the warm-up: preprocess_ms, encode_ms, project_ms, prefill_ms,
                                     sample_ms, ttft_ms (their sum), decode_tps (null below two tokens),
                                     generated_tokens, answer_ms (the whole answer, timed from outside),
-                                    unaccounted_ms (of it, neither stages nor decoding). Not read back.
-        summary         of all runs, by stage, and of ttft_ms, decode_tps: n, min, p50, p90, p99. Not read back.
-                        Each of its own values in rising order: min and p50 of decode_tps are the slowest answer and
-                        the middle one, p99 is nearly the fastest. Tables show milliseconds per token instead.
-                        Percentiles of stages do not add up to that of ttft_ms; the stages of a run do.
-    comparison      with --compare: see `comparison.py`. Not read back.
+                                    unaccounted_ms (answer_ms without stages and decoding). Not read back.
+        summary         n, min, p50, p90, p99 over all runs, by stage, and for ttft_ms and decode_tps. Not read back.
+                        Values are sorted in rising order. So min of decode_tps is the slowest answer, and p99 is
+                        nearly the fastest. Tables show milliseconds per token instead.
+                        Percentiles of stages do not add up to that of ttft_ms, but the stages of a run do.
+    comparison      with --compare, as defined in `comparison.py`. Not read back.
 
-Every run encodes its image anew. Reading is strict (`reading.py`): what is missing, of another type, negative or
-contradictory is an error.
+No run uses a cached image. Reading is strict (`reading.py`): missing, negative or contradictory values and wrong types
+are errors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from ..timings import TTFT_STAGES
-from .spread import Spread, spread_of
 
 SCHEMA = "fastvlm.benchmark/1"
 TTFT, TPS, MS_PER_TOKEN = "ttft_ms", "decode_tps", "ms_per_token"
 MEASURES = (*TTFT_STAGES, TTFT, TPS)
-"""What a run is asked about."""
+"""The measures that a summary has."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The minimum and percentiles of `n` measurements.
+
+    Percentiles are interpolated, so p99 of a few measurements is close to the largest.
+    """
+
+    n: int
+    min: float
+    p50: float
+    p90: float
+    p99: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the fields."""
+        return asdict(self)
+
+
+def spread_of(values: Sequence[float]) -> Spread | None:
+    """Returns the spread of `values`, or None without any."""
+    if not values:
+        return None
+    lowest, *percentiles = np.percentile(np.asarray(values, np.float64), [0, 50, 90, 99])
+    return Spread(len(values), float(lowest), *map(float, percentiles))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer."""
+    """The times of one answer."""
 
     preprocess_ms: float
     encode_ms: float
@@ -66,30 +94,32 @@ class Run:
     decode_tps: float | None
     generated_tokens: int
     answer_ms: float
-    """The whole answer, timed from outside: time to first token, decoding and what nobody accounts for."""
+    """The time of the whole answer, measured from outside: TTFT, decoding and unaccounted time."""
 
     @property
     def ttft_ms(self) -> float:
+        """The time to first token, the sum of the stages."""
         return sum(getattr(self, stage) for stage in TTFT_STAGES)
 
     @property
     def ms_per_token(self) -> float | None:
-        """Of decoding; None below two tokens."""
+        """The decoding time per token, or None below two tokens."""
         return 1000 / self.decode_tps if self.decode_tps else None
 
     @property
     def unaccounted_ms(self) -> float:
-        """What neither the stages nor the rate of decoding explain of `answer_ms`."""
+        """The part of `answer_ms` that belongs neither to a stage nor to decoding."""
         decoding = 1000 * (self.generated_tokens - 1) / self.decode_tps if self.decode_tps else 0.0
         return self.answer_ms - self.ttft_ms - decoding
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the entry of a report's `runs`."""
         return {TTFT: self.ttft_ms, **asdict(self), "unaccounted_ms": self.unaccounted_ms}
 
 
 @dataclass(frozen=True)
 class Process:
-    """What one process measured."""
+    """The measurements of one process."""
 
     load_ms: float
     compile_ms: float
@@ -99,6 +129,7 @@ class Process:
     runs: tuple[Run, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the entry of a report's `processes`."""
         kept = {name: getattr(self, name) for name in ("load_ms", "compile_ms", "peak_memory_bytes",
                                                        "mlx_peak_memory_bytes")}  # fmt: skip
         cold = None if self.cold is None else self.cold.as_dict()
@@ -107,7 +138,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A folder asked with a prompt of one length."""
+    """The measurements of a folder with a prompt of one length. The fields are defined at the top of this file."""
 
     label: str
     folder: dict[str, Any]
@@ -125,43 +156,51 @@ class Configuration:
 
     @property
     def runs(self) -> tuple[Run, ...]:
+        """The runs of all processes."""
         return tuple(run for process in self.processes for run in process.runs)
 
     @property
     def total_bytes(self) -> int:
+        """The size of the folder on disk."""
         return sum(self.sizes_bytes.values())
 
     @property
     def peak_memory_bytes(self) -> int | None:
+        """The largest peak of a process, or None if the system does not report it."""
         return max((one.peak_memory_bytes or 0 for one in self.processes), default=0) or None
 
     @property
     def mlx_peak_memory_bytes(self) -> int:
+        """The largest peak of MLX's allocations in a process."""
         return max(one.mlx_peak_memory_bytes for one in self.processes)
 
     @cached_property
     def summary(self) -> dict[str, Spread]:
-        """By measure; without those that no run has."""
+        """The spread by measure, for measures that at least one run has."""
         found = {name: spread_of(self.values(name)) for name in MEASURES}
         return {name: spread for name, spread in found.items() if spread}
 
     def values(self, measure: str) -> list[float]:
-        """Of every run that has it."""
+        """Returns the values of one measure over all runs that have it."""
         return [value for run in self.runs if (value := getattr(run, measure)) is not None]
 
     def middle(self, measure: str) -> float | None:
-        """Of the run whose TTFT is in the middle (of two: their mean), so that its stages add up to the median TTFT."""
+        """Returns a measure of the run with the median TTFT, so that its stages add up to it.
+
+        With an even number of runs it is the mean over the two runs in the middle.
+        """
         runs = sorted(self.runs, key=lambda run: run.ttft_ms)
         found = [getattr(run, measure) for run in runs[(len(runs) - 1) // 2 : len(runs) // 2 + 1]]
         return None if None in found else fmean(found)
 
     def cold(self, measure: str) -> float | None:
-        """The median of the processes' first answers."""
+        """Returns the median of a measure over the cold answers."""
         found = [getattr(one.cold, measure) for one in self.processes if one.cold]
         found = [value for value in found if value is not None]
         return median(found) if found else None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the entry of a report's `configurations`."""
         names = ("label", "folder", "vision", "compute_units", "kv_bits", "decoder", "image_size", "image_tokens",
                  "prompt_tokens", "reused_tokens", "sizes_bytes")  # fmt: skip
         return {
@@ -174,13 +213,15 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Benchmark:
+    """The measurements of one or more configurations on one machine."""
+
     created: str
     environment: dict[str, Any]
     workload: dict[str, Any]
     configurations: tuple[Configuration, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """See the head of this file."""
+        """Returns the object defined at the top of this file."""
         return {
             "schema": SCHEMA,
             "created": self.created,

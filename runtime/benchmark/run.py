@@ -1,4 +1,4 @@
-"""A benchmark of several folders and prompt lengths."""
+"""The benchmark of several folders and prompt lengths."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ def benchmark(
     kv_bits: int | None = None,
     on_stage: OnStage = lambda _: None,
 ) -> Benchmark:
-    """The time to first token of exported folders, by stage, with memory and sizes.
+    """Measures the time to first token of exported folders by stage, with memory and sizes.
 
-    Each of `processes` new processes per folder (and length of `prompt_tokens`) loads it and answers
-    1 + `workload.warmup` + `workload.runs` times. The folders take turns, so that a noisy minute hits all alike.
-    `vision`, `compute_units` and `kv_bits` are those of `fastvlm.load`; `on_stage` hears what is being measured.
+    Every folder and length of `prompt_tokens` is measured in `processes` new processes. Each loads the folder and
+    answers 1 + `workload.warmup` + `workload.runs` times. The folders take turns, so that noise of the machine affects
+    all of them. `vision`, `compute_units` and `kv_bits` are arguments of `fastvlm.load`. `on_stage` is called with
+    the label of each measurement.
 
     Raises:
-        UsageError: an option is out of range.
-        FastVLMError: a folder cannot be loaded, or cannot answer.
+        UsageError: an argument is out of range.
+        FastVLMError: a folder cannot be loaded, or an answer fails.
     """
     if processes < 1:
-        raise UsageError(f"processes should be a whole number from 1; found {processes}")
+        raise UsageError(f"processes must be at least 1 (got {processes}).", "processes")
     workload, loading = workload or Workload(), Loading(vision, compute_units, kv_bits)
     asked = [folders] if isinstance(folders, str | Path) else list(folders)
     cases = cases_of(asked, prompt_tokens)
-    facts = workload.as_dict()  # opens the image: a bad one is told before anything is measured
+    facts = workload.as_dict()  # opens the image, so that a bad one fails before anything is measured
     found: list[list[Measured]] = [[] for _ in cases]
     for turn in range(processes):
         for case, measured in zip(cases, found, strict=True):
@@ -58,6 +59,6 @@ def benchmark(
 
 
 def merged(label: str, measured: Sequence[Measured]) -> Configuration:
-    """What several processes measured of one case."""
+    """Returns the configuration of one case with the measurements of all its processes."""
     processes = tuple(process for one in measured for process in one.configuration.processes)
     return replace(measured[0].configuration, label=label, processes=processes)

@@ -1,4 +1,4 @@
-"""What a benchmark asks: the same picture and prompt, time and again."""
+"""The workload of a benchmark: an image, a prompt, and how often it is asked."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SAMPLE = Path(__file__).parents[1] / "samples" / "shapes.png"
 PROMPT = "Describe the image."
 
 FILLER = " and"
-"""Makes a prompt longer: a word that takes a token or a few in every tokenizer."""
+"""The word that makes a prompt longer. It is one or a few tokens in every tokenizer."""
 
 STAND_IN_ID = -200
-"""For the picture where only positions are counted: no token has this id."""
+"""The id in place of the image where positions are counted. Tokenizers have no negative ids."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How a folder is asked.
+    """The question that a folder answers repeatedly.
 
     Raises:
         UsageError: a number is out of range.
@@ -36,18 +36,18 @@ class Workload:
     prompt: str = PROMPT
     max_tokens: int = 32
     runs: int = 5
-    """Answers that count, per process."""
+    """The number of measured answers per process."""
     warmup: int = 2
-    """Answers after the first that do not."""
+    """The number of answers between the cold one and the measured ones."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("runs", 1), ("warmup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} should be a whole number from {least}; found {value!r:.60}")
+                raise UsageError(f"{name} must be a whole number of at least {least} (got {value!r:.60}).", name)
 
     def as_dict(self) -> dict[str, Any]:
-        """See `report.py`. Raises ImageError."""
+        """Returns the `workload` of a report, as defined in `report.py`. Raises ImageError."""
         image = open_image(self.image)
         return {
             "image": {
@@ -62,14 +62,14 @@ class Workload:
         }
 
     def request(self, prompt: str) -> Request:
-        """Greedy, and past the end of the answer, so that every run does the same."""
+        """Returns the request: greedy decoding past the end token, so that every run does the same work."""
         return prepare(self.image, prompt, max_tokens=self.max_tokens, ignore_eos=True)
 
     def lengthened(self, model: FastVLM, prompt_tokens: int) -> Request:
-        """The request with filler behind its prompt, of the most positions that are no more than `prompt_tokens`.
+        """Returns the request with filler after its prompt, of at most `prompt_tokens` positions and close to it.
 
         Raises:
-            UsageError: the picture and the prompt alone take more.
+            UsageError: the image and the prompt alone need more.
         """
 
         encoder = PromptEncoder(model.folder.path, model.tokenizer, STAND_IN_ID)
@@ -80,15 +80,16 @@ class Workload:
 
         if size(0) > prompt_tokens:
             raise UsageError(
-                f"a prompt of {prompt_tokens} tokens is too short: the picture and {self.prompt!r:.60} take {size(0)} "
-                f"with {model.folder.path.name}; ask for that many or more"
+                f"prompt_tokens must be at least {size(0)} for {model.folder.path.name}, "
+                f"the length of the image and {self.prompt!r:.60} (got {prompt_tokens}).",
+                "prompt_tokens",
             )
         return self.request(self.prompt + FILLER * largest(lambda fillers: size(fillers) <= prompt_tokens))
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a folder is loaded: options of `fastvlm.load`."""
+    """The arguments of `fastvlm.load` for a measurement."""
 
     vision: str | None = None
     compute_units: str | None = None
@@ -96,7 +97,7 @@ class Loading:
 
 
 def largest(holds: Callable[[int], bool]) -> int:
-    """The largest number that `holds`, where 0 does and all above some number do not."""
+    """Returns the largest number for which `holds` is true, if it is true for 0 and false above some number."""
     beyond = 1
     while holds(beyond):
         beyond *= 2

@@ -1,1 +1,1 @@
-"""How long an answer should take on a chip that is not at hand: a roofline, fitted on published points."""
+"""The estimate of TTFT on chips that are not available: a roofline fitted on published times."""

@@ -1,13 +1,17 @@
-"""Peak rates of Apple's chips, each with where it is from.
+"""The published figures: peak rates of Apple's chips and times to first token, each with its source.
 
-Neural Engine: operations per second as Apple states them. Up to the M3 and the A16 that is float16 (measured on an M1:
-about 12 float16 TFLOPS); from the A17 Pro and the M4 on it is int8, twice the float16 rate (measured: 19 on an M4, 18.2
-on an M5). What w8a8 brings is less sure: on an M4 int8 was no faster (m4-engine), on an M5 1.88 times (m5-engine). GPU:
-float32 TFLOPS of the largest configuration; Apple's GPUs do float16 at the same rate, and what the M5's matrix units
-add is not counted. Memory: bandwidth of the largest configuration.
+Neural Engine: operations per second as Apple states them. Up to the M3 and the A16 these are float16 (measured on an
+M1: about 12 float16 TFLOPS). From the A17 Pro and the M4 on they are int8, twice the float16 rate (measured: 19 on an
+M4, 18.2 on an M5). The gain of w8a8 is less certain: on an M4 int8 was no faster (m4-engine), on an M5 1.88 times as
+fast (m5-engine). GPU: float32 TFLOPS of the largest configuration. Apple's GPUs have the same rate in float16, and
+the matrix units of the M5 are not counted. Memory: bandwidth of the largest configuration.
 
-Left out for want of a source: A19 and A19 Pro, M3 Ultra. Left out on purpose: what is older than an A16, on which Apple
-has not tried FastVLM. An Ultra has two Neural Engines; one of them is counted.
+The A19, A19 Pro and M3 Ultra are missing for lack of a source. Chips older than the A16 are left out, as Apple did not
+test FastVLM on them. An Ultra has two Neural Engines, of which one is counted.
+
+Times: the FastVLM paper (Vasu et al., CVPR 2025, arXiv 2412.13303) has a figure with the TTFT of the 0.5B on an "M1
+MacBook Pro". The numbers here are read off that figure, so they have its precision. TTFT in the paper is the encoder
+plus the decoder's prefill. The length of the prompt is unknown, and three chips were sold under that name.
 """
 
 from __future__ import annotations
@@ -40,20 +44,22 @@ SOURCES = {
     "a18-gpu": "hmc-tech.com, 5-core A18 (1.86 TFLOPS); the A18 Pro by its sixth core",
     "a18": "notebookcheck.net 886423 (17 % above 51.2 GB/s); techmehr.com/2024/09/10 (35 TOPS)",
 }
-"""Where a figure was read, by the name that chips refer to."""
+"""The source of each figure, by the name in `Chip.sources`."""
 
 
 @dataclass(frozen=True)
 class Chip:
+    """The peak rates of one chip."""
+
     name: str
     engine_tflops: float
-    """Neural Engine, float16."""
+    """The Neural Engine's rate in float16."""
     engine_int8_tops: float
-    """Neural Engine, int8 weights and activations; the same where it is no faster than float16."""
+    """The Neural Engine's rate with int8 weights and activations, equal to float16 where it is not faster."""
     gpu_tflops: float
     memory_gbps: float
     sources: tuple[str, str, str]
-    """Of the engine's, the GPU's and the memory's figure, by their names in `SOURCES`."""
+    """The sources of the engine's, the GPU's and the memory's figures, by their names in `SOURCES`."""
 
 
 CHIPS = (
@@ -80,14 +86,38 @@ CHIPS = (
     Chip("A18 Pro", 17.5, 35, 2.23, 60, ("a18", "a18-gpu", "a18")),
 )
 
+PAPER = "FastVLM paper (arXiv 2412.13303), read off its figure"
+MACHINE = "M1 MacBook Pro"
+CANDIDATES = ("M1", "M1 Pro", "M1 Max")
+"""The chips of an M1 MacBook Pro. They have equal Neural Engines and different GPUs."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A published time to first token."""
+
+    image_size: int
+    ttft_ms: float
+    model: str = "FastVLM 0.5B"
+    machine: str = MACHINE
+    source: str = PAPER
+
+    @property
+    def label(self) -> str:
+        """The model, the image size and the machine."""
+        return f"{self.model}, {self.image_size} px, {self.machine}"
+
+
+POINTS = (Point(256, 32.0), Point(512, 51.0), Point(768, 96.0), Point(1024, 167.0))
+
 
 def chip_named(name: str) -> Chip:
-    """`M4 Pro`, `m4pro` and `Apple M4 Pro` are one. Raises UsageError."""
+    """Returns the chip, whose name may be written `M4 Pro`, `m4pro` or `Apple M4 Pro`. Raises UsageError."""
     wanted = _letters(name).removeprefix("apple")
     for chip in CHIPS:
         if _letters(chip.name) == wanted:
             return chip
-    raise UsageError(f"no figures of a chip {name!r:.40}; there are {', '.join(chip.name for chip in CHIPS)}")
+    raise UsageError(f"unknown chip {name!r:.40}. Available: {', '.join(chip.name for chip in CHIPS)}.")
 
 
 def _letters(name: str) -> str:

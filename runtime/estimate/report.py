@@ -1,13 +1,13 @@
 """Estimates as Markdown, JSON and bars, each marked as an estimate.
 
-`fastvlm bench --estimate CHIP --json` writes one object (`schema` "fastvlm.estimate/1"):
+`fastvlm bench --estimate CHIP --json` writes one object with the `schema` "fastvlm.estimate/1":
 
     schema      "fastvlm.estimate/1"
     estimates   one object for each model, size, prompt length and chip: estimate (true), label, chip, image_size,
                 prompt_tokens, ttft_ms, encode_ms, prefill_ms, overhead_ms, low_ms and high_ms (of ttft_ms), most_tps
-    checks      one for each published point and chip that its machine may have had: point, chip, efficiency,
+    checks      one object for each published point and possible chip of its machine: point, chip, efficiency,
                 overhead_ms, error and error_left_out (shares of the published time)
-    sources     where the chips' figures are from
+    sources     source of each figure of the chips
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from typing import Any
 
 from ..benchmark.markdown import milliseconds, plain, table
 from ..benchmark.plot import Bar
-from .chips import CHIPS, SOURCES, chip_named
-from .published import PAPER, POINTS
+from .chips import CHIPS, PAPER, POINTS, SOURCES, chip_named
 from .roofline import Check, Estimate, checks
 from .work import TEXT_TOKENS
 
 SCHEMA = "fastvlm.estimate/1"
 
-CAVEAT = "An estimate from peak rates and published times, not a measurement: expect it to be off by a third."
-PROMPT = f"The prompt is an image and {TEXT_TOKENS} tokens of text, unless --prompt-tokens names another length."
+CAVEAT = "An estimate from peak rates and published times, not a measurement. Expect an error of up to a third."
+PROMPT = f"The prompt is an image and {TEXT_TOKENS} tokens of text, unless --prompt-tokens sets another length."
 
 
 def estimate_lines(estimates: Sequence[Estimate]) -> Iterator[str]:
-    """What is predicted, then how well the same roofline gives what was published."""
+    """Yields the estimates, then the errors of the same roofline on the published times."""
     yield from (CAVEAT, PROMPT, "")
     header = ["estimate, ms", "chip", "TTFT", "range", "encode", "prefill", "overhead", "tokens/s at most"]
     yield from table(header, [_row(one) for one in estimates])
@@ -49,7 +48,7 @@ def _row(one: Estimate) -> list[str]:
 
 
 def check_lines() -> Iterator[str]:
-    """The roofline next to each published point, and what it would have said without it."""
+    """Yields the errors of the roofline on each published point, also with the point left out of the fit."""
     found = checks()
     names = list(dict.fromkeys(one.calibration.chip for one in found))
     header = ["published", "ms", *(f"if {name}" for name in names), *(f"{name}, left out" for name in names)]
@@ -58,7 +57,7 @@ def check_lines() -> Iterator[str]:
         of_point = [one for one in found if one.point == point]
         rows.append([point.label, f"{point.ttft_ms:g}", *(f"{one.fitted:+.0%}" for one in of_point),
                      *(f"{one.left_out:+.0%}" for one in of_point)])  # fmt: skip
-    yield f"Its error on what was published ({PAPER}), for each chip that the machine may have had:"
+    yield f"Error on the published times ({PAPER}), for each possible chip of the machine:"
     yield from ("", *table(header, rows), "")
     fits = list(dict.fromkeys(one.calibration for one in found))
     yield "Fitted: " + "; ".join(
@@ -67,13 +66,13 @@ def check_lines() -> Iterator[str]:
 
 
 def source_lines(names: Sequence[str]) -> Iterator[str]:
-    """Where the figures of these chips were read."""
+    """Yields the sources of the figures of these chips."""
     used = dict.fromkeys(source for name in dict.fromkeys(names) for source in chip_named(name).sources)
     yield from (f"- {source}: {SOURCES[source]}" for source in used)
 
 
 def chip_lines() -> Iterator[str]:
-    """Every chip that there are figures of."""
+    """Yields a table of all chips with their figures and sources."""
     header = ["chip", "engine, float16 TFLOPS", "int8 TOPS", "GPU, TFLOPS", "memory, GB/s", "sources"]
     rows = [
         [chip.name, f"{chip.engine_tflops:g}", f"{chip.engine_int8_tops:g}", f"{chip.gpu_tflops:g}",
@@ -84,13 +83,13 @@ def chip_lines() -> Iterator[str]:
 
 
 def published_lines() -> Iterator[str]:
-    """What others published, to stand below what was measured here."""
+    """Yields the published times, to print below measured ones."""
     yield f"Not measured here: {PAPER}, encode and prefill"
     yield from ("", *table(["", "TTFT, ms"], [[point.label, f"{point.ttft_ms:g}"] for point in POINTS]))
 
 
 def as_dict(estimates: Sequence[Estimate]) -> dict[str, Any]:
-    """See the head of this file."""
+    """Returns the object defined at the top of this file."""
     sources = {source: SOURCES[source] for one in estimates for source in chip_named(one.chip).sources}
     return {
         "schema": SCHEMA,
@@ -115,7 +114,7 @@ def _check(one: Check) -> dict[str, Any]:
 
 
 def estimate_bars(estimates: Sequence[Estimate]) -> list[Bar]:
-    """For a picture."""
+    """Returns the bars of estimates for a plot."""
     return [
         Bar(
             f"{one.label}, {one.image_size} px, {one.chip}",
@@ -129,6 +128,6 @@ def estimate_bars(estimates: Sequence[Estimate]) -> list[Bar]:
 
 
 def published_bars() -> list[Bar]:
-    """For a picture."""
+    """Returns the bars of the published times for a plot."""
     return [Bar(point.label, {"whole": point.ttft_ms}, point.ttft_ms, note="published", measured=False)
             for point in POINTS]  # fmt: skip

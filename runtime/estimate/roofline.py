@@ -1,13 +1,14 @@
-"""How long an answer should take on a chip: an estimate, and marked as one wherever it is shown.
+"""The roofline: the estimated time to first token on a chip.
 
     encode  = max(FLOPs / (efficiency x engine's peak), (weights + activations) / bandwidth)
     prefill = max(FLOPs / (efficiency x GPU's peak), weights / bandwidth)
     TTFT    = overhead + encode + prefill
 
-Peaks and bandwidths are those of `chips.py`. The efficiency (one for both, because four sums cannot tell two apart)
-and the overhead (of starting both, the same on every chip) are fitted on the published points (`published.py`), in
-logarithms, once for each of the three chips that the published machine may have had: the estimate is that for the
-middle one, and the range is what all three give. Activations are counted as if every one went to memory and back.
+Peaks, bandwidths and published points are in `chips.py`. The efficiency and the overhead are fitted on the published
+points, in logarithms. One efficiency serves both parts, because four sums cannot separate two. The overhead, of
+starting both parts, is taken as equal on every chip. The fit is made once for each of the three chips that the
+published machine may have had. The estimate is from the middle one, and the range is over all three. Activations are
+counted as if each were written to memory and read again.
 """
 
 from __future__ import annotations
@@ -21,21 +22,20 @@ import numpy as np
 
 from ...models.config import FastVLMConfig
 from ...models.fastvit_config import FastViTConfig
-from .chips import Chip, chip_named
-from .published import CANDIDATES, POINTS, Point
+from .chips import CANDIDATES, POINTS, Chip, Point, chip_named
 from .work import Work, architecture_work
 
 EFFICIENCIES = np.arange(0.05, 1.0, 0.005)
 OVERHEADS_MS = np.arange(0.0, 40.0, 0.25)
-"""What is tried in the fit."""
+"""The grids of efficiencies and overheads in the fit."""
 
 PUBLISHED_BITS = 16.0
-"""Per weight: Apple's exported 0.5B is float16."""
+"""The bits per weight of the published model, Apple's 0.5B in float16."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a fit on published points says, if their machine had this chip."""
+    """The result of a fit on the published points, if their machine had this chip."""
 
     chip: str
     efficiency: float
@@ -44,7 +44,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Milliseconds that were not measured."""
+    """Estimated times in milliseconds."""
 
     label: str
     chip: str
@@ -55,20 +55,22 @@ class Estimate:
     overhead_ms: float
     low_ms: float
     high_ms: float
-    """TTFT by the calibrations that give the least and the most."""
+    """The smallest and the largest TTFT over the calibrations."""
     most_tps: float
-    """Tokens per second that the memory's bandwidth allows at most."""
+    """The upper bound of tokens per second by the memory's bandwidth."""
 
     @property
     def ttft_ms(self) -> float:
+        """The time to first token."""
         return self.encode_ms + self.prefill_ms + self.overhead_ms
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the entry of a report's `estimates`."""
         return {"estimate": True, "ttft_ms": self.ttft_ms, **asdict(self)}
 
 
 def estimate(work: Work, chip: Chip) -> Estimate:
-    """`work` on `chip`."""
+    """Returns the estimate for `work` on `chip`."""
     by_calibration = [parts(work, chip, calibration) for calibration in calibrations()]
     encode, prefill, overhead = by_calibration[len(CANDIDATES) // 2]
     totals = [sum(one) for one in by_calibration]
@@ -79,13 +81,13 @@ def estimate(work: Work, chip: Chip) -> Estimate:
 
 
 def parts(work: Work, chip: Chip, calibration: Calibration) -> tuple[float, float, float]:
-    """(encode, prefill, overhead) in milliseconds."""
+    """Returns (encode, prefill, overhead) in milliseconds."""
     encode, prefill = (float(one) for one in roofline(work, chip, np.float64(calibration.efficiency)))
     return encode, prefill, calibration.overhead_ms
 
 
 def roofline(work: Work, chip: Chip, efficiency: Any) -> tuple[Any, Any]:
-    """(encode, prefill) in milliseconds, for one efficiency or an array of them."""
+    """Returns (encode, prefill) in milliseconds, for one efficiency or an array of them."""
     engine = chip.engine_int8_tops if work.encoder.int8_activations else chip.engine_tflops
     bandwidth = chip.memory_gbps * 1e6  # bytes per millisecond
     encode = np.maximum(work.encoder.flops / (efficiency * engine * 1e9), work.encoder.moved_bytes / bandwidth)
@@ -95,12 +97,12 @@ def roofline(work: Work, chip: Chip, efficiency: Any) -> tuple[Any, Any]:
 
 @cache
 def calibrations() -> tuple[Calibration, ...]:
-    """On all published points, for each chip that their machine may have had."""
+    """Returns the fit on all published points, for each possible chip of their machine."""
     return tuple(fit(POINTS, chip_named(name)) for name in CANDIDATES)
 
 
 def fit(points: Sequence[Point], chip: Chip) -> Calibration:
-    """Efficiency and overhead with the least squared error of logarithms."""
+    """Returns the efficiency and overhead with the least squared error of logarithms."""
     errors = np.zeros((len(EFFICIENCIES), len(OVERHEADS_MS)))
     for point in points:
         encode, prefill = roofline(point_work(point), chip, EFFICIENCIES)
@@ -112,17 +114,17 @@ def fit(points: Sequence[Point], chip: Chip) -> Calibration:
 
 @dataclass(frozen=True)
 class Check:
-    """A published point next to what the roofline gives for it: shares, 0.05 is 5 % too much."""
+    """The errors of the roofline on a published point, as shares of its time (0.05 is 5 % too much)."""
 
     point: Point
     calibration: Calibration
     fitted: float
     left_out: float
-    """With a fit that did not know the point."""
+    """The error of a fit without the point."""
 
 
 def checks() -> tuple[Check, ...]:
-    """Every published point, for every chip that its machine may have had."""
+    """Returns the check of every published point, for every possible chip of its machine."""
     found = []
     for name, calibration in zip(CANDIDATES, calibrations(), strict=True):
         chip = chip_named(name)
@@ -135,7 +137,7 @@ def checks() -> tuple[Check, ...]:
 
 @cache
 def point_work(point: Point) -> Work:
-    """The 0.5B in float16, at the point's size."""
+    """Returns the work of the 0.5B in float16, at the point's size."""
     return architecture_work(
         point.label,
         published_config(),
@@ -148,7 +150,7 @@ def point_work(point: Point) -> Work:
 
 @cache
 def published_config() -> FastVLMConfig:
-    """Of the 0.5B."""
+    """Returns the config of the 0.5B."""
     from ...models.random_checkpoint import DECODERS, apple_config
 
     return FastVLMConfig.from_dict(apple_config(DECODERS["0.5b"], FastViTConfig().out_channels, 1024, 0))

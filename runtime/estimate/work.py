@@ -1,4 +1,4 @@
-"""What an answer has to compute and to read, counted from a package or from an architecture."""
+"""The work of an answer: operations and bytes, counted from a package or from an architecture."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ...models.mlprogram.cost import flops, moved_elements
 from ..folder import open_folder
 
 TEXT_TOKENS = 30
-"""Of a prompt, besides the image's: the training prompt around a short question."""
+"""The text tokens of a prompt: the training prompt around a short question."""
 
 ACTIVATION_BYTES = 2
-"""The engine computes in float16."""
-
+"""The bytes of an activation. The engine computes in float16."""
 
 ENCODER_BITS = {"fp16": 16.0, "int8": 8.1, "pal8": 8.1, "pal6": 6.2, "int4": 4.7, "pal4": 4.2, "w8a8": 8.1}
-"""Per weight of an exported FastViTHD by scheme, with its scales and the depthwise weights, which stay float16."""
+"""The bits per weight of an exported FastViTHD by scheme. They include scales and float16 depthwise weights."""
 
 INT8_ACTIVATIONS = "w8a8"
-"""The scheme that computes in int8."""
+"""The scheme with int8 activations."""
 
 
 @dataclass(frozen=True)
 class EncoderCost:
-    """Of one image."""
+    """The work of encoding one image."""
 
     flops: int
-    """A multiplication and an addition count as two."""
+    """The operations, where a multiplication and an addition count as two."""
     moved_elements: int
-    """Values that convolutions and matrix products read and write, each as if nothing stayed on the chip."""
+    """The values that convolutions and matrix products read and write, as if none stayed on the chip."""
     weight_bytes: float
     int8_activations: bool = False
 
     @property
     def moved_bytes(self) -> float:
+        """The bytes of weights and activations."""
         return self.weight_bytes + ACTIVATION_BYTES * self.moved_elements
 
 
 @dataclass(frozen=True)
 class Work:
-    """Encoding one image and reading one prompt."""
+    """The work of encoding one image and prefilling one prompt."""
 
     label: str
     image_size: int
@@ -53,19 +53,21 @@ class Work:
     encoder: EncoderCost
     prefill_flops: int
     decoder_bytes: float
-    """Weights that a forward pass of the decoder reads."""
+    """The bytes of weights that a forward pass of the decoder reads."""
 
 
 def folder_work(path: str | Path, prompt_tokens: int | None = None) -> Work:
-    """Of an exported folder: the package's own operations, the decoder's own files.
+    """Counts the work of an exported folder from its package's operations and its decoder's files.
 
     Raises:
-        ModelFolderError, PackageError, ConfigError: it cannot be read.
+        ModelFolderError, PackageError, ConfigError: the folder cannot be read.
     """
     folder = open_folder(path)
     config = folder.config
     if not folder.package.is_dir():
-        raise ModelFolderError(f"{folder.path} has no Core ML package to estimate; export it with `--layout apple`")
+        raise ModelFolderError(
+            f"{folder.path}: there is no Core ML package to estimate. Export it with layout='apple'.", "layout"
+        )
     program = read_package(folder.package)
     cost = EncoderCost(
         flops=sum(flops(program, operation) for operation in program.operations),
@@ -89,7 +91,7 @@ def architecture_work(
     int8_activations: bool = False,
     decoder_bits: float = 8.5,
 ) -> Work:
-    """Of a model that has not been exported; bits are per weight, scales included (16: float16)."""
+    """Counts the work of a model that is not exported. Bits are per weight with scales (16: float16)."""
     config = replace(config, image_size=image_size or config.image_size)
     cost = replace(encoder_cost(encoder, config.image_size, encoder_bits), int8_activations=int8_activations)
     decoder_bytes = decoder_weights(config.decoder) * decoder_bits / 8
@@ -105,7 +107,7 @@ def _work(
 
 
 def encoder_cost(config: FastViTConfig, image_size: int, bits: float) -> EncoderCost:
-    """Of FastViT at any size, without building it: the sum over its convolutions and matrix products."""
+    """Returns the sums over FastViT's convolutions and matrix products at any image size."""
     layers = list(encoder_layers(config, image_size))
     return EncoderCost(
         flops=sum(layer.flops for layer in layers),
@@ -116,13 +118,15 @@ def encoder_cost(config: FastViTConfig, image_size: int, bits: float) -> Encoder
 
 @dataclass(frozen=True)
 class Layer:
+    """The operations, weights and moved values of one layer."""
+
     flops: int
     weights: int
     moved: int
 
 
 def encoder_layers(config: FastViTConfig, image_size: int) -> Iterator[Layer]:
-    """The convolutions and matrix products of a reparameterized FastViT, in order."""
+    """Yields the convolutions and matrix products of a reparameterized FastViT, in order."""
     widths, grid = config.embed_dims, image_size // 2
     yield convolution(3, widths[0], 3, grid, stride=2)
     grid //= 2
@@ -144,7 +148,7 @@ def encoder_layers(config: FastViTConfig, image_size: int) -> Iterator[Layer]:
 
 
 def block_layers(config: FastViTConfig, stage: int, grid: int) -> Iterator[Layer]:
-    """Mixing tokens, then the feed-forward network."""
+    """Yields the layers of a block: the token mixer, then the feed-forward network."""
     width, hidden = config.embed_dims[stage], config.embed_dims[stage] * config.mlp_ratios[stage]
     if config.token_mixers[stage] == "repmixer":
         yield convolution(width, width, 3, grid, depthwise=True)
@@ -163,36 +167,37 @@ def block_layers(config: FastViTConfig, stage: int, grid: int) -> Iterator[Layer
 def convolution(
     in_channels: int, out_channels: int, kernel: int, grid: int, *, stride: int = 1, depthwise: bool = False
 ) -> Layer:
-    """Onto `grid` x `grid` positions."""
+    """Returns a convolution with an output of `grid` x `grid` positions."""
     weights = out_channels * (1 if depthwise else in_channels) * kernel * kernel
     read, written = in_channels * (grid * stride) ** 2, out_channels * grid * grid
     return Layer(2 * weights * grid * grid, weights, read + written)
 
 
 def decoder_weights(config: Qwen2Config) -> int:
-    """That a forward pass reads: the layers, and the table that makes logits."""
+    """Returns the number of weights that a forward pass reads: the layers and the output matrix."""
     return body_weights(config) + config.hidden_size * config.vocab_size
 
 
 def body_weights(config: Qwen2Config) -> int:
-    """Of the matrices in the decoder's layers."""
+    """Returns the number of weights in the matrices of the decoder's layers."""
     kv_size = config.num_key_value_heads * config.head_dim
     attention = 2 * config.hidden_size * (config.hidden_size + kv_size)
     return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
 
 def prefill_flops(config: Qwen2Config, length: int) -> int:
-    """Of reading `length` positions, with logits for the last alone and each position attending to those before it."""
+    """Returns the operations of a prefill of `length` positions, with causal attention and logits for the last one."""
     attention = 2 * length * length * config.hidden_size * config.num_hidden_layers
     return 2 * length * body_weights(config) + 2 * config.hidden_size * config.vocab_size + attention
 
 
 def projector_flops(config: FastVLMConfig) -> int:
+    """Returns the operations of projecting one image's features."""
     hidden = config.decoder.hidden_size
     return 2 * config.tokens_per_image * hidden * (config.mm_hidden_size + hidden)
 
 
 def _read_share(config: Qwen2Config) -> float:
-    """Of a decoder's stored weights, the share that a forward pass reads: not a table of embeddings of its own."""
+    """Returns the share of a decoder's stored weights that a forward pass reads, without an untied embedding table."""
     read = decoder_weights(config)
     return read / (read + (0 if config.tie_word_embeddings else config.hidden_size * config.vocab_size))

@@ -123,8 +123,8 @@ def test_bad_requests_are_told_before_anything_is_measured(model: Path, tmp_path
     assert_one_line_error(bench(model, "--image-size", 512, cwd=tmp_path), "for 256 pixels", "--image-size")
     assert_one_line_error(bench(model, "--plot", "p.jpg", cwd=tmp_path), "ends in .png")
     (tmp_path / "old.json").write_text('{"schema": "other"}')
-    assert_one_line_error(bench(model, "--compare", "old.json", cwd=tmp_path), "found schema 'other'")
-    assert_one_line_error(bench(model, "--estimate", "M99", cwd=tmp_path), "no figures of a chip 'M99'")
+    assert_one_line_error(bench(model, "--compare", "old.json", cwd=tmp_path), "got 'other'")
+    assert_one_line_error(bench(model, "--estimate", "M99", cwd=tmp_path), "unknown chip 'M99'")
     assert bench("--prompt-tokens", "many", model, cwd=tmp_path).returncode == 2
     assert bench(cwd=tmp_path).returncode == 2
 

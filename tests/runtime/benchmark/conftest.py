@@ -1,4 +1,4 @@
-"""Benchmarks made of numbers that tests choose."""
+"""Benchmarks with numbers chosen by tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run_of(encode_ms: float = 30.0, tps: float | None = 100.0) -> Run:
 
 
 def configuration_of(encode_ms: Sequence[Sequence[float]] = ((30.0,),), **changes: Any) -> Configuration:
-    """By process, how long each run encodes."""
+    """Returns a configuration from the encoding times of each process's runs."""
     processes = tuple(
         Process(900.0, 0.0, run_of(80.0), 300_000_000, 8_000_000, tuple(map(run_of, times))) for times in encode_ms
     )
@@ -45,7 +45,7 @@ def make() -> Callable[..., Configuration]:
 
 @pytest.fixture
 def benchmark_of() -> Callable[..., Benchmark]:
-    """A benchmark of these configurations; options change the environment."""
+    """Returns a function that makes a benchmark. Its keywords change the environment."""
 
     def make(*configurations: Configuration, **environment: Any) -> Benchmark:
         image = {"name": "shapes.png", "width": 256, "height": 256, "sha256": "0" * 64}

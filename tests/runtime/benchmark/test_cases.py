@@ -1,4 +1,4 @@
-"""Cases: what a benchmark measures, and under which label."""
+"""The cases of a benchmark and their labels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fastvlm.models.errors import UsageError
 from fastvlm.runtime.benchmark.cases import Case, cases_of, exported_folder, folder_case
 
 
-def test_labels_tell_cases_apart(tmp_path: Path) -> None:
+def test_labels_of_cases_are_unique(tmp_path: Path) -> None:
     one, other = tmp_path / "a" / "model", tmp_path / "b" / "model"
     assert [case.label for case in cases_of([one, other])] == [str(one), str(other)]
     assert [case.label for case in cases_of([one], [50, 100])] == ["model, 50 tokens", "model, 100 tokens"]
     assert cases_of([Case("named", one)])[0].label == "named"
-    with pytest.raises(UsageError, match="name at least one"):
+    with pytest.raises(UsageError, match="at least one exported folder"):
         cases_of([])
 
 
-def test_exported_folders_are_told_from_models(write_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_exported_folder_is_found_and_others_are_not(write_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = write_folder()
     assert exported_folder(str(folder)) == folder
     assert exported_folder(str(tmp_path)) is None

@@ -1,4 +1,4 @@
-"""A report survives being written and read; one that is wrong in any place is refused in one line that names it."""
+"""Reports are read back equal, and invalid ones are refused with the name of the field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.runtime.benchmark.reading import read_benchmark
 from fastvlm.runtime.benchmark.report import Benchmark
 
 
-def test_what_is_written_is_read_back(benchmark_of: Callable[..., Benchmark], make: Callable, tmp_path: Path) -> None:
+def test_written_report_is_read_back(benchmark_of: Callable[..., Benchmark], make: Callable, tmp_path: Path) -> None:
     found = benchmark_of(
         make([[30.0, 31.0], [29.0, 32.0]]), make(label="other", notes=("a note",), compute_units="ALL", kv_bits=8)
     )
@@ -24,9 +24,7 @@ def test_what_is_written_is_read_back(benchmark_of: Callable[..., Benchmark], ma
     assert read_benchmark(file) == found
 
 
-def test_a_report_from_before_there_were_such_options_is_read(
-    benchmark_of: Callable[..., Benchmark], tmp_path: Path
-) -> None:
+def test_older_report_without_new_fields_is_read(benchmark_of: Callable[..., Benchmark], tmp_path: Path) -> None:
     report = benchmark_of().as_dict()
     for name in ("compute_units", "kv_bits"):
         del report["configurations"][0][name]
@@ -37,31 +35,31 @@ def test_a_report_from_before_there_were_such_options_is_read(
 
 RUN = ("configurations", 0, "processes", 0, "runs", 0)
 WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
-    (("schema",), "fastvlm.evaluation/1", "should be what `fastvlm bench --json` writes"),
-    (("created",), 5, "created should be a text"),
-    (("environment",), [], "environment should be an object"),
-    (("configurations",), [], "configurations should be a list of objects"),
-    (("configurations", 0, "label"), "", "configurations[0]: label should be a text"),
-    (("configurations", 0, "kv_bits"), "8", "kv_bits should be a whole number"),
-    (("configurations", 0, "compute_units"), 8, "compute_units should be a text"),
-    (("configurations", 0, "image_size"), 256.0, "image_size should be a whole number"),
-    (("configurations", 0, "sizes_bytes", "encoder"), -1, "encoder should be a whole number"),
-    (("configurations", 0, "notes"), [1], "notes should be a list of texts"),
-    (("configurations", 0, "processes", 0, "load_ms"), True, "load_ms should be a number"),
-    (("configurations", 0, "processes", 0, "cold"), 3, "cold should be an object"),
-    (("configurations", 0, "processes", 0, "runs"), {}, "processes[0]: runs should be a list"),
-    ((*RUN, "encode_ms"), None, "runs[0]: encode_ms should be a number"),
-    ((*RUN, "encode_ms"), "30", "encode_ms should be a number"),
-    ((*RUN, "encode_ms"), 1e300, "encode_ms should be a number"),
-    ((*RUN, "encode_ms"), -1.0, "encode_ms should be a number"),
-    ((*RUN, "ttft_ms"), 43.0, "the stages of a run add up to 42.000 ms, but its ttft_ms is 43.000"),
-    ((*RUN, "generated_tokens"), 8.5, "generated_tokens should be a whole number"),
+    (("schema",), "fastvlm.evaluation/1", "must be a report of `fastvlm bench`"),
+    (("created",), 5, "created must be a string"),
+    (("environment",), [], "environment must be an object"),
+    (("configurations",), [], "configurations must be a list of at least one object"),
+    (("configurations", 0, "label"), "", "configurations[0]: label must be a string"),
+    (("configurations", 0, "kv_bits"), "8", "kv_bits must be a whole number"),
+    (("configurations", 0, "compute_units"), 8, "compute_units must be a string"),
+    (("configurations", 0, "image_size"), 256.0, "image_size must be a whole number"),
+    (("configurations", 0, "sizes_bytes", "encoder"), -1, "encoder must be a whole number"),
+    (("configurations", 0, "notes"), [1], "notes must be a list of strings"),
+    (("configurations", 0, "processes", 0, "load_ms"), True, "load_ms must be a number"),
+    (("configurations", 0, "processes", 0, "cold"), 3, "cold must be an object"),
+    (("configurations", 0, "processes", 0, "runs"), {}, "processes[0]: runs must be a list"),
+    ((*RUN, "encode_ms"), None, "runs[0]: encode_ms must be a number"),
+    ((*RUN, "encode_ms"), "30", "encode_ms must be a number"),
+    ((*RUN, "encode_ms"), 1e300, "encode_ms must be a number"),
+    ((*RUN, "encode_ms"), -1.0, "encode_ms must be a number"),
+    ((*RUN, "ttft_ms"), 43.0, "ttft_ms must be the sum of the run's stages, 42.000 (got 43.000)"),
+    ((*RUN, "generated_tokens"), 8.5, "generated_tokens must be a whole number"),
 ]
 
 
-@pytest.mark.parametrize(("place", "value", "said"), WRONG, ids=lambda value: str(value)[:40])
-def test_a_wrong_value_is_named(
-    benchmark_of: Callable[..., Benchmark], tmp_path: Path, place: tuple[Any, ...], value: Any, said: str
+@pytest.mark.parametrize(("place", "value", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_invalid_value_is_named(
+    benchmark_of: Callable[..., Benchmark], tmp_path: Path, place: tuple[Any, ...], value: Any, message: str
 ) -> None:
     report = copy.deepcopy(benchmark_of().as_dict())
     inner = report
@@ -72,20 +70,20 @@ def test_a_wrong_value_is_named(
     file.write_text(json.dumps(report))
     with pytest.raises(ReportError) as caught:
         read_benchmark(file)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": NaN}'])
-def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+def test_file_that_is_not_a_report_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "b.json"
     file.write_text(text)
     with pytest.raises(ReportError, match=r"b\.json"):
         read_benchmark(file)
 
 
-def test_a_number_that_is_no_number_is_refused(benchmark_of: Callable[..., Benchmark], tmp_path: Path) -> None:
+def test_nan_is_refused(benchmark_of: Callable[..., Benchmark], tmp_path: Path) -> None:
     report = benchmark_of().as_dict()
     report["configurations"][0]["processes"][0]["load_ms"] = float("nan")
     file = tmp_path / "b.json"

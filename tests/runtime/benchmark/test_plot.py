@@ -1,4 +1,4 @@
-"""The picture of stages: what is drawn, not how it looks."""
+"""The plot of stages: the content of the axes, not their looks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlm.runtime.benchmark.report import Benchmark
 from fastvlm.runtime.estimate.report import published_bars
 
 
-def test_stages_of_a_bar_are_the_median_time(make: Callable) -> None:
+def test_stages_of_a_bar_add_up_to_the_median_time(make: Callable) -> None:
     one = make([[30.0, 31.0, 35.0], [29.0, 33.0, 50.0]])
     bar = bar_of(one)
     assert sum(bar.parts.values()) == pytest.approx(one.summary["ttft_ms"].p50)
@@ -32,9 +32,7 @@ def test_every_configuration_is_drawn(benchmark_of: Callable[..., Benchmark], ma
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_median_stands_at_the_end_of_its_bar_and_the_whisker_has_its_own_number(
-    benchmark_of: Callable[..., Benchmark], make: Callable
-) -> None:
+def test_median_and_p90_are_written_at_their_places(benchmark_of: Callable[..., Benchmark], make: Callable) -> None:
     one = make([[30.0, 31.0, 35.0], [29.0, 33.0, 50.0]])
     (axes,) = figure_of_benchmark(benchmark_of(one)).axes
     whole = one.summary["ttft_ms"]
