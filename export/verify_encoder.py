@@ -12,9 +12,8 @@ import numpy as np
 from ..models.errors import VerificationError
 from ..models.mlprogram.constexpr import Constants
 from ..models.mlprogram.executor import Executor
-from ..models.mlprogram.feed import inputs_for
 from ..models.mlprogram.package import read_package
-from ..models.mlprogram.program import Operation, Program, scheme
+from ..models.mlprogram.program import Operation, Program, inputs_for, scheme
 from ..quant.metrics import Agreement, compare
 from ..quant.weight_audit import WeightAudit
 from .rewrite import STREAM_LIMIT

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import PackageError
-from ..models.mlprogram.bits import pack_bits
+from ..models.mlprogram.program import pack_bits
 from .schemes import LinearWeight, PaletteWeight, StoredWeight
 
 PASS_NAME = "fastvlm::store_weights"

@@ -18,7 +18,7 @@ from ..models.coreml_errors import coreml_reason
 from ..models.errors import MachineError, PackageError, UsageError
 from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
 from ..models.mlprogram import Program, read_package
-from ..models.mlprogram.feed import inputs_for
+from ..models.mlprogram.program import inputs_for
 from .compiled_cache import CompiledCache, Compiler, Predict
 
 if TYPE_CHECKING:

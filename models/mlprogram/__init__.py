@@ -1,6 +1,6 @@
-"""Core ML's ML Programs: reading a saved `.mlpackage`, and running it anywhere.
+"""Core ML's ML Programs: reading a saved `.mlpackage`, and running it on any machine.
 
-`read_package` describes a package without torch; `Executor` (torch is imported on first use) runs one.
+`read_package` reads a package without torch. `Executor` runs one, and imports torch on first use.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .constexpr import Constants
-from .package import read_package
+from .package import model_class, read_package
 from .program import (
     FLEXIBLE,
     Argument,
@@ -18,11 +18,13 @@ from .program import (
     Value,
     census,
     constexpr_census,
+    inputs_for,
     max_rank,
+    pack_bits,
     scheme,
     stored_bytes,
+    unpack_bits,
 )
-from .spec import model_class
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -38,11 +40,14 @@ __all__ = [
     "Value",
     "census",
     "constexpr_census",
+    "inputs_for",
     "max_rank",
     "model_class",
+    "pack_bits",
     "read_package",
     "scheme",
     "stored_bytes",
+    "unpack_bits",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What an operation costs: arithmetic, and the values that it reads and writes."""
+"""The cost of an operation: floating-point operations, and the elements that it reads and writes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .constexpr import Constants
 from .program import Operation, Program, TensorType
 
 COSTLY = ("conv", "linear", "matmul")
-"""Kinds that do nearly all the arithmetic; what stands between them is fused into them, or small."""
+"""The kinds with nearly all the arithmetic. Operations between them are fused into them, or small."""
 
 
 def flops(program: Program, operation: Operation) -> int:
-    """Floating-point operations of a convolution, matrix product or linear layer; 0 for others, which are small.
+    """Returns the floating-point operations of a convolution, matrix product or linear layer, and 0 for other kinds.
 
-    A multiplication and an addition count as two.
+    A multiplication and an addition count as two. Other kinds are small.
 
     Raises:
-        PackageError: an operand is missing, or of no shape that the kind has.
+        PackageError: an operand or the result is missing.
     """
     if operation.kind in ("conv", "linear"):
         return 2 * _result(operation).elements * prod(_operand(program, operation, "weight").shape[1:])
@@ -30,7 +30,11 @@ def flops(program: Program, operation: Operation) -> int:
 
 
 def moved_elements(program: Program, operation: Operation) -> int:
-    """Values that such an operation reads and writes, without its weights; 0 for others. Raises as `flops`."""
+    """Returns the elements that a `COSTLY` operation reads and writes, without its weights, and 0 for other kinds.
+
+    Raises:
+        PackageError: an operand or the result is missing.
+    """
     if operation.kind not in COSTLY:
         return 0
     read = [_operand(program, operation, name) for name in ("x", "y") if name in operation.inputs]
@@ -38,7 +42,7 @@ def moved_elements(program: Program, operation: Operation) -> int:
 
 
 def _is_transposed(program: Program, operation: Operation) -> bool:
-    """Whether the first operand of a matrix product is turned."""
+    """Returns True if the first operand of a matrix product is transposed."""
     given = operation.values.get("transpose_x")
     arguments = operation.inputs.get("transpose_x", ()) if given is None else (given,)
     flags = [Constants(program).array(argument) for argument in arguments]
@@ -48,11 +52,11 @@ def _is_transposed(program: Program, operation: Operation) -> bool:
 def _operand(program: Program, operation: Operation, name: str) -> TensorType:
     arguments = operation.inputs.get(name, ())
     if not arguments:
-        raise PackageError(f"{operation.name} ({operation.kind}): {name} is missing; export the model again")
+        raise PackageError(f"{operation.name} ({operation.kind}): {name} is missing")
     return program.types[arguments[0]] if isinstance(arguments[0], str) else arguments[0].type
 
 
 def _result(operation: Operation) -> TensorType:
     if not operation.outputs:
-        raise PackageError(f"{operation.name} ({operation.kind}): it has no result; export the model again")
+        raise PackageError(f"{operation.name} ({operation.kind}): it has no result")
     return operation.outputs[0]

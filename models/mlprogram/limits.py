@@ -1,8 +1,8 @@
-"""What a program may ask for: checked on its declared shapes, before anything of that size is allocated.
+"""Limits on memory, checked on a program's declared shapes before anything is allocated.
 
-Each result is compared with its declared shape when it is there. Here, before, the declared shapes are compared with
-each other wherever an operation could make more than it was given: then nothing grows beyond what is declared, and what
-is declared is bounded.
+The executor compares each result with its declared shape once it is computed. These checks come first. They compare
+the declared shapes with each other wherever a result can be larger than the operands. So nothing grows beyond its
+declaration, and the declarations are bounded.
 """
 
 from __future__ import annotations
@@ -14,36 +14,39 @@ import numpy as np
 from ..errors import PackageError
 from .binding import Parameters
 from .constexpr import Constants
-from .program import Argument, Operation, Program, TensorType, Value
+from .program import Argument, Operation, Program, Shape, TensorType, Value
 
 MAX_BYTES = 2 * 2**30
-"""Of the constants, decoded to float32, and of the values alive at once. FastViTHD at 1024 px: 0.5 and 0.4 GB."""
+"""The limit in bytes for the constants, decoded to float32, and for the values alive at once.
+
+FastViTHD at 1024 px takes 0.5 GB and 0.4 GB."""
 
 SMALL_PADDING = 16
-"""Always allowed, even where the kernel is smaller."""
+"""The padding in elements that is always allowed, even with a smaller kernel."""
 
-Shape = tuple[int, ...]
+Shapes = dict[str, list[Shape]]
+"""The shapes of an operation's operands, by parameter."""
 
 
 def check_memory(program: Program, live: Sequence[Operation], working_bytes: int) -> None:
-    """Raises PackageError when running `live` would take absurd memory, or its shapes are left open."""
+    """Raises PackageError if the `live` operations would take absurd memory or leave their shapes open."""
     for operation in live:
         for output in operation.outputs:
             if not output.is_fixed and all(tensor.is_fixed for tensor in program.inputs):
-                raise PackageError(f"{output.name}: expected a fixed shape, found {output}; export the model again")
+                raise PackageError(f"{output.name}: must have a fixed shape, got {output}")
     used = {name for operation in live for name in operation.references}
     constants = [name for name in used if name in program.producers and program.producers[name].is_constant]
     constant_bytes = sum(4 * program.types[name].elements for name in constants if program.types[name].is_fixed)
-    for what, count in (("constants", constant_bytes), ("values", working_bytes)):
+    for part, count in (("constants", constant_bytes), ("values", working_bytes)):
         if count > MAX_BYTES:
             raise PackageError(
-                f"{program.path}: its {what} take {count} bytes, where {MAX_BYTES} are the most; it is no FastVLM "
-                "encoder, or damaged: export the model again"
+                f"{program.path}: the {part} must take at most {MAX_BYTES} bytes, got {count}. "
+                "The package is damaged or not a FastVLM encoder."
             )
 
 
 def check_results(program: Program, live: Sequence[Operation]) -> None:
-    """Raises PackageError unless the declared results are what the declared operands make, where they could grow."""
+    """Raises PackageError unless the declared results that can grow follow from the declared operands."""
     constants = Constants(program)
     for operation in live:
         if operation.outputs:
@@ -59,21 +62,15 @@ def _check_result(program: Program, operation: Operation, p: Parameters) -> None
     try:
         expected = expected_shape(p, {name: [t.shape for t in group] for name, group in types.items()})
     except (KeyError, IndexError):
-        return  # an operand is missing: binding says which
+        return  # an operand is missing, which binding reports
     except (ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PackageError(f"{operation.name} ({operation.kind}): {reason}; export the model again") from error
+        raise PackageError(f"{operation.name} ({operation.kind}): {str(error).splitlines()[0]}") from error
     if expected and declared.shape not in expected:
-        raise PackageError(
-            f"{declared.name}: expected {declared}, found shape {list(expected[0])}; export the model again"
-        )
+        raise PackageError(f"{declared.name}: must be {declared}, got shape {list(expected[0])}")
 
 
 def _type(program: Program, argument: Argument) -> TensorType:
     return argument.type if isinstance(argument, Value) else program.types[argument]
-
-
-Shapes = dict[str, list[Shape]]
 
 
 def _broadcast(p: Parameters, shapes: Shapes) -> list[Shape]:
@@ -83,7 +80,7 @@ def _broadcast(p: Parameters, shapes: Shapes) -> list[Shape]:
 def _matmul(p: Parameters, shapes: Shapes) -> list[Shape]:
     x, y = shapes["x"][0], shapes["y"][0]
     if len(x) < 2 or len(y) < 2:
-        return [p.output.shape]  # a vector: the result is smaller than the operands
+        return [p.output.shape]  # the result of a vector is smaller than the operands
     rows = x[-1] if p.integer("transpose_x", 0) else x[-2]
     columns = y[-2] if p.integer("transpose_y", 0) else y[-1]
     return [(*np.broadcast_shapes(x[:-2], y[:-2]), rows, columns)]
@@ -105,7 +102,7 @@ def _scaled(p: Parameters, shapes: Shapes) -> list[Shape]:
     for name in ("scale", "zero_point"):
         for shape in shapes.get(name, ()):
             if shape and shape != (data[p.integer("axis", 0)],):
-                raise ValueError(f"expected a scalar or one value along the axis for {name}, found {list(shape)}")
+                raise ValueError(f"{name} must be a scalar or one value along the axis, got {list(shape)}")
     return [data]
 
 
@@ -120,7 +117,7 @@ def _pool(p: Parameters, shapes: Shapes) -> list[Shape]:
 
 
 def _grids(p: Parameters, grid: Sequence[int], kernel: Sequence[int]) -> list[Shape]:
-    """Output grids: with the last window whole, and with it cut off (`ceil_mode`); none where binding will refuse."""
+    """Returns the output grids with the last window whole and cut off (`ceil_mode`), or none if binding will fail."""
     axes = len(kernel)
     strides, dilations = p.integers("strides", [1] * axes), p.integers("dilations", [1] * axes)
     kind = p.text("pad_type", "valid").lower()
@@ -133,7 +130,7 @@ def _grids(p: Parameters, grid: Sequence[int], kernel: Sequence[int]) -> list[Sh
     if any(
         amount < 0 or amount > max(span, SMALL_PADDING) for amount, span in zip(pad, np.repeat(spans, 2), strict=True)
     ):
-        raise ValueError(f"expected paddings up to the kernel's spans {spans}, found {list(pad)}")
+        raise ValueError(f"paddings must be at most the kernel's spans {spans}, got {list(pad)}")
     room = [
         size + before + after - span for size, before, after, span in zip(grid, pad[::2], pad[1::2], spans, strict=True)
     ]

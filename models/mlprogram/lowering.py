@@ -1,4 +1,4 @@
-"""`Program` -> a list of instructions on slots: constants decoded, dead operations dropped, lifetimes known."""
+"""Lowers a `Program` to instructions on slots: constants decoded, dead operations dropped, lifetimes known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .program import Argument, Operation, Program, TensorType, Value
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """One operation, ready to run: `step(*values[operands])` gives `outputs`; then `release` may be freed."""
+    """One operation, ready to run: `step(*values[operands])` gives `outputs`, and then `release` may be freed."""
 
     operation: Operation
     kind: Kind
@@ -31,16 +31,16 @@ class Instruction:
 
 @dataclass(eq=False)
 class Plan:
-    """What the executor runs. `slots` is the state before a run: constants in place, None elsewhere."""
+    """The lowered program. `slots` is the state before a run: constants in place, None elsewhere."""
 
     slots: list[Tensor | None] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     working_bytes: int = 0
-    """Most bytes of computed values alive at once, counting views as copies."""
+    """The peak of the bytes of computed values alive at once. Views count as copies."""
 
     def slot(self, name: str | None = None, content: Tensor | None = None) -> int:
-        """Return the slot of `name`, a new one when it has none (always new for an unnamed constant)."""
+        """Returns the slot of `name`, a new one if it has none. An unnamed constant always gets a new one."""
         if name is not None and name in self.names:
             return self.names[name]
         self.slots.append(content)
@@ -50,12 +50,12 @@ class Plan:
 
 
 def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
-    """Bind every operation that `outputs` depend on. Weights are decoded here, once.
+    """Binds every operation that `outputs` depend on, and decodes the weights once.
 
-    `fuse` runs chains of operations as one: for runs that ask for nothing of each result but its value.
+    `fuse` runs chains of operations as one. Set it only if nothing inside a chain is recorded or rounded.
 
     Raises:
-        PackageError: an operation of an unknown kind or type, or parameters that it cannot be run with.
+        PackageError: an operation has an unknown kind or type, or invalid parameters.
     """
     live = _live(program, outputs)
     check_results(program, live)
@@ -96,7 +96,7 @@ class _Lowering:
         self.dying = self._last_uses(live, outputs)
 
     def _last_uses(self, live: Sequence[Operation], outputs: Sequence[str]) -> list[list[str]]:
-        """Names that nothing needs after each operation."""
+        """Returns the names that nothing needs after each operation."""
         last: dict[str, int] = {}
         for index, operation in enumerate(live):
             computed = (*operation.references, *(output.name for output in operation.outputs))
@@ -108,6 +108,7 @@ class _Lowering:
         return dying
 
     def bind(self, index: int, operation: Operation) -> None:
+        """Appends the instruction of the operation at `index`."""
         kind = _kind(operation)
         _check_types(operation)
         dying = self.dying[index]
@@ -122,6 +123,7 @@ class _Lowering:
         self.plan.instructions.append(Instruction(operation, kind, step, operands, outputs, release))
 
     def slot_of(self, argument: Argument) -> int:
+        """Returns the slot of an operand, and decodes a constant on its first use."""
         if isinstance(argument, Value):
             return self.plan.slot(content=to_tensor(argument.array()))
         if argument in self.constants and argument not in self.plan.names:
@@ -129,7 +131,7 @@ class _Lowering:
         return self.plan.slot(argument)
 
     def _reusable(self, operation: Operation, dying: Sequence[str]) -> frozenset[str]:
-        """Operands whose buffer nobody else sees or needs, and the result fits."""
+        """Returns the operands whose buffer is private, no longer needed, and fits the result."""
         result = operation.outputs[0]
         return frozenset(
             key
@@ -147,8 +149,8 @@ def _kind(operation: Operation) -> Kind:
     kind = KINDS.get(operation.kind) or FUSED_KINDS.get(operation.kind)
     if kind is None:
         raise PackageError(
-            f"{operation.name}: the reference executor does not know operation {operation.kind!r}; "
-            f"it knows {', '.join(sorted(KINDS))}; run this package with Core ML on a Mac"
+            f"{operation.name}: operation {operation.kind!r} is not supported (the executor has "
+            f"{', '.join(sorted(KINDS))}). Run this package with Core ML on a Mac."
         )
     return kind
 
@@ -163,7 +165,7 @@ def _present(operation: Operation, name: str) -> tuple[Argument, ...]:
 def _check_types(operation: Operation) -> None:
     for output in operation.outputs:
         if output.dtype not in TORCH_TYPES:
-            raise _error(operation, f"expected a result of type {', '.join(TORCH_TYPES)}, found {output.dtype}")
+            raise _error(operation, f"the result must be of type {', '.join(TORCH_TYPES)}, got {output.dtype}")
     if not operation.outputs:
         raise _error(operation, "it has no result")
 
@@ -185,4 +187,4 @@ def _run_bytes(tensor: TensorType) -> int:
 
 def _error(operation: Operation, problem: str) -> PackageError:
     line = problem.strip().splitlines()[0] if problem.strip() else "failed"
-    return PackageError(f"{operation.name} ({operation.kind}): {line}; export the model again")
+    return PackageError(f"{operation.name} ({operation.kind}): {line}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .binding import Kind, Parameters, Step
-from .dense import dense, rows
+from .ops import dense, rows
 
 FEED_FORWARD, FEED_FORWARD_ADD, ATTENTION = "fused feed-forward", "fused feed-forward + add", "fused attention"
 

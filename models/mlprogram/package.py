@@ -1,43 +1,71 @@
-"""A `.mlpackage` on disk -> `Program`. Everything in the package is untrusted."""
+"""Reads a `.mlpackage` folder into a `Program`. Everything in the package is untrusted.
+
+The protobuf classes are coremltools' generated ones, loaded without importing coremltools: `import coremltools` takes
+4 to 5 s and prints warnings, and the generated modules alone take 30 ms. They only import each other relatively, so
+they load under an alias package whose search path is `coremltools/proto`. protobuf keys message classes by descriptor.
+An import of coremltools, earlier or later, therefore yields the same `Model` class.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
 import json
-from collections.abc import Iterable
+import sys
+import types
+from collections.abc import Callable, Iterable
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
-from ..errors import PackageError
+from ..errors import MachineError, PackageError
 from ..paths import is_file
 from .blob import BlobFile
-from .program import Argument, Operation, Program, TensorType, Value
-from .spec import model_class
-from .values import BlobReader, decode_type, decode_value
+from .program import BITS, FLEXIBLE, NUMPY_TYPES, Argument, Operation, Program, TensorType, Value
 
-_MAX_MANIFEST_BYTES = 1 << 20
-_MAX_MODEL_BYTES = 1 << 24  # a program without its weights is under 1 MB for FastViTHD
-_MAX_OPERATIONS = 20_000  # some 2,000 for FastViTHD, constants included
+MAX_MANIFEST_BYTES = 1 << 20
+"""The largest Manifest.json that is read, in bytes. Core ML's takes under 1 kB."""
+MAX_MODEL_BYTES = 1 << 24
+"""The largest program that is read, in bytes. FastViTHD's takes under 1 MB without its weights."""
+MAX_OPERATIONS = 20_000
+"""The highest number of operations. FastViTHD has about 2,000, constants included."""
+MAX_RANK = 16
+"""The highest rank of a tensor. Core ML itself allows 5."""
+MAX_CHARACTERS = 1 << 20
+"""The highest number of characters in a string tensor, because numpy pads each string to the longest one."""
+MAX_ELEMENTS = 1 << 48
+"""The highest number of elements of a tensor. numpy cannot describe shapes far above this."""
+
 _MODEL_PREFIX = "@model_path/"
-_WHAT_TO_DO = "export the model again"
+_ALIAS = f"{__package__}._coremltools_proto"
+_INSTALL = "Reinstall it with `pip install coremltools==9.0`."
+
+_DTYPES = {"STRING": "string", "BOOL": "bool", "FLOAT16": "fp16", "FLOAT32": "fp32", "FLOAT64": "fp64"}
+_FIELDS = {"string": "strings", "bool": "bools", "fp32": "floats", "fp64": "doubles"}
+_FIELDS |= {"int16": "ints", "uint16": "ints", "int32": "ints", "int64": "longInts", "uint64": "longInts"}
+
+BlobReader = Callable[[str, TensorType, int], Value]
+"""(file name as the program writes it, type, offset in bytes) -> value."""
 
 
 def read_package(path: str | Path) -> Program:
-    """Describe the ML Program saved in the folder `path`; weights stay on disk until they are used.
+    """Returns the ML Program saved in the folder `path`. Weights stay on disk until they are used.
 
     Raises:
-        PackageError: not a package, incomplete, damaged, or not an ML Program with one function `main`.
+        PackageError: the folder is not a package, is incomplete or damaged, or has no ML Program with one function
+            `main`.
         MachineError: coremltools is not installed.
     """
     path = Path(path)
     if not path.is_dir():
-        raise PackageError(
-            f"{path}: expected the folder of a .mlpackage, found {'a file' if path.exists() else 'nothing'}"
-        )
+        raise PackageError(f"{path}: must be a .mlpackage folder, got {'a file' if path.exists() else 'nothing'}")
     if path.suffix == ".mlmodelc" or (path / "coremldata.bin").exists():
         raise PackageError(
-            f"{path}: this is a compiled model, which only Core ML reads; give the .mlpackage it came from"
+            f"{path}: this is a compiled model, which only Core ML reads. Pass the .mlpackage it was compiled from."
         )
     root = path.resolve()
     model_path = _root_model(root)
@@ -45,41 +73,73 @@ def read_package(path: str | Path) -> Program:
     return _Reader(root, model_path, model).program(path)
 
 
+def model_class() -> Any:
+    """Returns the protobuf message class `Model` (`CoreML.Specification.Model`).
+
+    Raises:
+        MachineError: coremltools is not installed, or its generated modules cannot be loaded.
+    """
+    return _generated("Model_pb2").Model
+
+
+@cache
+def _data_types() -> dict[int, str]:
+    """Returns the names of the MIL data types by their number in the protobuf (10 -> "FLOAT16")."""
+    return {number: name for name, number in _generated("MIL_pb2").DataType.items()}
+
+
+def _generated(module: str) -> types.ModuleType:
+    if _ALIAS not in sys.modules:
+        alias = types.ModuleType(_ALIAS)
+        alias.__path__ = [str(_proto_folder())]
+        sys.modules[_ALIAS] = alias
+    try:
+        return importlib.import_module(f"{_ALIAS}.{module}")
+    # protobuf raises TypeError when its runtime and the generated code disagree
+    except (ImportError, TypeError) as error:
+        raise MachineError(f"coremltools' protobuf classes cannot be loaded ({error}). {_INSTALL}") from error
+
+
+def _proto_folder() -> Path:
+    found = importlib.machinery.PathFinder.find_spec("coremltools")
+    if found is None or not found.submodule_search_locations:
+        raise MachineError(f"coremltools is needed to read a .mlpackage and was not found. {_INSTALL}")
+    return Path(next(iter(found.submodule_search_locations))) / "proto"
+
+
 def _root_model(root: Path) -> Path:
     manifest = _read_manifest(root / "Manifest.json")
     try:
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (KeyError, TypeError) as error:
-        raise PackageError(f"{root}/Manifest.json: names no root model; {_WHAT_TO_DO}") from error
+        raise PackageError(f"{root}/Manifest.json: has no entry for the root model") from error
     if not isinstance(item, str):
-        raise PackageError(f"{root}/Manifest.json: expected a path for the root model, found {item!r}; {_WHAT_TO_DO}")
+        raise PackageError(f"{root}/Manifest.json: the root model must be a path, got {item!r}")
     return _inside(root, root / "Data", item)
 
 
 def _read_manifest(path: Path) -> Any:
     if not path.is_file():
-        raise PackageError(f"{path.parent}: expected a .mlpackage with Manifest.json, found none; {_WHAT_TO_DO}")
-    data = _read_bytes(path, _MAX_MANIFEST_BYTES)
+        raise PackageError(f"{path.parent}: must be a .mlpackage with a Manifest.json, got none")
+    data = _read_bytes(path, MAX_MANIFEST_BYTES)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path}: is not JSON ({str(error)[:80]}); {_WHAT_TO_DO}") from error
+        raise PackageError(f"{path}: must be JSON, got invalid text ({str(error)[:80]})") from error
 
 
 def _parse(path: Path) -> Any:
     if not is_file(path):
-        raise PackageError(
-            f"{path!s:.400}: the manifest names this model file, and it is missing; copy the whole package"
-        )
+        raise PackageError(f"{path!s:.400}: the model file in the manifest is missing. Copy the whole package.")
     message = model_class()()
     try:
-        message.ParseFromString(_read_bytes(path, _MAX_MODEL_BYTES))
+        message.ParseFromString(_read_bytes(path, MAX_MODEL_BYTES))
     except DecodeError as error:
-        raise PackageError(f"{path}: is cut off or not a Core ML model; {_WHAT_TO_DO}") from error
+        raise PackageError(f"{path}: is truncated or not a Core ML model") from error
     found = message.WhichOneof("Type")
     if found != "mlProgram":
         raise PackageError(
-            f"{path}: expected an mlProgram, found {found}; convert with minimum_deployment_target iOS16 or later"
+            f"{path}: must be an mlProgram, got {found}. Convert with minimum_deployment_target iOS16 or later."
         )
     return message
 
@@ -88,27 +148,27 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise PackageError(f"{path}: expected at most {limit} bytes, found {size}; {_WHAT_TO_DO}")
+            raise PackageError(f"{path}: must have at most {limit} bytes, got {size}")
         return path.read_bytes()
     except OSError as error:
-        raise PackageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise PackageError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def _inside(root: Path, base: Path, relative: str) -> Path:
-    """Return `base / relative` resolved, refusing what lies outside the package."""
+    """Returns `base / relative` resolved, and refuses paths that leave the package."""
     if not relative.isprintable():
-        raise PackageError(f"{root}: {relative!r} is not a usable path; {_WHAT_TO_DO}")
+        raise PackageError(f"{root}: {relative!r} is not a usable path")
     try:
         target = (base / relative).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links
-        raise PackageError(f"{root}: {relative!r} is not a usable path ({error}); {_WHAT_TO_DO}") from error
+        raise PackageError(f"{root}: {relative!r} is not a usable path ({error})") from error
     if Path(relative).is_absolute() or ".." in Path(relative).parts or not target.is_relative_to(root):
-        raise PackageError(f"{root}: expected a path inside the package, found {relative!r}; do not trust this package")
+        raise PackageError(f"{root}: must only have paths inside the package, got {relative!r}. Do not trust it.")
     return target
 
 
 class _Reader:
-    """Turns the parsed model into a `Program`, and checks the graph on the way."""
+    """Converts the parsed model into a `Program` and checks the graph on the way."""
 
     def __init__(self, root: Path, model_path: Path, model: Any) -> None:
         self.root = root
@@ -120,8 +180,8 @@ class _Reader:
     def program(self, path: Path) -> Program:
         function = self._main()
         block = function.block_specializations[function.opset]
-        if len(block.operations) > _MAX_OPERATIONS:
-            raise self._error(f"expected at most {_MAX_OPERATIONS} operations, found {len(block.operations)}")
+        if len(block.operations) > MAX_OPERATIONS:
+            raise self._error(f"must have at most {MAX_OPERATIONS} operations, got {len(block.operations)}")
         inputs = tuple(self._define(item) for item in function.inputs)
         operations = tuple(self._operation(item) for item in block.operations)
         outputs = tuple(self._lookup(name, "the outputs") for name in block.outputs)
@@ -136,16 +196,16 @@ class _Reader:
             opset=function.opset,
             metadata=_metadata(description.metadata),
             path=path,
-            image_inputs={item.name: _colour_layout(item) for item in description.input if _colour_layout(item)},
+            image_inputs={item.name: _color_layout(item) for item in description.input if _color_layout(item)},
         )
 
     def _main(self) -> Any:
         functions = self.model.mlProgram.functions
         if list(functions) != ["main"]:
-            raise self._error(f"expected one function, main, found {sorted(functions)}")
+            raise self._error(f"must have one function, main, got {sorted(functions)}")
         main = functions["main"]
         if main.opset not in main.block_specializations:
-            raise self._error(f"expected a block for opset {main.opset!r}, found {sorted(main.block_specializations)}")
+            raise self._error(f"must have a block for opset {main.opset!r}, got {sorted(main.block_specializations)}")
         return main
 
     def _operation(self, message: Any) -> Operation:
@@ -158,7 +218,7 @@ class _Reader:
             self._check_text(name)
         if message.blocks:
             raise self._error(
-                f"operation {name} ({message.type}) has inner blocks; only straight-line programs can be read"
+                f"operation {name} ({message.type}) has inner blocks. Only straight-line programs can be read."
             )
         inputs = {key: self._arguments(f"{name}.{key}", item.arguments) for key, item in message.inputs.items()}
         attributes = {k: self._value(f"{name}.{k}", v) for k, v in message.attributes.items() if k != "name"}
@@ -174,21 +234,20 @@ class _Reader:
         return tuple(arguments)
 
     def _value(self, name: str, message: Any) -> Value:
-        read_blob: BlobReader = self._blob
-        return decode_value(name, message, read_blob)
+        return _decode_value(name, message, self._blob)
 
     def _blob(self, file_name: str, type: TensorType, offset: int) -> Value:
         if file_name not in self.blobs:
             if not file_name.startswith(_MODEL_PREFIX):
-                raise self._error(f"expected weights of {type.name} under {_MODEL_PREFIX}, found {file_name!r}")
+                raise self._error(f"the weights of {type.name} must be under {_MODEL_PREFIX}, got {file_name!r}")
             self.blobs[file_name] = BlobFile(_inside(self.root, self.folder, file_name.removeprefix(_MODEL_PREFIX)))
         return self.blobs[file_name].value(type, offset)
 
     def _define(self, message: Any) -> TensorType:
         self._check_text(message.name)
         if message.name in self.known:
-            raise self._error(f"expected every result to have a name of its own, found {message.name!r} twice")
-        self.known[message.name] = decode_type(message.name, message.type)
+            raise self._error(f"every result must have a name of its own, got {message.name!r} twice")
+        self.known[message.name] = _decode_type(message.name, message.type)
         return self.known[message.name]
 
     def _lookup(self, name: str, reader: str) -> TensorType:
@@ -198,7 +257,7 @@ class _Reader:
 
     def _check_text(self, text: str) -> None:
         if not text.isprintable():  # names go into messages of one line
-            raise self._error(f"expected names of printable characters, found {text!r}")
+            raise self._error(f"names must have printable characters, got {text!r}")
 
     def _check_interface(self, side: str, described: Iterable[Any], actual: tuple[TensorType, ...]) -> None:
         expected, found = sorted(item.name for item in described), sorted(tensor.name for tensor in actual)
@@ -206,7 +265,7 @@ class _Reader:
             raise self._error(f"the description has {side}s {expected}, the program {found}")
 
     def _error(self, problem: str) -> PackageError:
-        return PackageError(f"{self.root}: {problem}; {_WHAT_TO_DO}")
+        return PackageError(f"{self.root}: {problem}")
 
 
 def _metadata(message: Any) -> dict[str, str]:
@@ -215,8 +274,79 @@ def _metadata(message: Any) -> dict[str, str]:
     return {**{key: text for key, text in texts.items() if text}, **dict(message.userDefined)}
 
 
-def _colour_layout(feature: Any) -> str:
+def _color_layout(feature: Any) -> str:
     if feature.type.WhichOneof("Type") != "imageType":
         return ""
     image = feature.type.imageType
     return image.DESCRIPTOR.fields_by_name["colorSpace"].enum_type.values_by_number[image.colorSpace].name
+
+
+def _decode_type(name: str, message: Any) -> TensorType:
+    """Returns the type of `name` from a protobuf `ValueType`.
+
+    Raises:
+        PackageError: not a tensor, an unknown data type, or a rank that disagrees with the dimensions.
+    """
+    found = message.WhichOneof("type")
+    if found != "tensorType":
+        raise PackageError(f"{name}: must be a tensor, got {found or 'no type'}")
+    tensor = message.tensorType
+    number = _data_types().get(tensor.dataType, str(tensor.dataType))
+    dtype = _DTYPES.get(number, number.lower())
+    if dtype not in NUMPY_TYPES:
+        raise PackageError(f"{name}: data type must be one of {', '.join(NUMPY_TYPES)}, got {number}")
+    if tensor.rank != len(tensor.dimensions) or tensor.rank > MAX_RANK:
+        raise PackageError(
+            f"{name}: must have {tensor.rank} dimensions (at most {MAX_RANK}), got {len(tensor.dimensions)}"
+        )
+    shape = tuple(_size(dimension) for dimension in tensor.dimensions)
+    if prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise PackageError(f"{name}: must have at most 2^48 elements, got shape {shape}")
+    return TensorType(name, dtype, shape)
+
+
+def _size(dimension: Any) -> int:
+    return dimension.constant.size if dimension.WhichOneof("dimension") == "constant" else FLEXIBLE
+
+
+def _decode_value(name: str, message: Any, read_blob: BlobReader) -> Value:
+    """Returns the constant `name` from a protobuf `Value`. `read_blob` gets values from the blob file.
+
+    Raises:
+        PackageError: the type, the number of elements or their range differs from the declared one.
+    """
+    type = _decode_type(name, message.type)
+    if not type.is_fixed:
+        raise PackageError(f"{name}: a constant must have a fixed shape, got {type}")
+    if message.WhichOneof("value") == "blobFileValue":
+        return read_blob(message.blobFileValue.fileName, type, message.blobFileValue.offset)
+    if message.immediateValue.WhichOneof("value") != "tensor":
+        raise PackageError(f"{name}: must be a tensor value, got {message.immediateValue.WhichOneof('value')}")
+    return Value(type, _immediate(type, message.immediateValue.tensor))
+
+
+def _immediate(type: TensorType, tensor: Any) -> np.ndarray:
+    field = _FIELDS.get(type.dtype, "bytes")
+    found = tensor.WhichOneof("value") or field  # an empty tensor may leave the field out
+    if found != field:
+        raise PackageError(f"{type.name}: {type} must be in field {field}, got {found}")
+    values = getattr(tensor, field).values
+    expected = type.nbytes if field == "bytes" else type.elements
+    if len(values) != expected:
+        raise PackageError(f"{type.name}: {type} must have {expected} {field}, got {len(values)}")
+    if field == "bytes":
+        return np.frombuffer(values, dtype=np.uint8)
+    if field == "strings":
+        if type.elements * max(map(len, values), default=0) > MAX_CHARACTERS:
+            raise PackageError(f"{type.name}: must have at most {MAX_CHARACTERS} characters, got more")
+        return np.array(list(values), dtype=np.str_).reshape(type.shape)
+    return _numbers(type, values)
+
+
+def _numbers(type: TensorType, values: Any) -> np.ndarray:
+    wide = np.array(list(values), dtype=np.int64 if type.dtype in BITS and "int" in type.dtype else None)
+    array = wide.astype(NUMPY_TYPES[type.dtype])
+    if "int" in type.dtype and type.dtype != "uint64" and not np.array_equal(array, wide):
+        raise PackageError(f"{type.name}: values must be in the range of {type.dtype}, got {wide.min()}..{wide.max()}")
+    array.flags.writeable = False
+    return array.reshape(type.shape)

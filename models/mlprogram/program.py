@@ -1,6 +1,6 @@
-"""What an ML Program says: its types, values and operations, free of torch and of protobuf.
+"""The contents of an ML Program: types, values and operations, without torch or protobuf.
 
-Every object is frozen. Values in `weights/weight.bin` are views of a memory map: nothing is read before it is used.
+Every object is frozen. Values in `weights/weight.bin` are views of a memory map, so nothing is read before it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .bits import unpack_bits
+from ..errors import PackageError
+from ..fastvit_config import Shape
 
 FLEXIBLE = -1
 """The size of a dimension that the program leaves open."""
@@ -21,7 +22,7 @@ FLEXIBLE = -1
 BITS = {"bool": 8, "fp16": 16, "fp32": 32, "fp64": 64, "int64": 64, "uint64": 64}
 BITS |= {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32)}
 BITS |= {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
-"""Bits of one element as stored, by MIL data type (strings are not here)."""
+"""The stored width of one element in bits, by MIL data type. Strings are not listed."""
 
 NUMPY_TYPES = {"bool": "bool", "fp16": "float16", "fp32": "float32", "fp64": "float64", "string": "str"}
 NUMPY_TYPES |= {name: name for name in BITS if name.lstrip("u").startswith("int") and BITS[name] >= 8}
@@ -33,33 +34,37 @@ NUMPY_TYPES |= {
     "uint4": "uint8",
     "uint6": "uint8",
 }
-"""numpy's type of a decoded value, by MIL data type; types below one byte are unpacked to one byte each."""
+"""numpy's type of a decoded value, by MIL data type. Types below one byte are unpacked to one byte per element."""
+
+_WORD_BITS = 24  # a multiple of a byte and of every packed width (1, 2, 3, 4, 6)
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """A named tensor: MIL data type ("fp16", "int32", "uint4", "string") and shape (`FLEXIBLE` where open)."""
+    """A named tensor with its MIL data type ("fp16", "int32", "uint4", "string") and shape (`FLEXIBLE` where open)."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
 
     @property
     def rank(self) -> int:
+        """The number of dimensions."""
         return len(self.shape)
 
     @property
     def is_fixed(self) -> bool:
+        """True if no dimension is left open."""
         return FLEXIBLE not in self.shape
 
     @property
     def elements(self) -> int:
-        """Number of elements; only meaningful where the shape is fixed."""
+        """The number of elements, only meaningful for a fixed shape."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: elements below one byte are packed."""
+        """The stored size in bytes. Elements below one byte are packed."""
         return (self.elements * BITS.get(self.dtype, 0) + 7) // 8
 
     def __str__(self) -> str:
@@ -68,7 +73,7 @@ class TensorType:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A constant. `offset` is where its entry starts in the blob file, None for an immediate value."""
+    """A constant. `offset` is the start of its entry in the blob file, or None for an immediate value."""
 
     type: TensorType
     stored: np.ndarray
@@ -76,10 +81,11 @@ class Value:
 
     @property
     def nbytes(self) -> int:
+        """The stored size in bytes."""
         return self.type.nbytes
 
     def array(self) -> np.ndarray:
-        """Return the value as numpy: read-only and possibly a view of the file; packed types are unpacked to bytes."""
+        """Returns the value as a read-only array, possibly a view of the file. Packed types are unpacked to bytes."""
         dtype, shape = self.type.dtype, self.type.shape
         if dtype == "string" or self.stored.dtype != np.uint8:
             return self.stored.reshape(shape)
@@ -90,7 +96,7 @@ class Value:
 
 
 Argument = str | Value
-"""What an operation is given: the name of an earlier result, or a value written in place."""
+"""An argument of an operation: the name of an earlier result, or an immediate value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,17 +111,17 @@ class Operation:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the result is known before any input is: `const` and the `constexpr_*` kinds."""
+        """True for `const` and the `constexpr_*` kinds, whose result does not depend on any input."""
         return self.kind == "const" or self.kind.startswith("constexpr_")
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Names of the earlier results that it reads, in order, with repetitions."""
+        """The names of the earlier results that it reads, in order, with repetitions."""
         return tuple(a for arguments in self.inputs.values() for a in arguments if isinstance(a, str))
 
     @property
     def values(self) -> dict[str, Value]:
-        """The values written in place, by parameter, attributes first."""
+        """The immediate values by parameter, attributes first."""
         literal = {k: a for k, arguments in self.inputs.items() for a in arguments if isinstance(a, Value)}
         return {**self.attributes, **literal}
 
@@ -124,8 +130,8 @@ class Operation:
 class Program:
     """The `main` function of a saved ML Program, in execution order.
 
-    `image_inputs` maps the inputs declared as images to their colour layout ("RGB"); their values are 0..255, NCHW.
-    `metadata` holds the author's texts and coremltools' versions.
+    `image_inputs` maps the inputs declared as images to their color layout ("RGB"). Their values are 0..255, NCHW.
+    `metadata` has the author's texts and coremltools' versions.
     """
 
     inputs: tuple[TensorType, ...]
@@ -149,18 +155,37 @@ class Program:
         return {**{tensor.name: tensor for tensor in self.inputs}, **results}
 
 
+def inputs_for(program: Program, pixel_values: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the executor's inputs for `pixel_values` (1, 3, S, S) float32 in 0..1, NCHW, RGB.
+
+    An input that is declared as an image takes 0..255 instead. `pixel_values` are exact multiples of 1/255.
+
+    Raises:
+        PackageError: the package has no input or several, or takes images that are not RGB.
+    """
+    if len(program.inputs) != 1:
+        raise PackageError(f"{program.path}: must have one input, got {len(program.inputs)}")
+    name = program.inputs[0].name
+    layout = program.image_inputs.get(name)
+    if layout is None:
+        return {name: pixel_values}
+    if layout != "RGB":
+        raise PackageError(f"{program.path}: {name} must take RGB images, got {layout}")
+    return {name: np.rint(pixel_values * np.float32(255))}
+
+
 def census(program: Program) -> Counter[str]:
-    """Count operations by kind, without `const` and the `constexpr_*` kinds."""
+    """Counts operations by kind, without `const` and the `constexpr_*` kinds."""
     return Counter(operation.kind for operation in program.operations if not operation.is_constant)
 
 
 def constexpr_census(program: Program) -> Counter[str]:
-    """Count the `constexpr_*` operations by kind: one per compressed weight and stage of its compression."""
+    """Counts the `constexpr_*` operations by kind: one per compressed weight and stage of its compression."""
     return Counter(operation.kind for operation in program.operations if operation.kind.startswith("constexpr_"))
 
 
 def max_rank(program: Program) -> int:
-    """Return the highest rank of the inputs and of any tensor computed at run time (constants not counted)."""
+    """Returns the highest rank of the inputs and of any tensor computed at run time. Constants are not counted."""
     computed = [
         output.rank for operation in program.operations if not operation.is_constant for output in operation.outputs
     ]
@@ -168,7 +193,7 @@ def max_rank(program: Program) -> int:
 
 
 def scheme(operation: Operation) -> str:
-    """Return how a constant is stored: "fp16", "int8 affine", "4-bit palette", "int4 blockwise", "fp16 sparse"."""
+    """Returns how a constant is stored: "fp16", "int8 affine", "4-bit palette", "int4 blockwise", "fp16 sparse"."""
     values, kind = operation.values, operation.kind.removeprefix("constexpr_")
     if kind == "const":
         return operation.outputs[0].dtype
@@ -187,7 +212,7 @@ def scheme(operation: Operation) -> str:
 
 
 def stored_bytes(program: Program) -> Counter[str]:
-    """Sum the bytes of all constants in the blob files by `scheme`; a blob that two operations share counts once."""
+    """Sums the bytes of all constants in the blob files by `scheme`. A blob that two operations share counts once."""
     total: Counter[str] = Counter()
     seen: set[int] = set()
     for operation in program.operations:
@@ -196,3 +221,40 @@ def stored_bytes(program: Program) -> Counter[str]:
                 seen.add(value.offset)
                 total[scheme(operation)] += value.nbytes
     return total
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int, signed: bool = False) -> np.ndarray:
+    """Returns `count` integers of `bits` bits each from uint8 `packed`, one per byte: int8 if `signed`, else uint8.
+
+    Core ML packs them from the least significant bit on, across byte borders. `bits` is 1, 2, 3, 4, 6 or 8, and
+    `packed` has at least `count * bits` bits.
+    """
+    if bits == 8:
+        return packed[:count].view(np.int8 if signed else np.uint8)
+    padded = np.zeros(-(-packed.size // 3) * 3, dtype=np.uint8)
+    padded[: packed.size] = packed
+    low, middle, high = padded.reshape(-1, 3).astype(np.uint32).T
+    words = low | middle << np.uint32(8) | high << np.uint32(16)
+    shifts = np.arange(0, _WORD_BITS, bits, dtype=np.uint32)
+    values = (words[:, None] >> shifts).astype(np.uint8)  # (words, values per word)
+    values &= np.uint8((1 << bits) - 1)
+    flat = values.reshape(-1)[:count]
+    if not signed:
+        return flat
+    sign = np.uint8(1 << (bits - 1))
+    return ((flat ^ sign).view(np.int8) - sign.astype(np.int8)).astype(np.int8)
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Packs uint8 `values` below 2^bits one after the other, as `unpack_bits` reads them, and fills the last byte."""
+    flat = values.reshape(-1)
+    if bits == 8:
+        return flat
+    per_word = _WORD_BITS // bits
+    padded = np.zeros((-(-flat.size // per_word), per_word), dtype=np.uint32)
+    padded.reshape(-1)[: flat.size] = flat
+    words = np.zeros(len(padded), dtype=np.uint32)
+    for i in range(per_word):
+        words |= padded[:, i] << np.uint32(i * bits)
+    packed = np.stack([words, words >> np.uint32(8), words >> np.uint32(16)], axis=1).astype(np.uint8)
+    return packed.reshape(-1)[: -(-flat.size * bits // 8)]

@@ -24,7 +24,7 @@ from fastvlm.models.fastvit import FastViT
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
 from fastvlm.models.mlprogram import census, read_package
 from fastvlm.models.mlprogram.executor import Executor
-from fastvlm.models.mlprogram.feed import inputs_for
+from fastvlm.models.mlprogram.program import inputs_for
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.quant.calibration import verification_images
 from fastvlm.quant.metrics import compare

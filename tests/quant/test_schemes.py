@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastvlm.models.errors import UsageError
-from fastvlm.models.mlprogram.bits import pack_bits, unpack_bits
+from fastvlm.models.mlprogram.program import pack_bits, unpack_bits
 from fastvlm.quant.schemes import (
     MIN_WEIGHT_SNR_DB,
     check_scheme,

@@ -150,7 +150,7 @@ def damaged_template(content: bytes, rng: random.Random) -> bytes:
 
 def damaged_program(content: bytes, rng: random.Random) -> bytes:
     """A Core ML program with one to three fields of its operations changed."""
-    from fastvlm.models.mlprogram.spec import model_class
+    from fastvlm.models.mlprogram import model_class
 
     if rng.random() < 0.25:
         return damaged_bytes(content, rng)

@@ -16,7 +16,7 @@ from fastvlm.export.bundle.contract import KINDS, Rule
 from fastvlm.export.safetensors_file import write_safetensors
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ModelFolderError, UsageError
-from fastvlm.models.mlprogram.spec import model_class
+from fastvlm.models.mlprogram import model_class
 
 TOWER = "vision_tower.vision_model."
 Change = Callable[[Path], None]

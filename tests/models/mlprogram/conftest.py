@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastvlm.models._coremltools import import_coremltools
-from fastvlm.models.mlprogram.spec import model_class
+from fastvlm.models.mlprogram import model_class
 
 
 @pytest.fixture(scope="session")

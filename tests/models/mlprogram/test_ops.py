@@ -1,4 +1,4 @@
-"""Every operation that the executor knows, against numpy in float64."""
+"""Every operation of the executor, compared with numpy in float64."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.errors import PackageError
-from fastvlm.models.mlprogram import model_class, read_package
+from fastvlm.models.mlprogram import model_class, ops, read_package
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.mlprogram.ops import KINDS
 
@@ -98,7 +99,6 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 NAN_MEAN = np.nanmean
 MEAN = np.mean
 Case = tuple[Callable[..., Any], Callable[..., np.ndarray]]
-
 # name: (how to build it, what it must give); a name is the kind, with a remark after "__"
 CASES: dict[str, Case] = {
     "conv": (lambda mb, x, **_: mb.conv(x=x, weight=WEIGHT), lambda x, **_: conv(x, WEIGHT, [(0, 0)] * 2)),
@@ -366,3 +366,20 @@ def test_any_integer_parameter_runs_or_is_one_error(
         assert "\n" not in str(error)
     else:
         assert set(found) == {f"case_{name}" for name in CASES}
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_with_and_without_onednn_agree(
+    gelu: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
+) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(35, 16), torch.randn(48, 16), torch.randn(48) if has_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    expected = torch.nn.functional.gelu(expected) if gelu else expected
+    for packs in {ops._packs(), False}:
+        monkeypatch.setattr(ops, "_packs", lambda packs=packs: packs)
+        found = ops.dense(weight, bias, gelu)(x)
+        torch.testing.assert_close(
+            found.double(), expected, atol=tolerance("op_float32") * float(expected.abs().max()), rtol=0
+        )

@@ -1,10 +1,12 @@
-"""Reading a package: what it says about a good one, and one clear error for anything else."""
+"""Reading a package: the description of a valid one, and one clear error for anything else."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,10 @@ def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"")
     compiled = tmp_path / "model.mlmodelc"
     compiled.mkdir()
-    for path, message in [(file, "found a file"), (tmp_path / "no", "found nothing"), (tmp_path, "found none")]:
+    for path, message in [(file, "got a file"), (tmp_path / "no", "got nothing"), (tmp_path, "got none")]:
         with pytest.raises(PackageError, match=message):
             read_package(path)
-    with pytest.raises(PackageError, match=r"compiled model.*give the \.mlpackage"):
+    with pytest.raises(PackageError, match=r"compiled model.*Pass the \.mlpackage"):
         read_package(compiled)
 
 
@@ -86,7 +88,7 @@ def test_bad_manifest_is_refused(copy: Path, content: str) -> None:
 def test_absurdly_large_manifest_is_not_read(copy: Path) -> None:
     with (copy / "Manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # a hole: takes no space
-    with pytest.raises(PackageError, match="expected at most 1048576 bytes"):
+    with pytest.raises(PackageError, match="must have at most 1048576 bytes"):
         read_package(copy)
 
 
@@ -97,7 +99,7 @@ def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
     manifest = json.loads((copy / "Manifest.json").read_text())
     manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = target
     (copy / "Manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(PackageError, match=r"expected a path|is not a usable path"):
+    with pytest.raises(PackageError, match=r"must be a path|must only have paths inside|is not a usable path"):
         read_package(copy)
 
 
@@ -105,7 +107,7 @@ def test_manifest_path_that_no_file_can_have_is_told(copy: Path) -> None:
     manifest = json.loads((copy / "Manifest.json").read_text())
     manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = "x" * 5000
     (copy / "Manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(PackageError, match="it is missing; copy the whole package"):
+    with pytest.raises(PackageError, match=r"is missing\. Copy the whole package"):
         read_package(copy)
 
 
@@ -114,7 +116,7 @@ def test_link_out_of_the_package_is_refused(copy: Path, tmp_path: Path, which: P
     outside = tmp_path / "outside.bin"
     shutil.move(copy / which, outside)
     (copy / which).symlink_to(outside)
-    with pytest.raises(PackageError, match="inside the package"):
+    with pytest.raises(PackageError, match="paths inside the package"):
         read_package(copy)
 
 
@@ -135,7 +137,7 @@ def test_weights_path_outside_is_refused(
         blob = next(o for o in block_of(model).operations if o.attributes["val"].WhichOneof("value") == "blobFileValue")
         blob.attributes["val"].blobFileValue.fileName = name
 
-    with pytest.raises(PackageError, match=r"expected a path inside|under @model_path/, found"):
+    with pytest.raises(PackageError, match=r"only have paths inside|under @model_path/, got"):
         read_package(edit(small_package, change))
 
 
@@ -158,9 +160,9 @@ def _two_functions(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_two_functions, "expected one function, main, found \\['main', 'other'\\]"),
+        (_two_functions, "must have one function, main, got \\['main', 'other'\\]"),
         (_drop_block, "block for opset 'CoreML99'"),
-        (_another_type, "expected an mlProgram, found neuralNetwork"),
+        (_another_type, "must be an mlProgram, got neuralNetwork"),
         (_rename_input, r"description has inputs \['pixels'\], the program \['x'\]"),
     ],
 )
@@ -225,15 +227,15 @@ def _not_a_tensor(block: Any) -> None:
     [
         (_read_before_computed, "reads 'later', which nothing before it computes"),
         (_same_name_twice, "'x' twice"),
-        (_too_few_values, "expected 2 ints .*found 1"),
-        (_wrong_field, "in field ints, found floats"),
-        (_out_of_range, r"range of int16, found 1\.\.70000"),
+        (_too_few_values, "must have 2 ints, got 1"),
+        (_wrong_field, "in field ints, got floats"),
+        (_out_of_range, r"range of int16, got 1\.\.70000"),
         (_absurd_shape, r"at most 2\^48 elements"),
-        (_rank_against_dimensions, "expected 9 dimensions .*found 4"),
-        (_unknown_type, "FLOAT8E4M3FN is not supported"),
+        (_rank_against_dimensions, "must have 9 dimensions .*got 4"),
+        (_unknown_type, "data type must be .*, got FLOAT8E4M3FN"),
         (_inner_block, "inner blocks"),
-        (_name_of_two_lines, r"printable characters, found 'two\\nlines'"),
-        (_not_a_tensor, "expected a tensor, found stateType"),
+        (_name_of_two_lines, r"printable characters, got 'two\\nlines'"),
+        (_not_a_tensor, "must be a tensor, got stateType"),
     ],
 )
 def test_broken_graph_is_refused(
@@ -270,3 +272,49 @@ def test_damaged_package_gives_a_program_or_one_error(
         census(program), max_rank(program), stored_bytes(program)
     except PackageError as error:
         assert "\n" not in str(error)
+
+
+OURS = "from fastvlm.models.mlprogram import model_class; M = model_class()"
+THEIRS = "import coremltools as ct; R = ct.proto.Model_pb2.Model"
+SAME = """
+from coremltools.converters.mil import Builder as mb
+spec = M(specificationVersion=8)
+spec.description.input.add(name="images")
+assert M is R, "two classes for one message"
+assert R.FromString(spec.SerializeToString()).description.input[0].name == "images"
+assert ct.proto.MIL_pb2.Program is type(spec.mlProgram)
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("order", [(OURS, THEIRS), (THEIRS, OURS)], ids=["before coremltools", "after coremltools"])
+def test_model_class_is_coremltools_own_in_either_order(order: tuple[str, str]) -> None:
+    python("\n".join([*order, SAME]))
+
+
+def test_reading_imports_neither_coremltools_nor_torch() -> None:
+    code = f"{OURS}\nimport sys, fastvlm.models.mlprogram as m\nm.read_package\n"
+    loaded = python(code + "print([n for n in ('coremltools', 'torch', 'mlx') if n in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_executor_is_an_attribute_of_the_package() -> None:
+    code = "import fastvlm.models.mlprogram as m, sys; m.Executor; print('torch' in sys.modules)"
+    assert python(code).strip() == "True"
+
+
+def test_missing_coremltools_is_a_known_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvlm.models.errors import MachineError
+    from fastvlm.models.mlprogram import package
+
+    monkeypatch.setattr(package.importlib.machinery.PathFinder, "find_spec", lambda *_: None)
+    monkeypatch.setattr(package, "_ALIAS", "an_alias_of_this_test")
+    with pytest.raises(MachineError, match="pip install coremltools"):
+        package.model_class()

@@ -242,5 +242,5 @@ def test_contradicting_parts_are_one_error(
         operation.attributes["axis"].immediateValue.tensor.ints.values[0] = 1
 
     damaged = edit(save_program(make, {"x": (4, 3)}), change)
-    with pytest.raises(PackageError, match="vector along axis 1 of \\(4, 3\\), found shape \\(4,\\)"):
+    with pytest.raises(PackageError, match="vector along axis 1 of \\(4, 3\\), got shape \\(4,\\)"):
         only_constexpr(read_package(damaged))
