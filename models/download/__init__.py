@@ -1,1 +1,1 @@
-"""Fetching checkpoints: from the Hugging Face hub, and Apple's archives by name."""
+"""Downloads of checkpoints, from the Hugging Face hub and of Apple's archives."""

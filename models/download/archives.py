@@ -1,4 +1,4 @@
-"""Apple's archives: their names, where they are, and which files of a checkpoint are needed."""
+"""A catalog of Apple's archives: their names and URLs, and the files of a checkpoint that are needed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ FOLDERS: Mapping[str, str] = {
         for size, kind in (("0.5b", "fp16"), ("1.5b", "int8"), ("7b", "int4"))
     },
 }
-"""Our name -> Apple's, which the archive and the folder in it have. Sources: `get_models.sh` (checkpoints) and
-`app/get_pretrained_mlx_model.sh` (exported for Apple Silicon) of https://github.com/apple/ml-fastvlm."""
+"""Apple's name of each archive and of the folder in it, by the name that `fastvlm download` takes.
+
+Sources: `get_models.sh` (checkpoints) and `app/get_pretrained_mlx_model.sh` (exported for Apple Silicon) of
+https://github.com/apple/ml-fastvlm."""
 
 LICENCE_NOTE = (
     "FastVLM's weights are under Apple's model licence, for research only: "
@@ -33,15 +35,16 @@ NEEDED = (
     "chat_template.jinja", "preprocessor_config.json", "processor_config.json", "fastvlm.json", "fastvithd.mlpackage/*",
     "LICENSE*", "LICENCE*", "ACKNOWLEDGEMENTS*",
 )  # fmt: skip
-"""Of a checkpoint or an exported folder; no code, no pickles, no training state."""
+"""Patterns of the files of a checkpoint or exported folder that are kept: no code, pickles or training state."""
 
 
 def archive_url(name: str) -> str:
+    """Returns the URL of one of `FOLDERS`."""
     return f"{BASE_URL}/{FOLDERS[name]}.zip"
 
 
 def is_needed(path: str) -> bool:
-    """Whether the file at `path`, relative to the checkpoint's folder, is one that we read or a licence."""
+    """Returns True if fastvlm reads the file at `path`, relative to the checkpoint's folder, or if it is a licence."""
     parts = PurePosixPath(path).parts
     if ".." in parts or (len(parts) > 1 and parts[0] != "fastvithd.mlpackage"):
         return False

@@ -197,7 +197,7 @@ def read_captions(folder: Path) -> None:
 
 
 def read_zip(folder: Path) -> None:
-    from fastvlm.models.download.unpack import unpack
+    from fastvlm.models.download.apple import unpack
 
     shutil.rmtree(folder / "to", ignore_errors=True)
     (folder / "to").mkdir()

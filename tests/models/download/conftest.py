@@ -1,4 +1,4 @@
-"""The server that downloads are tried on."""
+"""The local server for the download tests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ serving = runpy.run_path(str(Path(__file__).resolve().parents[2] / "hub_server.p
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """See `tests/hub_server.py`."""
+    """The server of `tests/hub_server.py`."""
     with serving() as state:
         yield state
 
 
 @pytest.fixture
 def serve_repository(server: Any) -> Callable[[str, dict[str, bytes]], None]:
-    """`serve_repository("owner/name", files)`"""
+    """Returns `serve_repository("owner/name", files)`."""
     return server.add_repository

@@ -1,22 +1,21 @@
-"""Apple's archives by name: a folder that is whole or not there, and what an interruption leaves."""
+"""Apple's archives: the folder is complete or absent, interruptions resume, and hostile archives are refused."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
-import shutil
+import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 
 from fastvlm.models.checkpoint import FolderCheckpoint
-from fastvlm.models.download.apple import download_archive, work_folder
-from fastvlm.models.download.archives import FOLDERS, archive_url
+from fastvlm.models.download.apple import download_archive, unpack, work_folder
+from fastvlm.models.download.archives import is_needed
 from fastvlm.models.errors import DownloadError, OutputError
 from fastvlm.models.references import TINY_FOLDER
 
@@ -25,7 +24,7 @@ NAME = "0.5b-stage3"
 
 @pytest.fixture
 def served(server: Any) -> str:
-    """The address of `tiny` as Apple packs a checkpoint."""
+    """The URL of `tiny`, packed like one of Apple's checkpoints."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for file in TINY_FOLDER.iterdir():
@@ -51,7 +50,7 @@ def test_archive_becomes_a_checkpoint(served: str, tmp_path: Path) -> None:
     assert download_archive(NAME, destination, url="http://127.0.0.1:9/") == {"already_there": True}
 
 
-def test_files_that_are_gone_are_fetched_again(server: Any, served: str, tmp_path: Path) -> None:
+def test_missing_files_are_downloaded_again(server: Any, served: str, tmp_path: Path) -> None:
     destination = tmp_path / "out" / "model"
     download_archive(NAME, destination, url=served)
     whole = {path.name: path.read_bytes() for path in destination.iterdir()}
@@ -70,36 +69,38 @@ def test_files_of_another_archive_are_not_mixed_in(server: Any, served: str, tmp
     destination = tmp_path / "model"
     download_archive(NAME, destination, url=served)
     (destination / "model.safetensors").unlink()
-    with pytest.raises(OutputError, match="is not empty: remove it"):
+    with pytest.raises(OutputError, match="is not empty. Remove it"):
         download_archive(NAME, destination, url=served, sha256="0" * 64)
     server.add_archive("/a.zip", "a", {"config.json": b"{}", "model.safetensors": b"another"})
-    with pytest.raises(DownloadError, match="it should be"):
+    with pytest.raises(DownloadError, match="sha256 must be"):
         download_archive(NAME, destination, url=served)
     assert not (destination / "model.safetensors").exists()
 
 
-def test_file_of_another_size_is_told_and_stays(served: str, tmp_path: Path) -> None:
+def test_file_of_another_size_is_reported_and_kept(served: str, tmp_path: Path) -> None:
     destination = tmp_path / "model"
     download_archive(NAME, destination, url=served)
     (destination / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"config.json is not the file of .* bytes .*: move it away and run the same"):
+    with pytest.raises(
+        OutputError, match=r"config.json: is not the downloaded file of .* bytes\. Move it away and run"
+    ):
         download_archive(NAME, destination, url=served)
     assert (destination / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("sizes", [None, 3, {}, {"config.json": "2"}])
-def test_record_without_sizes_is_none_of_a_whole_folder(served: str, tmp_path: Path, sizes: object) -> None:
+def test_record_without_sizes_is_not_of_a_complete_folder(served: str, tmp_path: Path, sizes: object) -> None:
     destination = tmp_path / "model"
     record = download_archive(NAME, destination, url=served)
     (destination / "fastvlm-download.json").write_text(json.dumps({**record, "sizes": sizes}))
-    with pytest.raises(OutputError, match="is not empty: remove it"):
+    with pytest.raises(OutputError, match="is not empty. Remove it"):
         download_archive(NAME, destination, url=served)
 
 
-def test_interrupted_archive_goes_on_and_never_looks_whole(server: Any, served: str, tmp_path: Path) -> None:
+def test_interrupted_archive_resumes_and_never_looks_complete(server: Any, served: str, tmp_path: Path) -> None:
     destination = tmp_path / "out" / "model"
     server.cut_after = 2_000_000
-    with pytest.raises(DownloadError, match="cut off"):
+    with pytest.raises(DownloadError, match="interrupted after"):
         download_archive(NAME, destination, url=served)
     assert names(tmp_path / "out") == {".model.download"}
     download_archive(NAME, destination, url=served)
@@ -108,16 +109,16 @@ def test_interrupted_archive_goes_on_and_never_looks_whole(server: Any, served: 
     assert names(tmp_path / "out") == {"model"}
 
 
-def test_attempt_that_got_nothing_leaves_nothing(tmp_path: Path) -> None:
+def test_attempt_without_any_bytes_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="cannot be reached"):
         download_archive(NAME, tmp_path / "model", url="http://127.0.0.1:9/a.zip")
     assert names(tmp_path) == set()
 
 
-def test_damaged_archive_is_removed_so_that_the_next_attempt_is_new(server: Any, served: str, tmp_path: Path) -> None:
+def test_damaged_archive_is_removed_before_the_next_attempt(server: Any, served: str, tmp_path: Path) -> None:
     good = server.files["/a.zip"]
     server.files["/a.zip"] = good[:1_000_000] + bytes([good[1_000_000] ^ 1]) + good[1_000_001:]
-    with pytest.raises(DownloadError, match="not a whole zip archive"):
+    with pytest.raises(DownloadError, match="not a complete zip archive"):
         download_archive(NAME, tmp_path / "model", url=served)
     assert not (tmp_path / "model").exists()
     server.files["/a.zip"] = good
@@ -125,7 +126,7 @@ def test_damaged_archive_is_removed_so_that_the_next_attempt_is_new(server: Any,
     FolderCheckpoint(tmp_path / "model")
 
 
-def test_archive_that_was_fetched_but_not_unpacked_is_not_fetched_again(
+def test_complete_archive_is_not_downloaded_again_to_unpack(
     server: Any, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> list[str]:
@@ -146,53 +147,28 @@ def test_archive_without_weights_is_refused(server: Any, tmp_path: Path) -> None
         archive.writestr("a/config.json", "{}")
         archive.writestr("a/pytorch_model.bin", "pickle")
     server.files["/a.zip"] = packed.getvalue()
-    with pytest.raises(DownloadError, match=r"holds no checkpoint .*; found config.json"):
+    with pytest.raises(DownloadError, match=r"must have a checkpoint .*, got config.json"):
         download_archive(NAME, tmp_path / "model", url=f"{server.url}/a.zip")
     assert not (tmp_path / "model").exists()
 
 
-def test_what_is_in_the_way_is_never_touched(served: str, tmp_path: Path) -> None:
+def test_existing_files_are_never_touched(served: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
         download_archive(NAME, tmp_path / "model", url=served)
     (tmp_path / "link").symlink_to(tmp_path / "model")
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         download_archive(NAME, tmp_path / "link", url=served)
     assert names(tmp_path / "model") == {"mine.txt"}
 
 
-def test_two_downloads_to_one_place_do_not_mix(served: str, tmp_path: Path) -> None:
+def test_second_download_to_a_folder_is_refused(served: str, tmp_path: Path) -> None:
     with work_folder(tmp_path / "model"), pytest.raises(OutputError, match="another process is downloading"):
         download_archive(NAME, tmp_path / "model", url=served)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
-def test_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
-    """The other process ends between our opening the file and our locking it."""
-    lock = tmp_path / ".model.download" / "lock"
-
-    def finish(file: TextIO, how: int) -> None:
-        file_lock(file, how)
-        shutil.rmtree(lock.parent)
-        if again:
-            lock.parent.mkdir()
-            lock.touch()
-
-    file_lock = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", finish)
-    with pytest.raises(OutputError, match="another process is downloading"), work_folder(tmp_path / "model"):
-        pass
-    assert lock.exists() == again
-
-
-def test_folder_that_goes_before_the_lock_is_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
-    with pytest.raises(OutputError, match="another process is downloading"), work_folder(tmp_path / "model"):
-        pass
-
-
-def test_place_that_another_download_took_meanwhile_is_not_downloaded_to(
+def test_folder_filled_before_the_lock_is_not_downloaded_to(
     server: Any, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
@@ -207,9 +183,103 @@ def test_place_that_another_download_took_meanwhile_is_not_downloaded_to(
     assert server.asked == []
 
 
-def test_addresses_are_apples() -> None:
-    base = "https://ml-site.cdn-apple.com/datasets/fastvlm/llava-fastvithd"
-    assert archive_url("0.5b-stage3") == f"{base}_0.5b_stage3.zip"
-    assert archive_url("7b-stage2") == f"{base}_7b_stage2.zip"
-    assert archive_url("1.5b-stage3-int8") == f"{base}_1.5b_stage3_llm.int8.zip"
-    assert len(FOLDERS) == 9
+GOOD = {
+    "model/config.json": b"{}",
+    "model/model.safetensors": b"weights" * 1000,
+    "model/training_args.bin": b"pickle",
+    "model/trainer_state.json": b"{}",
+    "model/llava_qwen.py": b"code",
+    "model/fastvithd.mlpackage/Data/weights/weight.bin": b"bin",
+    "model/LICENSE_MODEL": b"licence",
+    "model/onnx/config.json": b"{}",
+    "__MACOSX/model/._config.json": b"finder",
+}
+
+
+@pytest.fixture
+def write_zip(tmp_path: Path) -> Callable[..., Path]:
+    def write(files: dict[str | zipfile.ZipInfo, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+        with zipfile.ZipFile(tmp_path / "archive.zip", "w", compression) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return tmp_path / "archive.zip"
+
+    return write
+
+
+def unpacked(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_needed_files_are_unpacked_without_common_folder(write_zip: Callable[..., Path], tmp_path: Path) -> None:
+    names = unpack(write_zip(GOOD), tmp_path / "out", is_needed)
+    kept = {"config.json", "model.safetensors", "fastvithd.mlpackage/Data/weights/weight.bin", "LICENSE_MODEL"}
+    assert set(names) == unpacked(tmp_path / "out") == kept
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == GOOD["model/model.safetensors"]
+
+
+def test_archive_without_a_common_folder_is_unpacked_as_is(write_zip: Callable[..., Path], tmp_path: Path) -> None:
+    files = {name.removeprefix("model/"): content for name, content in GOOD.items()}
+    assert "config.json" in unpack(write_zip(files), tmp_path / "out", is_needed)
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("/etc/config.json", "is not a plain relative path"),
+        ("C:/config.json", "is not a plain relative path"),
+        ("model\\..\\config.json", "is not a plain relative path"),
+        ("../config.json", "leads out of its folder"),
+        ("model/../../config.json", "leads out of its folder"),
+        (link("model/config.json"), "is a link"),
+        ("model/CONFIG.json", "is in it twice"),
+        ("../../unneeded.py", "leads out of its folder"),
+    ],
+)
+def test_hostile_members_stop_the_unpacking(
+    write_zip: Callable[..., Path], tmp_path: Path, member: str | zipfile.ZipInfo, message: str
+) -> None:
+    first = {} if isinstance(member, zipfile.ZipInfo) else {"model/config.json": b"{}"}
+    archive = write_zip({**first, member: b"../../target"})
+    with pytest.raises(DownloadError, match=message):
+        unpack(archive, tmp_path / "out", is_needed)
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"archive.zip"}
+
+
+def test_zip_bombs_are_not_unpacked(write_zip: Callable[..., Path], tmp_path: Path) -> None:
+    archive = write_zip({"config.json": b"{}", "model.safetensors": bytes(40 * 2**20)})
+    with pytest.raises(DownloadError, match=r"would unpack to 41,943,042, so it is not a checkpoint"):
+        unpack(archive, tmp_path / "out", is_needed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_files_are_not_unpacked(write_zip: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="must have at most 10000 files, got 10001"):
+        unpack(write_zip({f"{i}.json": b"" for i in range(10_001)}), tmp_path / "out", is_needed)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "no zip", "smaller size", "encrypted"])
+def test_damaged_archives_are_refused(write_zip: Callable[..., Path], tmp_path: Path, fault: str) -> None:
+    archive = write_zip({"model.safetensors": b"weights" * 1000, "config.json": b"{}"}, zipfile.ZIP_STORED)
+    content = bytearray(archive.read_bytes())
+    central = content.rindex(b"PK\x01\x02", 0, content.rindex(b"config.json"))
+    if fault == "truncated":
+        content = content[:5000]
+    elif fault == "flipped":
+        content[3000] ^= 1
+    elif fault == "no zip":
+        content = bytearray(b"<html>not found</html>")
+    elif fault == "smaller size":
+        content[central + 24 : central + 28] = (1).to_bytes(4, "little")
+    else:
+        content[central + 8] |= 1
+    archive.write_bytes(content)
+    with pytest.raises(DownloadError):
+        unpack(archive, tmp_path / "out", is_needed)

@@ -1,4 +1,4 @@
-"""A file over HTTP in several goes: what is resumed, what is begun anew, what is refused."""
+"""Resumable downloads over HTTP: interruptions resume, changed files restart, wrong answers are refused."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def url(server: Any) -> str:
 
 def interrupt(server: Any, url: str, target: Path) -> None:
     server.cut_after = CUT
-    with pytest.raises(DownloadError, match=r"cut off after 3,000,000 of 5,120,000 bytes .*run the same command again"):
+    with pytest.raises(DownloadError, match=r"interrupted after 3,000,000 of 5,120,000 bytes .*Run the command again"):
         fetch(url, target)
     assert not target.exists()
     assert target.with_name("archive.zip.part").stat().st_size == CUT
 
 
-def test_whole_file_arrives_with_its_hash(server: Any, url: str, tmp_path: Path) -> None:
+def test_complete_file_is_written_and_its_hash_returned(server: Any, url: str, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     digest = fetch(url, tmp_path / "archive.zip", sha256=SHA256, on_progress=lambda *counts: seen.append(counts))
     assert digest == SHA256
@@ -40,7 +40,7 @@ def test_whole_file_arrives_with_its_hash(server: Any, url: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["archive.zip"]
 
 
-def test_interrupted_file_goes_on_where_it_was(server: Any, url: str, tmp_path: Path) -> None:
+def test_interrupted_file_is_resumed(server: Any, url: str, tmp_path: Path) -> None:
     target = tmp_path / "archive.zip"
     interrupt(server, url, target)
     assert fetch(url, target) == SHA256
@@ -49,7 +49,9 @@ def test_interrupted_file_goes_on_where_it_was(server: Any, url: str, tmp_path: 
 
 
 @pytest.mark.parametrize("ignore_if_range", [False, True])
-def test_changed_file_is_begun_anew(server: Any, url: str, tmp_path: Path, ignore_if_range: bool) -> None:
+def test_changed_file_is_downloaded_from_the_start(
+    server: Any, url: str, tmp_path: Path, ignore_if_range: bool
+) -> None:
     target = tmp_path / "archive.zip"
     interrupt(server, url, target)
     server.files["/archive.zip"] = changed = CONTENT[::-1]
@@ -59,7 +61,7 @@ def test_changed_file_is_begun_anew(server: Any, url: str, tmp_path: Path, ignor
 
 
 @pytest.mark.parametrize("notes", ["", "{}", '{"url": "http://elsewhere/", "size": 5120000, "validator": "x"}'])
-def test_part_without_a_fitting_description_is_begun_anew(server: Any, url: str, tmp_path: Path, notes: str) -> None:
+def test_part_without_a_matching_description_is_discarded(server: Any, url: str, tmp_path: Path, notes: str) -> None:
     target = tmp_path / "archive.zip"
     interrupt(server, url, target)
     (tmp_path / "archive.zip.part.json").write_text(notes)
@@ -70,7 +72,7 @@ def test_part_without_a_fitting_description_is_begun_anew(server: Any, url: str,
     assert target.read_bytes() == CONTENT
 
 
-def test_server_that_refuses_the_range_is_asked_for_all(server: Any, url: str, tmp_path: Path) -> None:
+def test_refused_range_is_followed_by_a_full_request(server: Any, url: str, tmp_path: Path) -> None:
     target = tmp_path / "archive.zip"
     interrupt(server, url, target)
     server.files["/archive.zip"] = changed = CONTENT[:1000]
@@ -79,7 +81,7 @@ def test_server_that_refuses_the_range_is_asked_for_all(server: Any, url: str, t
 
 
 def test_wrong_hash_removes_the_file(url: str, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=rf"has sha256 {SHA256}, it should be {'0' * 64}: it was removed"):
+    with pytest.raises(DownloadError, match=rf"sha256 must be {'0' * 64}, got {SHA256}\. The file was removed"):
         fetch(url, tmp_path / "archive.zip", sha256="0" * 64)
     assert not (tmp_path / "archive.zip").exists()
     assert not (tmp_path / "archive.zip.part").exists()
@@ -88,13 +90,13 @@ def test_wrong_hash_removes_the_file(url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"status": 404}, "there is no such file"),
-        ({"status": 503}, "the server answers 503"),
-        ({"claimed_length": 10**15}, "does not tell a size that can be"),
-        ({"claimed_length": len(CONTENT) + 7}, "cut off after 5,120,000 of 5,120,007"),
+        ({"status": 404}, "file not found"),
+        ({"status": 503}, "the server answered 503"),
+        ({"claimed_length": 10**15}, "invalid Content-Length"),
+        ({"claimed_length": len(CONTENT) + 7}, "interrupted after 5,120,000 of 5,120,007"),
     ],
 )
-def test_answers_that_are_no_file_are_refused(
+def test_wrong_answers_are_refused(
     server: Any, url: str, tmp_path: Path, setting: dict[str, int], message: str
 ) -> None:
     for name, value in setting.items():
@@ -104,18 +106,18 @@ def test_answers_that_are_no_file_are_refused(
     assert not (tmp_path / "archive.zip").exists()
 
 
-def test_server_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_unreachable_server_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="cannot be reached"):
         fetch("http://127.0.0.1:9/archive.zip", tmp_path / "archive.zip")
 
 
-def test_room_is_looked_for_first(server: Any, url: str, tmp_path: Path) -> None:
+def test_disk_space_is_checked_first(server: Any, url: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not enough space"):
-        fetch(url, tmp_path / "archive.zip", room=10**12)
+        fetch(url, tmp_path / "archive.zip", disk_factor=10**12)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_description_of_a_part_is_readable(server: Any, url: str, tmp_path: Path) -> None:
     interrupt(server, url, tmp_path / "archive.zip")
-    said = json.loads((tmp_path / "archive.zip.part.json").read_text())
-    assert said == {"url": url, "size": len(CONTENT), "validator": f'"{SHA256}"'}
+    noted = json.loads((tmp_path / "archive.zip.part.json").read_text())
+    assert noted == {"url": url, "size": len(CONTENT), "validator": f'"{SHA256}"'}

@@ -1,4 +1,4 @@
-"""The hub's client against a server on this machine: what is fetched, checked, and said when it goes wrong."""
+"""Downloads through the hub's client from a local server: needed files, hashes, resuming and error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HUB_ID = "someone/FastVLM-tiny"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub cache of the test's own."""
+    """An empty hub cache."""
     folder = tmp_path / "cache"
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if hasattr(huggingface_hub.constants, name):
@@ -36,14 +36,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files(serve_repository: Callable[..., None]) -> dict[str, bytes]:
-    """Those of `tiny`."""
+    """The files of `tiny`."""
     names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     files = {name: (TINY_FOLDER / name).read_bytes() for name in names}
     serve_repository(HUB_ID, {**files, "llava_qwen.py": b"code", "onnx/model.onnx": b"x", "pytorch_model.bin": b"p"})
     return files
 
 
-def test_needed_files_arrive_in_a_folder(server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_needed_files_are_downloaded_to_a_folder(
+    server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
     stages: list[str] = []
     folder = download_from_hub(HUB_ID, tmp_path / "to" / "model", endpoint=server.url, on_stage=stages.append)
     record = json.loads((folder / "fastvlm-download.json").read_text())
@@ -55,22 +57,22 @@ def test_needed_files_arrive_in_a_folder(server: Any, cache: Path, files: dict[s
     assert f"fetch {len(files)} files" in stages[1]
 
 
-def test_folder_that_is_there_already_is_not_fetched_again(
+def test_complete_folder_is_not_downloaded_again(
     server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """As after a Ctrl-C that came with the last rename."""
+    """For example after a Ctrl-C during the last rename."""
     download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
     server.asked.clear()
     stages: list[str] = []
     assert download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url, on_stage=stages.append).is_dir()
     assert not any("/resolve/" in path for path, _ in server.asked)
-    assert stages[-1].endswith("holds this revision already")
+    assert stages[-1].endswith("already has this revision")
     (tmp_path / "model" / "fastvlm-download.json").write_text('{"hub_id": "another/model"}')
     with pytest.raises(OutputError, match="is not empty"):
         download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
 
 
-def test_files_that_are_gone_are_fetched_again_and_only_those(
+def test_only_missing_files_are_downloaded_again(
     server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
@@ -86,24 +88,26 @@ def test_files_that_are_gone_are_fetched_again_and_only_those(
     assert [path.name for path in tmp_path.iterdir() if path != cache] == ["model"]
 
 
-def test_file_of_another_size_is_told_and_stays(
+def test_file_of_another_size_is_reported_and_kept(
     server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"config.json is not the file of .* bytes .*: move it away and run the same"):
+    with pytest.raises(
+        OutputError, match=r"config.json: is not the downloaded file of .* bytes\. Move it away and run"
+    ):
         download_from_hub(HUB_ID, folder, endpoint=server.url)
     assert (folder / "config.json").read_text() == "{}"
 
 
-def test_hub_that_is_not_reached_is_told_as_apple_s_server_is(cache: Path, tmp_path: Path) -> None:
-    """Nothing has begun that could be gone on with."""
-    with pytest.raises(DownloadError, match=r"the hub cannot be reached \(.+\): check the connection and try again"):
+def test_unreachable_hub_is_reported_like_apples_server(cache: Path, tmp_path: Path) -> None:
+    """Nothing was received that could be resumed."""
+    with pytest.raises(DownloadError, match=r"the hub cannot be reached \(.+\)\. Check the connection and try again"):
         download_from_hub(HUB_ID, tmp_path / "model", endpoint="http://127.0.0.1:9")
     assert not (tmp_path / "model").exists()
 
 
-def test_hub_id_opens_once_it_is_in_the_cache(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+def test_hub_id_opens_once_it_is_cached(server: Any, cache: Path, files: dict[str, bytes]) -> None:
     with pytest.raises(ModelReferenceError, match=f"`fastvlm download {HUB_ID}`"):
         open_checkpoint(HUB_ID)
     folder = download_from_hub(HUB_ID, endpoint=server.url)
@@ -113,15 +117,13 @@ def test_hub_id_opens_once_it_is_in_the_cache(server: Any, cache: Path, files: d
     assert checkpoint.name == "FastVLM-tiny"
 
 
-def test_only_revision_in_the_cache_is_the_one_that_is_meant(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+def test_only_cached_revision_is_opened(server: Any, cache: Path, files: dict[str, bytes]) -> None:
     download_from_hub(HUB_ID, revision="c" * 40, endpoint=server.url)
     assert open_checkpoint(HUB_ID).name == "FastVLM-tiny"
 
 
-def test_branch_is_known_to_the_cache_once_all_of_it_is_there(
-    server: Any, cache: Path, files: dict[str, bytes]
-) -> None:
-    """So that an earlier revision is the one that is meant until then."""
+def test_branch_is_in_the_cache_once_it_is_complete(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    """Until then an earlier revision is opened."""
     refs = cache / f"models--{HUB_ID.replace('/', '--')}" / "refs"
     path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
     good = server.files[path]
@@ -136,17 +138,15 @@ def test_branch_is_known_to_the_cache_once_all_of_it_is_there(
     assert [file.name for file in refs.iterdir()] == ["main"]
 
 
-def test_hub_is_asked_once_what_a_branch_is(server: Any, cache: Path, files: dict[str, bytes]) -> None:
-    """A branch that moves amid a download does not mix the files of two commits."""
+def test_commit_of_a_branch_is_requested_once(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    """A branch that moves during a download does not mix the files of two commits."""
     assert download_from_hub(HUB_ID, endpoint=server.url).name == "c" * 40
     assert [path for path, _ in server.asked if path.startswith("/api/")] == [f"/api/models/{HUB_ID}"]
     assert {path.split("/")[4] for path, _ in server.asked if "/resolve/" in path} == {"c" * 40}
 
 
-def test_ctrl_c_ends_a_download_amid_a_file_and_whole_files_stay(
-    server: Any, cache: Path, files: dict[str, bytes]
-) -> None:
-    """The file itself would take minutes."""
+def test_ctrl_c_ends_a_download_and_complete_files_stay(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+    """The whole file would take minutes."""
     path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
     server.bytes_per_second = 50_000
     command = [sys.executable, "-m", "fastvlm.cli.main", "download", HUB_ID]
@@ -168,20 +168,18 @@ def test_ctrl_c_ends_a_download_amid_a_file_and_whole_files_stay(
     assert open_checkpoint(HUB_ID).name == "FastVLM-tiny"
 
 
-def test_part_of_a_checkpoint_in_the_cache_says_what_to_do(server: Any, cache: Path, files: dict[str, bytes]) -> None:
+def test_incomplete_cached_checkpoint_names_the_command(server: Any, cache: Path, files: dict[str, bytes]) -> None:
     folder = download_from_hub(HUB_ID, endpoint=server.url)
     (folder / "model.safetensors").unlink()
     with pytest.raises(Exception, match=rf"no \*.safetensors.*run `fastvlm download {HUB_ID}`"):
         open_checkpoint(HUB_ID)
 
 
-def test_content_with_another_hash_is_removed(
-    server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_file_with_another_hash_is_removed(server: Any, cache: Path, files: dict[str, bytes], tmp_path: Path) -> None:
     path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"
     good = server.files[path]
     server.files[path] = good[:-1] + bytes([good[-1] ^ 1])
-    with pytest.raises(DownloadError, match=r"model.safetensors has another sha256 than the hub says.*was removed"):
+    with pytest.raises(DownloadError, match=r"model.safetensors: has another sha256 than on the hub.*was removed"):
         download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
     assert not (tmp_path / "model").exists()
     server.files[path] = good
@@ -189,7 +187,7 @@ def test_content_with_another_hash_is_removed(
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == good
 
 
-def test_what_the_hub_refuses_is_told(server: Any, cache: Path, tmp_path: Path) -> None:
+def test_hub_error_is_one_message(server: Any, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="nobody/nothing"):
         download_from_hub("nobody/nothing", endpoint=server.url)
     with pytest.raises(DownloadError, match="cannot be reached"):
@@ -212,16 +210,16 @@ def test_what_the_hub_refuses_is_told(server: Any, cache: Path, tmp_path: Path) 
         b'{"id": "x", "sha": "COMMIT", "siblings": [{"rfilename": "config.json", "size": 2, "lfs": {"sha256": 3}}]}',
     ],
 )
-def test_answer_that_is_no_hub_s_is_told(server: Any, cache: Path, tmp_path: Path, answer: bytes) -> None:
-    """As a login page's, or a hostile one: the client itself would read /dev/zero to its end."""
+def test_malformed_answer_is_refused(server: Any, cache: Path, tmp_path: Path, answer: bytes) -> None:
+    """A login page's answer, or a hostile one, for which the client itself would read /dev/zero endlessly."""
     for path in (f"/api/models/{HUB_ID}", f"/api/models/{HUB_ID}/revision/main"):
         server.files[path] = answer.replace(b"COMMIT", b"c" * 40)
-    with pytest.raises(DownloadError, match=r"answer is not understood .*check the connection and HF_ENDPOINT"):
+    with pytest.raises(DownloadError, match=r"answer is malformed .*Check the connection and HF_ENDPOINT"):
         download_from_hub(HUB_ID, tmp_path / "model", endpoint=server.url)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_offline_mode_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         download_from_hub(HUB_ID)
@@ -231,5 +229,5 @@ def test_repository_without_a_checkpoint_is_refused(
     server: Any, cache: Path, serve_repository: Callable[..., None]
 ) -> None:
     serve_repository(HUB_ID, {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(DownloadError, match=r"holds no checkpoint .*; found config.json"):
+    with pytest.raises(DownloadError, match=r"must have a checkpoint .*, got config.json"):
         download_from_hub(HUB_ID, endpoint=server.url)
