@@ -13,7 +13,7 @@ from .progress import megabytes
 
 if TYPE_CHECKING:
     from ..export.package_report import PackageReport
-    from ..export.placement import Placement
+    from ..models.compute_plan import Placement
 
 LISTED_PLACES = 5
 
@@ -27,16 +27,24 @@ def inspect_command(
 ) -> None:
     """What a package holds, and which rules of the Neural Engine it breaks. Exit 1 on a broken rule."""
     from ..export.package_report import inspect
-    from ..export.placement import placement
 
     report = inspect(path)
-    found = placement(report.path) if with_placement else None
+    found = placement_of(report.path) if with_placement else None
     if as_json:
         places = {} if found is None else {"placement": found.as_dict()}
         typer.echo(json.dumps({**report.as_dict(), **places}, indent=2))
     else:
         typer.echo("\n".join((*lines(report), *(placement_lines(found) if found else ()))))
     raise typer.Exit(1 if report.errors else 0)
+
+
+def placement_of(package: Path) -> Placement:
+    """The package's placement, from the compiled copy that `generate` uses: compiling for the engine takes minutes."""
+    from ..models.compute_plan import check_plans, placement
+    from ..runtime.engine_share import compiled_copy
+
+    check_plans()
+    return placement(compiled_copy(package))
 
 
 def lines(report: PackageReport) -> Iterator[str]:

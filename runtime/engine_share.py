@@ -1,0 +1,87 @@
+"""How much of the vision encoder's work Core ML gives to the Neural Engine, kept next to the compiled copy.
+
+On some systems the engine's compiler fails, and Core ML runs the package on the CPU without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..models.compute_plan import Placement, placement
+from ..models.errors import FastVLMError, MachineError
+from .compiled_cache import SHARES, CompiledCache
+
+ENGINE_UNITS = ("CPU_AND_NE", "ALL")
+"""The compute units that may use the engine."""
+
+EXPECTED_SHARE = 0.9
+"""Share of the estimated cost, 0 to 1: such encoders have 0.99 of it on the engine, and a fallback has next to none."""
+
+Plan = Callable[[Path, str], Placement]
+
+
+def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: CompiledCache | None = None) -> Path:
+    """The compiled copy of a package in the cache, made first where there is none.
+
+    Raises:
+        MachineError: this machine is not a Mac.
+        PackageError: the package does not compile.
+        OutputError: the cache folder cannot be written.
+    """
+    from .encoders import CoreMLTools
+
+    return (cache or CompiledCache()).compiled(package, CoreMLTools(compute_units))
+
+
+def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> float | None:
+    """The share of the estimated cost that Core ML places on the engine, 0 to 1.
+
+    It is found once for a compiled copy, in a process of its own, which takes seconds. None where it cannot be known:
+    off a Mac, before macOS 14.4, where the plan fails, and for compute units without the engine.
+    """
+    if compute_units not in ENGINE_UNITS:
+        return None
+    shares = _recorded(compiled)
+    if compute_units not in shares:
+        try:
+            shares[compute_units] = plan(compiled, compute_units).engine_share
+        except MachineError:  # another system, or a crash that need not come again
+            return None
+        except FastVLMError:
+            shares[compute_units] = None
+        _record(compiled, shares)
+    return shares[compute_units]
+
+
+def share_note(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> str | None:
+    """A note where less than EXPECTED_SHARE of the work is on the engine. Finds the share where it is not recorded."""
+    share = engine_share(compiled, compute_units, plan)
+    if share is None or share >= EXPECTED_SHARE:
+        return None
+    return (
+        f"Core ML places {share:.0%} of the vision encoder's work on the Neural Engine ({compute_units}), and the rest "
+        "on slower units: `fastvlm inspect FOLDER --placement` lists the operations"
+    )
+
+
+def _recorded(compiled: Path) -> dict[str, float | None]:
+    try:
+        found = json.loads(compiled.with_suffix(SHARES).read_text(encoding="utf-8"))
+        return {str(units): None if share is None else float(share) for units, share in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _record(compiled: Path, shares: dict[str, float | None]) -> None:
+    """Writes by rename; a cache that cannot be written only costs the time of another plan."""
+    with contextlib.suppress(OSError):
+        workplace = Path(tempfile.mkdtemp(prefix=".compiling-", dir=compiled.parent))
+        try:
+            (workplace / "shares").write_text(json.dumps(shares), encoding="utf-8")
+            (workplace / "shares").replace(compiled.with_suffix(SHARES))
+        finally:
+            workplace.rmdir()
