@@ -21,6 +21,9 @@ ENGINE_UNITS = ("CPU_AND_NE", "ALL")
 EXPECTED_SHARE = 0.9
 """Share of the estimated cost, 0 to 1: such encoders have 0.99 of it on the engine, and a fallback has next to none."""
 
+MIN_ENGINE_SHARE = 0.5
+"""Share of the estimated cost, 0 to 1, below which a result is not called the engine's: it has the smaller part."""
+
 Plan = Callable[[Path, str], Placement]
 
 
@@ -55,6 +58,11 @@ def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Pla
             shares[compute_units] = None
         _record(compiled, shares)
     return shares[compute_units]
+
+
+def planned_share(package: Path, compute_units: str = ENGINE_UNITS[0]) -> float | None:
+    """Returns `engine_share` of a package's compiled copy. Raises MachineError, PackageError, OutputError."""
+    return engine_share(compiled_copy(package, compute_units), compute_units)
 
 
 def share_note(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> str | None:

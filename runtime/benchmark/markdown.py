@@ -144,6 +144,7 @@ def _what(one: Configuration) -> str:
         f"{one.prompt_tokens} prompt tokens{reused}; "
         f"encoder {megabytes(sizes['encoder'])}, decoder {megabytes(sizes['decoder'])}; "
         f"peak memory {megabytes(one.peak_memory_bytes)}, of MLX {megabytes(one.mlx_peak_memory_bytes)}"
+        + (f"; Core ML on {plain(one.compute_units)}" if one.compute_units else "")
         + ("" if one.folder.get("trained") else "; random weights")
     )
 

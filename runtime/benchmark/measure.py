@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...models.errors import FastVLMError
 from ...models.folder_layout import PACKAGE_NAME
 from ..encoders import COMPUTE_UNITS
+from ..engine_share import ENGINE_UNITS, MIN_ENGINE_SHARE, planned_share
 from ..evaluation.report import folder_facts
 from ..fastvlm import FastVLM, load
 from ..request import Request
@@ -16,6 +19,9 @@ from ..timings import TTFT_STAGES, Clock, Timings
 from .machine import environment, peak_memory_bytes
 from .report import Configuration, Process, Run
 from .workload import Loading, Workload
+
+ShareOf = Callable[[Path, str], float | None]
+"""A package and compute units -> the engine's share of the cost. Raises FastVLMError."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,13 @@ def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -
 def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: Process) -> Configuration:
     from ...models._mlx import mx
 
-    units = (loading.compute_units or COMPUTE_UNITS[0]) if model.encoder.name == "coreml" else None
+    units = compute_units_of(model, loading)
+    share, remark = planned(model.folder.package, units)
     return Configuration(
         label=model.folder.path.resolve().name,
         folder=folder_facts(model.folder),
         vision=model.encoder.name,
-        compute_units=units,
+        compute_units=units_label(units, share),
         kv_bits=loading.kv_bits,
         decoder=str(mx.default_device()),
         image_size=model.config.image_size,
@@ -87,9 +94,48 @@ def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: 
         prompt_tokens=timings.prompt_tokens,
         reused_tokens=timings.reused_tokens,
         sizes_bytes=sizes_bytes(model.folder.path),
-        notes=tuple(model.notes),
+        notes=(*model.notes, remark) if remark else tuple(model.notes),
         processes=(process,),
+        engine_share=share,
     )
+
+
+def compute_units_of(model: FastVLM, loading: Loading) -> str | None:
+    """Returns the compute units that Core ML was asked for, None for another backend."""
+    if model.encoder.name != "coreml":
+        return None
+    return getattr(model.encoder, "compute_units", None) or loading.compute_units or COMPUTE_UNITS[0]
+
+
+def planned(package: Path, compute_units: str | None, share_of: ShareOf = planned_share) -> tuple[float | None, str]:
+    """Returns the engine's share of the compute plan, and a note where the times may not be the engine's."""
+    if compute_units not in ENGINE_UNITS:
+        return None, ""
+    try:
+        share = share_of(package, compute_units)
+        reason = "Core ML has no compute plan for it (macOS 14.4 or newer makes plans)"
+    except FastVLMError as error:
+        share, reason = None, str(error)
+    if share is None:
+        return None, f"it is unknown whether the Neural Engine ran the vision encoder: {reason}"
+    if share >= MIN_ENGINE_SHARE:
+        return share, ""
+    return share, (
+        f"Core ML plans {percent(share)} of the vision encoder's cost for the Neural Engine: these are not the "
+        "engine's times. Run fastvlm verify FOLDER --on-device, and see fastvlm inspect FOLDER --placement"
+    )
+
+
+def units_label(compute_units: str | None, share: float | None) -> str | None:
+    """Returns the name of a row's compute units, with the engine's share where that is the smaller part."""
+    if compute_units is None or share is None or share >= MIN_ENGINE_SHARE:
+        return compute_units
+    return f"{compute_units} (engine {percent(share)})"
+
+
+def percent(share: float) -> str:
+    """Returns whole percent, rounded down: a share below the bar never looks like the bar."""
+    return f"{int(100 * share)} %"
 
 
 def sizes_bytes(folder: Path) -> dict[str, int]:

@@ -59,6 +59,7 @@ def configuration_from(values: Mapping[str, Any]) -> Configuration:
         sizes_bytes={name: _count(sizes, name) for name in ("encoder", "decoder", "other")},
         notes=_texts(values, "notes"),
         processes=_several(values, "processes", process_from),
+        engine_share=None if values.get("engine_share") is None else _share(values, "engine_share"),
     )
 
 
@@ -108,6 +109,13 @@ def _number(values: Mapping[str, Any], key: str) -> float:
     if not isinstance(found, int | float) or isinstance(found, bool) or not 0 <= found < MOST:  # False for NaN too
         raise ReportError(f"{key} must be a number of at least 0 (got {found!r:.60})")
     return float(found)
+
+
+def _share(values: Mapping[str, Any], key: str) -> float:
+    found = _number(values, key)
+    if found > 1:
+        raise ReportError(f"{key} must be a share from 0 to 1 (got {found:g})")
+    return found
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:

@@ -12,7 +12,10 @@ number. Times are milliseconds of wall clock, sizes are bytes.
         label           name in tables
         folder          path, trained, and from its manifest: source, recipe, tools
         vision          backend of the encoder: coreml, mlx or reference
-        compute_units   the compute units of coreml, null for other backends and in older files
+        compute_units   the compute units of coreml, null for other backends and in older files. Where Core ML plans
+                        less than half of the cost for the engine, its share follows: "CPU_AND_NE (engine 12 %)"
+        engine_share    share of the estimated cost, 0 to 1, that Core ML plans for the Neural Engine; null where it is
+                        unknown, for compute units without the engine, and in older files
         kv_bits         8 for a KV cache in 8 bits, else null, as in older files
         decoder         device of the decoder
         image_size      side of the encoder's square in pixels, and image_tokens, the positions of an image
@@ -153,6 +156,7 @@ class Configuration:
     sizes_bytes: dict[str, int]
     notes: tuple[str, ...]
     processes: tuple[Process, ...]
+    engine_share: float | None = None
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -201,8 +205,8 @@ class Configuration:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the entry of a report's `configurations`."""
-        names = ("label", "folder", "vision", "compute_units", "kv_bits", "decoder", "image_size", "image_tokens",
-                 "prompt_tokens", "reused_tokens", "sizes_bytes")  # fmt: skip
+        names = ("label", "folder", "vision", "compute_units", "engine_share", "kv_bits", "decoder", "image_size",
+                 "image_tokens", "prompt_tokens", "reused_tokens", "sizes_bytes")  # fmt: skip
         return {
             **{name: getattr(self, name) for name in names},
             "notes": list(self.notes),

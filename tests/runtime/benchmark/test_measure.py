@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from fastvlm.models.errors import FastVLMError, MachineError, PackageError
 from fastvlm.runtime import generate as generate_module
 from fastvlm.runtime import start as start_module
-from fastvlm.runtime.benchmark.measure import answer, sizes_bytes
+from fastvlm.runtime.benchmark import measure as measure_module
+from fastvlm.runtime.benchmark.markdown import about, report
+from fastvlm.runtime.benchmark.measure import answer, measure, planned, sizes_bytes, units_label
+from fastvlm.runtime.benchmark.report import Benchmark
 from fastvlm.runtime.benchmark.workload import Workload
 from fastvlm.runtime.fastvlm import FastVLM
 
@@ -50,3 +56,61 @@ def test_sizes_are_by_part(write_folder: Callable[..., Path]) -> None:
     assert sizes["encoder"] == 2  # the dummy package's `{}`
     assert sizes["decoder"] == (folder / "model.safetensors").stat().st_size
     assert sum(sizes.values()) == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def shares(share: float | FastVLMError | None) -> Callable[[Path, str], float | None]:
+    """Stands in for Core ML's compute plan."""
+
+    def share_of(package: Path, compute_units: str) -> float | None:
+        if isinstance(share, FastVLMError):
+            raise share
+        return share
+
+    return share_of
+
+
+@pytest.mark.parametrize(
+    ("units", "share", "label"),
+    [
+        ("CPU_AND_NE", 0.99, "CPU_AND_NE"),
+        ("CPU_AND_NE", 0.5, "CPU_AND_NE"),
+        ("CPU_AND_NE", 0.4999, "CPU_AND_NE (engine 49 %)"),
+        ("ALL", 0.0, "ALL (engine 0 %)"),
+        ("CPU_AND_NE", None, "CPU_AND_NE"),
+        (None, None, None),
+    ],
+)
+def test_row_is_the_engines_from_half_of_the_cost(units: str | None, share: float | None, label: str | None) -> None:
+    assert units_label(units, share) == label
+
+
+def test_small_share_of_the_engine_is_noted_with_its_number() -> None:
+    share, note = planned(Path("a"), "CPU_AND_NE", shares(0.12))
+    assert share == 0.12 and "plans 12 % of the vision encoder's cost" in note and "--on-device" in note
+    assert planned(Path("a"), "CPU_AND_NE", shares(0.97)) == (0.97, "")
+
+
+@pytest.mark.parametrize("share", [None, MachineError("macOS is too old"), PackageError("it does not compile")])
+def test_unknown_share_is_noted(share: float | FastVLMError | None) -> None:
+    found, note = planned(Path("a"), "ALL", shares(share))
+    assert found is None and note.startswith("it is unknown whether the Neural Engine ran the vision encoder: ")
+
+
+@pytest.mark.parametrize("units", ["CPU_ONLY", "CPU_AND_GPU", None])
+def test_units_without_the_engine_need_no_plan(units: str | None) -> None:
+    assert planned(Path("a"), units, shares(PackageError("asked"))) == (None, "")
+
+
+def test_fallback_reaches_every_form_of_the_report(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlm.encoder, "name", "coreml", raising=False)
+    monkeypatch.setattr(vlm.encoder, "compute_units", "CPU_AND_NE", raising=False)
+    monkeypatch.setattr(measure_module, "load", lambda *_, **__: vlm)
+    monkeypatch.setattr(measure_module, "planned", lambda package, units: planned(package, units, shares(0.12)))
+    found = measure("folder", Workload(max_tokens=2, runs=1, warmup=0))
+    one = found.configuration
+    assert (one.compute_units, one.engine_share) == ("CPU_AND_NE (engine 12 %)", 0.12)
+    assert "12 %" in one.notes[-1]
+    assert one.as_dict()["engine_share"] == 0.12
+    benchmark = Benchmark("2026-01-01T00:00:00+00:00", found.environment, Workload().as_dict(), (one,))
+    assert any("coreml (CPU_AND_NE (engine 12 %))" in line for line in about(benchmark))
+    assert "Core ML on CPU_AND_NE (engine 12 %)" in next(iter(report(benchmark)))

@@ -17,7 +17,8 @@ from fastvlm.runtime.benchmark.report import Benchmark
 
 def test_written_report_is_read_back(benchmark_of: Callable[..., Benchmark], make: Callable, tmp_path: Path) -> None:
     found = benchmark_of(
-        make([[30.0, 31.0], [29.0, 32.0]]), make(label="other", notes=("a note",), compute_units="ALL", kv_bits=8)
+        make([[30.0, 31.0], [29.0, 32.0]]),
+        make(label="other", notes=("a note",), compute_units="ALL", engine_share=0.75, kv_bits=8),
     )
     file = tmp_path / "b.json"
     file.write_text(json.dumps(found.as_dict()))
@@ -26,7 +27,7 @@ def test_written_report_is_read_back(benchmark_of: Callable[..., Benchmark], mak
 
 def test_older_report_without_new_fields_is_read(benchmark_of: Callable[..., Benchmark], tmp_path: Path) -> None:
     report = benchmark_of().as_dict()
-    for name in ("compute_units", "kv_bits"):
+    for name in ("compute_units", "engine_share", "kv_bits"):
         del report["configurations"][0][name]
     file = tmp_path / "b.json"
     file.write_text(json.dumps(report))
@@ -42,6 +43,8 @@ WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     (("configurations", 0, "label"), "", "configurations[0]: label must be a string"),
     (("configurations", 0, "kv_bits"), "8", "kv_bits must be a whole number"),
     (("configurations", 0, "compute_units"), 8, "compute_units must be a string"),
+    (("configurations", 0, "engine_share"), 1.5, "engine_share must be a share from 0 to 1"),
+    (("configurations", 0, "engine_share"), "12 %", "engine_share must be a number"),
     (("configurations", 0, "image_size"), 256.0, "image_size must be a whole number"),
     (("configurations", 0, "sizes_bytes", "encoder"), -1, "encoder must be a whole number"),
     (("configurations", 0, "notes"), [1], "notes must be a list of strings"),
