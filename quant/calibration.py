@@ -17,8 +17,7 @@ import numpy as np
 
 from ..models.errors import ImageError
 from ..models.images import SUFFIXES, Fit, open_image, preprocess, to_pixel_values
-from ..models.tiny.scenes import draw_scene
-from ..models.tiny.splits import scene_seeds
+from ..models.tiny.scenes import draw_scene, scene_seeds
 
 SEEDS = {"calibration": 0, "trial": 50, "verification": 100}
 """Of the embedded sets; they share no picture."""

@@ -1,1 +1,1 @@
-"""`tiny`: a small FastVLM that was really trained, and the generator of the scenes and questions that it knows."""
+"""`tiny`, a small trained FastVLM, with the generator of its scenes and questions and its training."""

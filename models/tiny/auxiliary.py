@@ -1,4 +1,4 @@
-"""What teaches `tiny` besides its answers, from the scenes' descriptions; all of it is thrown away after training."""
+"""Auxiliary losses of `tiny` from the scenes' descriptions. Their modules are discarded after training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TOKEN_GROUPS = (
     1 + len(PLACES),
     *[1 + len(CHARACTERS)] * MAX_CHARACTERS,
 )
-"""Classes of each column of `data.Batch.tokens`; class 0 is nothing."""
+"""The number of classes of each column of `data.Batch.tokens`. Class 0 means that there is nothing."""
 
 
 class Teacher(nn.Module):
-    """Image tokens straight from a scene's description: each is the sum of a learned vector for everything it holds.
+    """Computes image tokens from a scene's description: each is the sum of learned vectors for its content.
 
-    With them the decoder learns to answer before the encoder sees anything, and the encoder, through the projector,
-    learns to make the same tokens out of pixels.
+    With these tokens the decoder learns to answer before the encoder can see. The encoder learns, through the
+    projector, to compute the same tokens from pixels.
     """
 
     def __init__(self) -> None:
@@ -33,26 +33,26 @@ class Teacher(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(classes, size) for classes in TOKEN_GROUPS)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`tokens` (B, 16, 8; see `data.Batch`) -> (B, 16, D)."""
+        """Returns (B, 16, D) for `data.Batch.tokens` (B, 16, 8)."""
         return torch.stack([table(column) for table, column in zip(self.tables, tokens.unbind(-1), strict=True)]).sum(0)
 
 
 def imitation_loss(projected: Tensor, taught: Tensor, tokens: Tensor) -> Tensor:
-    """Squared error of the projector's tokens (B, 16, D) as a share of the taught ones' variance."""
+    """Returns the squared error of the projector's tokens (B, 16, D) as a share of the teacher's variance."""
     taught = taught.detach()
     error = (projected - taught).square().mean(-1) / taught.var()  # (B, 16)
     return balanced(error, tokens.any(-1))
 
 
 class TokensHead(nn.Module):
-    """Names what is centred in each image token's patch, from the encoder's features: one layer for all tokens."""
+    """Classifies the content of each image token from the encoder's features, with one layer for all tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.classes = nn.Linear(ENCODER.out_channels, sum(TOKEN_GROUPS))
 
     def forward(self, image_features: Tensor, tokens: Tensor) -> Tensor:
-        """The sum of the groups' cross-entropies, for `image_features` (B, 16, C) and `tokens` (B, 16, 8)."""
+        """Returns the sum of the groups' cross-entropies for `image_features` (B, 16, C) and `tokens` (B, 16, 8)."""
         logits = self.classes(image_features).flatten(0, 1).split(TOKEN_GROUPS, 1)  # (B * 16, classes) each
         targets = tokens.flatten(0, 1).unbind(1)  # (B * 16,) each
         return torch.stack([balanced(F.cross_entropy(found, target, reduction="none"), target > 0)
@@ -60,7 +60,7 @@ class TokensHead(nn.Module):
 
 
 class CellsHead(nn.Module):
-    """Names what covers each cell, from the third stage's features there: every picture gives it many examples."""
+    """Classifies what covers each cell from the third stage's features. Each image has many examples."""
 
     groups = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(CHARACTERS))
 
@@ -69,9 +69,9 @@ class CellsHead(nn.Module):
         self.classes = nn.Conv2d(ENCODER.embed_dims[2], sum(self.groups), 1)
 
     def forward(self, features: Tensor, cells: Tensor) -> Tensor:
-        """The sum of the cross-entropies of shape, colour and character.
+        """Returns the sum of the cross-entropies of shape, colour and character.
 
-        `features` (B, 64, 16, 16), `cells` (B, 3, 16, 16; see `data.Batch`).
+        `features` are (B, 64, 16, 16), and `cells` are `data.Batch.cells` (B, 3, 16, 16).
         """
         logits = self.classes(features).split(self.groups, 1)
         losses = []
@@ -82,5 +82,5 @@ class CellsHead(nn.Module):
 
 
 def balanced(loss: Tensor, filled: Tensor) -> Tensor:
-    """The mean of the loss where something is and of that where nothing is: the former are few."""
+    """Returns the average of the mean losses of filled and of empty positions, because filled ones are few."""
     return (loss[filled].sum() / filled.sum().clamp(min=1) + loss[~filled].sum() / (~filled).sum().clamp(min=1)) / 2

@@ -1,18 +1,20 @@
-"""`python -m fastvlm.models.tiny.train --out DIR`: trains `tiny` from nothing, on the CPU.
+"""`python -m fastvlm.models.tiny.train --out DIR`: trains `tiny` from scratch on the CPU.
 
-Each step draws its own scenes, so that no picture is seen twice and a run that was stopped goes on exactly where its
-last saved state is. Needs the `dev` extra (transformers, whose Qwen2 is trained; matplotlib, for the loss plot).
+Each step draws its own scenes. No image is seen twice, and a stopped run resumes exactly from its last saved state.
+Training needs the `dev` extra: transformers, whose Qwen2 is trained, and matplotlib for the loss plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,48 +26,60 @@ from torch.utils.data import DataLoader
 
 from ..errors import UsageError
 from .auxiliary import CellsHead, Teacher, TokensHead, imitation_loss
-from .data import IGNORED, Batch, Batches
-from .layout import write_checkpoint
-from .network import TinyFastVLM, is_kernel
-from .place import REPORT_NAME, free_place, in_place_of
+from .data import IGNORED, Batch, Batches, learned_tokenizer
+from .network import TinyFastVLM, is_kernel, write_checkpoint
 from .questions import KINDS
-from .splits import scene_seeds
-from .tokenizer import learned_tokenizer
+from .scenes import scene_seeds
 
 STATE_NAME, LOG_NAME, PLOT_NAME = "state.pt", "log.jsonl", "loss.png"
+REPORT_NAME = "training.json"
+"""The report in a checkpoint's folder. It is written first, so that leftovers of a killed run are recognized."""
+
+KIND_PREFIX = "right/"
+"""The prefix of the log's keys for the share of right answers by kind of question."""
+LOSSES = (
+    ("answers", "#1f6fb4", "answers"),
+    ("tokens", "#c8781e", "tokens (auxiliary)"),
+    ("cells", "#6a9a3b", "cells (auxiliary)"),
+    ("imitation", "#8a63b0", "imitation of the teacher (share of variance)"),
+)
+"""The plotted losses: key in the log, colour, label."""
+
+VALIDATE_EVERY = 300
+"""The number of steps between two validations."""
+VALIDATION_SCENES = 192
+"""The number of scenes of a validation."""
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
+    """The hyperparameters of a training run."""
+
     steps: int = 5400
     batch_size: int = 24
-    """Scenes per step."""
+    """The number of scenes per step."""
     questions: int = 6
-    """About each scene."""
+    """The number of questions about each scene."""
     learning_rate: float = 1.2e-3
-    """After warm-up; it falls along a cosine to a hundredth of it."""
+    """The learning rate after warm-up. It falls along a cosine to a hundredth."""
     warmup_steps: int = 150
     weight_decay: float = 0.05
     auxiliary_weight: float = 0.5
-    """Of each loss besides the answers'."""
+    """The weight of each loss other than the answers' loss."""
     taught_share: float = 0.35
-    """For this share of the steps the decoder reads the teacher's tokens, for as many scenes as there are."""
+    """The share of the steps, from the first, in which the decoder reads the teacher's tokens of all scenes."""
     blended_share: float = 0.2
-    """And over this share more and more scenes' tokens come from the encoder instead, until all do."""
+    """The share of the steps after that in which the encoder's tokens gradually replace the teacher's."""
     seed: int = 0
 
     def seen_at(self, step: int) -> int:
-        """For how many scenes of a batch the decoder reads the encoder's tokens."""
+        """Returns the number of scenes in a batch for which the decoder reads the encoder's tokens."""
         progress = (step / self.steps - self.taught_share) / self.blended_share
         return round(self.batch_size * min(1.0, max(0.0, progress)))
 
 
-VALIDATE_EVERY = 300
-VALIDATION_SCENES = 192
-
-
 class Trainer:
-    """A training run; its state, saved every `save_every` steps, and its log are in the folder `out`."""
+    """A training run. Its log, and its state of every `save_every` steps, are in the folder `out`."""
 
     def __init__(self, recipe: TrainingRecipe, out: Path, save_every: int = 100) -> None:
         torch.manual_seed(recipe.seed)
@@ -84,9 +98,10 @@ class Trainer:
         )
         self.step = 0
         self.seconds = 0.0
-        """Spent in training so far, over all sessions."""
+        """The training time so far, over all sessions."""
 
     def run(self) -> None:
+        """Trains from the last saved state to the last step, with logs, validations and saves."""
         recipe = self.recipe
         self.resume()
         seeds = scene_seeds("train", recipe.steps * recipe.batch_size)
@@ -106,17 +121,18 @@ class Trainer:
                 self.save()
 
     def train_step(self, batch: Batch) -> dict[str, float]:
+        """Updates the weights with one batch, and returns its losses by name."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.recipe)
-        features, middle = self.network.observed_features(batch.pixel_values.float() / 255)
+        features, third_stage = self.network.features_and_third_stage(batch.pixel_values.float() / 255)
         projected, taught = self.network.mm_projector(features), self.teacher(batch.tokens)
         seen = self.recipe.seen_at(self.step)
         losses = {
             "answers": answers_loss(*answer_logits(self.network, torch.cat((projected[:seen], taught[seen:])), batch)),
             "imitation": imitation_loss(projected, taught, batch.tokens),
             "tokens": self.tokens_head(features, batch.tokens),
-            "cells": self.cells_head(middle, batch.cells),
+            "cells": self.cells_head(third_stage, batch.cells),
         }
         loss = losses["answers"] + self.recipe.auxiliary_weight * sum(list(losses.values())[1:])
         loss.backward()
@@ -126,11 +142,12 @@ class Trainer:
         return {name: value.item() for name, value in losses.items()}
 
     def validate(self) -> dict[str, float]:
-        """The share of answers without a wrong token, by kind of question, on scenes of another split."""
+        """Returns the share of answers without a wrong token by kind of question, on scenes of another split."""
         batches = Batches(self.tokenizer_json, scene_seeds("calibration", VALIDATION_SCENES), 32, len(KINDS))
         return validation_accuracy(self.network, (batches[i] for i in range(len(batches))))
 
     def log(self, values: dict[str, float]) -> None:
+        """Appends figures to the log, and prints them to stderr."""
         entry = {"step": self.step, "seconds": round(self.seconds, 1), **{k: round(v, 4) for k, v in values.items()}}
         with (self.out / LOG_NAME).open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -139,7 +156,7 @@ class Trainer:
         print(f"{self.step}/{self.recipe.steps}  {remaining / 60:.0f} min left  {figures}", file=sys.stderr, flush=True)
 
     def save(self) -> None:
-        """The state to resume from, under its name only when it is complete."""
+        """Saves the state to resume from. It gets its name once it is complete."""
         partial = self.out / f"{STATE_NAME}.partial"
         torch.save(
             {
@@ -154,12 +171,12 @@ class Trainer:
         partial.replace(self.out / STATE_NAME)
 
     def resume(self) -> None:
-        """Goes on from a saved state of the same recipe, if there is one, and drops what was logged after it."""
+        """Resumes from a saved state of the same recipe, if there is one, and drops later log entries."""
         path, log = self.out / STATE_NAME, self.out / LOG_NAME
         if path.exists():
             state = torch.load(path, weights_only=True)
             if state["recipe"] != asdict(self.recipe):
-                raise SystemExit(f"{path} belongs to another recipe, {state['recipe']}; choose another --out")
+                raise SystemExit(f"{path}: has another recipe (got {state['recipe']}). Choose another --out.")
             self.step, self.seconds = state["step"], state["seconds"]
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
@@ -171,7 +188,7 @@ class Trainer:
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; norms, biases and layer scales do not."""
+    """Returns the optimizer's groups: weight decay for matrices and kernels, none for norms, biases and scales."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return [
         {"params": [p for p in parameters if is_kernel(p)], "weight_decay": weight_decay},
@@ -180,7 +197,7 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 
 def learning_rate(step: int, recipe: TrainingRecipe) -> float:
-    """Linear warm-up, then a cosine."""
+    """Returns the learning rate of a step: linear warm-up, then a cosine."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
@@ -188,14 +205,14 @@ def learning_rate(step: int, recipe: TrainingRecipe) -> float:
 
 
 def answer_logits(network: TinyFastVLM, projected: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, vocabulary), labels (M) and answer numbers (M) of the positions inside answers."""
+    """Returns logits (M, vocabulary), labels (M) and answer numbers (M) of the positions inside answers."""
     inside = batch.labels != IGNORED
     hidden = network.hidden_states(projected, batch)[inside]  # (M, D)
     return network.logits(hidden), batch.labels[inside], batch.answer_index[inside]
 
 
 def answers_loss(logits: Tensor, labels: Tensor, answers: Tensor) -> Tensor:
-    """The mean over answers of each one's mean cross-entropy: "Yes." weighs as much as a long description."""
+    """Returns the mean over answers of their mean cross-entropy. "Yes." has the weight of a long description."""
     losses = F.cross_entropy(logits, labels, reduction="none")  # (M,)
     weights = 1 / torch.bincount(answers)[answers]
     return (losses * weights).sum() / weights.sum()
@@ -203,7 +220,7 @@ def answers_loss(logits: Tensor, labels: Tensor, answers: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def validation_accuracy(network: TinyFastVLM, batches: Iterable[Batch]) -> dict[str, float]:
-    """By kind, the share of answers whose every token is the likeliest one: what greedy decoding would get right."""
+    """Returns by kind the share of answers in which every token is the likeliest, so that greedy decoding is right."""
     network.eval()
     right: dict[str, list[bool]] = defaultdict(list)
     for batch in batches:
@@ -216,37 +233,115 @@ def validation_accuracy(network: TinyFastVLM, batches: Iterable[Batch]) -> dict[
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """What was logged; a last line that a full disk has cut off is none."""
+    """Returns the log's entries, without an incomplete last line from a full disk."""
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train `tiny` on drawn scenes; a run that was stopped goes on.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and the state")
-    parser.add_argument("--steps", type=int, default=TrainingRecipe.steps)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.out / "checkpoint"
-    free_place(checkpoint)  # before the time is spent
-    trainer = Trainer(TrainingRecipe(steps=arguments.steps), arguments.out)
-    trainer.run()
-    publish(trainer, checkpoint)
-    from .plot import plot_log
+def plot_log(entries: Sequence[dict[str, float]], path: Path) -> None:
+    """Writes a PNG: losses over steps on the left, the share of right answers by kind on the right."""
+    import matplotlib
 
-    plot_log(read_log(arguments.out / LOG_NAME), arguments.out / PLOT_NAME)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (losses, shares) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, colour, label in LOSSES:
+        if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
+            losses.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2)
+    losses.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
+    losses.legend(frameon=False)
+    kinds = sorted({name for entry in entries for name in entry if name.startswith(KIND_PREFIX)})
+    for kind in kinds:
+        points = [(entry["step"], 100 * entry[kind]) for entry in entries if kind in entry]
+        shares.plot(*zip(*points, strict=True), label=kind.removeprefix(KIND_PREFIX), linewidth=1.2, marker=".")
+    shares.set(xlabel="step", ylabel="% of answers right", ylim=(0, 101), title="Scenes never trained on")
+    if kinds:
+        shares.legend(frameon=False)
+    for axes in (losses, shares):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def check_replaceable(checkpoint: Path) -> None:
+    """Checks that training may replace `checkpoint`, and restores one that a killed run had moved away.
+
+    Raises:
+        UsageError: `checkpoint`, or one of its temporary folders, was not written by training.
+    """
+    partial, replaced = temporary_folders(checkpoint)
+    for path in (checkpoint, partial, replaced):
+        if not (path.exists() or path.is_symlink()) or _is_from_training(path):
+            continue
+        raise UsageError(
+            f"{path}: was not written by training (it has no {REPORT_NAME}), so it is not replaced. "
+            "Move it away, or choose another --out."
+        )
+    if replaced.exists() and not checkpoint.exists():
+        replaced.rename(checkpoint)
+
+
+@contextlib.contextmanager
+def replacing(checkpoint: Path) -> Iterator[Path]:
+    """Yields a folder that is renamed to `checkpoint` when the block succeeds. Write `training.json` into it first.
+
+    An earlier checkpoint is only removed after that.
+
+    Raises:
+        UsageError: `check_replaceable` failed.
+    """
+    check_replaceable(checkpoint)
+    partial, replaced = temporary_folders(checkpoint)
+    for leftover in (partial, replaced):  # of a killed run
+        _remove(leftover)
+    partial.mkdir()
+    yield partial
+    check_replaceable(checkpoint)
+    if checkpoint.exists():
+        checkpoint.rename(replaced)
+    try:
+        partial.rename(checkpoint)
+    except BaseException:  # Ctrl-C too
+        if replaced.exists() and not checkpoint.exists():
+            replaced.rename(checkpoint)
+        raise
+    _remove(replaced)
+
+
+def temporary_folders(checkpoint: Path) -> tuple[Path, Path]:
+    """Returns the folder that a new checkpoint is written to, and the one that keeps an earlier one meanwhile."""
+    return checkpoint.with_name(f"{checkpoint.name}.partial"), checkpoint.with_name(f"{checkpoint.name}.replaced")
+
+
+def _is_from_training(path: Path) -> bool:
+    """Returns True for a folder that training wrote, or an empty one."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / REPORT_NAME).is_file() or not any(path.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, `training.json` last, so that the next run still recognizes the leftovers of a killed one."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != REPORT_NAME:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def publish(trainer: Trainer, checkpoint: Path) -> None:
-    """Writes the checkpoint, which gets its name when it is whole, in place of an earlier one of training's."""
-    with in_place_of(checkpoint) as partial:
+    """Writes the checkpoint. It gets its name once it is complete, and replaces an earlier one from training."""
+    with replacing(checkpoint) as partial:
         (partial / REPORT_NAME).write_text(json.dumps(report(trainer), indent=2) + "\n")
         write_checkpoint(trainer.network, trainer.tokenizer_json, partial)
 
 
 def report(trainer: Trainer) -> dict[str, Any]:
-    """What stands beside the weights: recipe, time and the last figures."""
+    """Returns the report for the checkpoint's folder: recipe, time and the last figures."""
     last: dict[str, float] = {}
     for entry in read_log(trainer.out / LOG_NAME):
         last |= entry
@@ -258,11 +353,28 @@ def report(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def main() -> None:
+    """Parses the command line, trains, and writes the checkpoint and the loss plot."""
+    parser = argparse.ArgumentParser(description="Train `tiny` on drawn scenes. A stopped run resumes.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the log and the state")
+    parser.add_argument("--steps", type=int, default=TrainingRecipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.out / "checkpoint"
+    check_replaceable(checkpoint)  # before the time is spent
+    trainer = Trainer(TrainingRecipe(steps=arguments.steps), arguments.out)
+    trainer.run()
+    publish(trainer, checkpoint)
+    plot_log(read_log(arguments.out / LOG_NAME), arguments.out / PLOT_NAME)
+
+
 if __name__ == "__main__":
     try:
         main()
     except UsageError as reason:
         sys.exit(f"error: {reason}")
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: the same command goes on from the last saved state\n")
+        sys.stderr.write("stopped: the same command resumes from the last saved state\n")
         sys.exit(130)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...models.tiny.questions import NUMBERS, Question, is_right, questions_about
-from ...models.tiny.scenes import COLOURS, PLACES, SHAPES, draw_scene
-from ...models.tiny.splits import MAX_SCENES, scene_seeds
+from ...models.tiny.scenes import COLOURS, MAX_SCENES, PLACES, SHAPES, draw_scene, scene_seeds
 from .metrics import anls, exact_match, relaxed_accuracy, vqa_accuracy
 from .samples import DataSet, Layout, Sample
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 import fastvlm
 from fastvlm.models.tiny.questions import Question, describe, is_right
-from fastvlm.models.tiny.scenes import draw_scene
-from fastvlm.models.tiny.splits import FIRST_SEED
+from fastvlm.models.tiny.scenes import FIRST_SEED, draw_scene
 
 SAMPLES = Path(fastvlm.__file__).parent / "runtime" / "samples"
 SEEDS = {"shapes": 2_000_500_019, "word": 2_000_500_190, "number": 2_000_500_188}

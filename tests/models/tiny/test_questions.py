@@ -1,3 +1,5 @@
+"""Questions about scenes: true, unambiguous answers, and the check of a prediction."""
+
 from __future__ import annotations
 
 import re
@@ -16,7 +18,7 @@ draws = st.integers(0, 10**9).map(np.random.default_rng)
 
 @settings(max_examples=200, deadline=None)
 @given(scenes, draws)
-def test_yes_no_answers_are_true_of_the_scene(scene: Scene, draw: np.random.Generator) -> None:
+def test_yes_no_answers_match_the_scene(scene: Scene, draw: np.random.Generator) -> None:
     question = ask("yes-no", scene, draw)
     assert question is not None
     thing = re.sub(r"^(Is there|Do you see|Does the image show) |\?$", "", question.text)
@@ -33,7 +35,7 @@ def test_yes_no_answers_are_true_of_the_scene(scene: Scene, draw: np.random.Gene
 
 @settings(max_examples=200, deadline=None)
 @given(scenes, draws)
-def test_counts_are_true_of_the_scene(scene: Scene, draw: np.random.Generator) -> None:
+def test_counts_match_the_scene(scene: Scene, draw: np.random.Generator) -> None:
     question = ask("count", scene, draw)
     assert question is not None
     words = re.findall(r"[a-z]+", question.text)
@@ -50,7 +52,7 @@ THING = re.compile(
 
 @settings(max_examples=200, deadline=None)
 @given(scenes, draws)
-def test_things_asked_for_are_unmistakable_and_answered_truly(scene: Scene, draw: np.random.Generator) -> None:
+def test_questions_are_unambiguous_and_answers_right(scene: Scene, draw: np.random.Generator) -> None:
     for kind in ("colour", "shape", "where"):
         question = ask(kind, scene, draw)
         if question is None or "the text" in question.text:
@@ -70,7 +72,7 @@ def test_things_asked_for_are_unmistakable_and_answered_truly(scene: Scene, draw
 
 @settings(max_examples=100, deadline=None)
 @given(scenes, draws)
-def test_right_answers_are_right_and_each_other_kind_is_asked_once(scene: Scene, draw: np.random.Generator) -> None:
+def test_right_answers_pass_and_kinds_do_not_repeat(scene: Scene, draw: np.random.Generator) -> None:
     questions = questions_about(scene, draw)
     assert len({question.kind for question in questions}) == len(questions) <= len(KINDS)
     for question in questions:
@@ -81,7 +83,7 @@ def test_right_answers_are_right_and_each_other_kind_is_asked_once(scene: Scene,
 
 @settings(max_examples=100, deadline=None)
 @given(scenes)
-def test_description_is_right_in_any_order_and_wrong_when_a_thing_is_missing_or_changed(scene: Scene) -> None:
+def test_description_needs_every_thing_in_any_order(scene: Scene) -> None:
     question = Question("describe", "Describe the image.", describe(scene))
     turned = replace(scene, objects=scene.objects[::-1])
     assert is_right(question, describe(turned))
@@ -97,7 +99,7 @@ def test_description_is_right_in_any_order_and_wrong_when_a_thing_is_missing_or_
         assert not is_right(question, describe(replace(scene, text=replace(scene.text, content="99999"))))
 
 
-def test_text_is_asked_of_a_textless_scene_now_and_then() -> None:
+def test_some_textless_scenes_get_a_question_about_text() -> None:
     scene = replace(next(s for s in map(draw_scene, range(50)) if s.text is None))
     answers = [ask("text", scene, np.random.default_rng(i)) for i in range(60)]
     found = {question.answer for question in answers if question}

@@ -1,3 +1,5 @@
+"""Drawn scenes: their layout, their image, and the splits of their seeds."""
+
 from __future__ import annotations
 
 import hashlib
@@ -12,23 +14,25 @@ from hypothesis import strategies as st
 from fastvlm.models.tiny.questions import KINDS, questions_about
 from fastvlm.models.tiny.scenes import (
     COLOURS,
+    FIRST_SEED,
     MARGIN,
     MAX_CHARACTERS,
+    MAX_SCENES,
     MIN_DISTANCE,
     PLACES,
     SCENE_SIZE,
     SHAPES,
     draw_scene,
     place_of,
+    scene_seeds,
 )
-from fastvlm.models.tiny.splits import FIRST_SEED, MAX_SCENES, scene_seeds
 
 seeds = st.integers(0, 3 * 10**9)
 
 
 @settings(max_examples=150, deadline=None)
 @given(seeds)
-def test_scene_has_up_to_four_things_each_clearly_in_a_place_of_its_own(seed: int) -> None:
+def test_scene_has_up_to_four_shapes_in_distinct_places(seed: int) -> None:
     scene = draw_scene(seed)
     things = [*scene.objects, *([scene.text] if scene.text else [])]
 
@@ -47,7 +51,7 @@ def test_scene_has_up_to_four_things_each_clearly_in_a_place_of_its_own(seed: in
 
 @settings(max_examples=150, deadline=None)
 @given(seeds)
-def test_text_lies_within_the_picture_and_no_shape_touches_it(seed: int) -> None:
+def test_text_is_inside_the_image_and_not_covered(seed: int) -> None:
     scene = draw_scene(seed)
     if scene.text is None:
         return
@@ -61,7 +65,7 @@ def test_text_lies_within_the_picture_and_no_shape_touches_it(seed: int) -> None
         assert math.hypot(nearest_x, nearest_y) > one.radius
 
 
-def test_image_is_the_same_each_time_and_shows_each_colour_at_its_place() -> None:
+def test_image_is_reproducible_and_has_each_colour_in_place() -> None:
     for seed in range(40):
         scene = draw_scene(seed)
         pixels = np.asarray(scene.image())
@@ -74,7 +78,7 @@ def test_image_is_the_same_each_time_and_shows_each_colour_at_its_place() -> Non
             assert np.abs(middle.mean((0, 1)) - np.array(COLOURS[one.colour])).max() < 30
 
 
-def test_drawn_scenes_hold_every_shape_colour_place_and_kind_of_question() -> None:
+def test_scenes_have_every_shape_colour_place_and_question() -> None:
     scenes = [draw_scene(seed) for seed in range(200)]
 
     assert {one.shape for scene in scenes for one in scene.objects} == set(SHAPES)
@@ -84,18 +88,18 @@ def test_drawn_scenes_hold_every_shape_colour_place_and_kind_of_question() -> No
     assert {question.kind for questions in asked for question in questions} == set(KINDS)
 
 
-def test_layouts_and_questions_are_those_that_the_shipped_weights_were_trained_on() -> None:
+def test_scenes_are_those_of_the_shipped_weights() -> None:
     digest = hashlib.sha256()
     for seed in range(300):
         scene = draw_scene(seed)
         draw = np.random.Generator(np.random.PCG64([seed, 3]))
         digest.update(repr((scene.objects, scene.text, questions_about(scene, draw, 4))).encode())
 
-    # Change it only together with new weights: the generator has changed.
+    # A new digest means that the generator changed, which needs new weights.
     assert digest.hexdigest() == "ef5cee91904ea5c4f0b86f788b053f67cfc402456c88c68d73301af0eeca961a"
 
 
-def test_place_of_names_the_ninths() -> None:
+def test_place_of_returns_the_nine_places() -> None:
     assert [place_of(x, y) for y in (10, 128, 250) for x in (10, 128, 250)] == list(PLACES)
 
 
@@ -106,5 +110,5 @@ def test_splits_share_no_seed() -> None:
 
 
 def test_scene_seeds_beyond_the_split_are_refused() -> None:
-    with pytest.raises(ValueError, match="a split holds"):
+    with pytest.raises(ValueError, match="a split has"):
         scene_seeds("train", 2, start=MAX_SCENES - 1)

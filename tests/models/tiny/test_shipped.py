@@ -9,12 +9,12 @@ import pytest
 
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.references import DEFAULT_MODEL, TINY_FOLDER, open_checkpoint
-from fastvlm.models.tiny.tokenizer import learned_tokenizer
+from fastvlm.models.tiny.data import learned_tokenizer
 
 MAX_BYTES = 12 * 2**20
 
 
-def test_model_defaults_to_a_trained_checkpoint_in_training_form() -> None:
+def test_default_model_is_a_checkpoint_in_training_form() -> None:
     checkpoint = open_checkpoint(DEFAULT_MODEL)
 
     assert checkpoint.name == "tiny"
@@ -22,11 +22,11 @@ def test_model_defaults_to_a_trained_checkpoint_in_training_form() -> None:
     assert checkpoint.config.tokens_per_image == 16
 
 
-def test_it_is_small_enough_to_ship() -> None:
+def test_checkpoint_is_small_enough_to_ship() -> None:
     assert sum(file.stat().st_size for file in TINY_FOLDER.iterdir()) <= MAX_BYTES
 
 
-def test_its_tokenizer_and_recipe_are_those_of_the_training_command() -> None:
+def test_tokenizer_and_recipe_are_those_of_the_training() -> None:
     pytest.importorskip("transformers", reason="training needs the dev extra's transformers")
     from fastvlm.models.tiny.train import TrainingRecipe
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvlm.models.tiny.scenes import draw_scene
-from fastvlm.models.tiny.splits import scene_seeds
+from fastvlm.models.tiny.scenes import draw_scene, scene_seeds
 from fastvlm.runtime.evaluation.datasets import held_out, tiny_questions
 from fastvlm.runtime.evaluation.registry import open_data
 
