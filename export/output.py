@@ -29,8 +29,11 @@ def new_folder(
     force: bool,
     check: Callable[[Path], None] | None = None,
     finish: Callable[[Path, Path], None] | None = None,
+    workplace: Path | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder beside `destination` that takes its name when the block ends well, and is removed otherwise.
+    """A temporary folder next to `destination` that takes its name when the block ends well, and is removed otherwise.
+
+    It is in the folder `workplace` instead, where that exists and is on the same file system.
 
     `check(destination)`, in place of `check_destination`, raises when something is in the way;
     `finish(partial, destination)`, in place of `publish`, gives what was written its name.
@@ -42,13 +45,15 @@ def new_folder(
     destination = Path(os.path.abspath(destination))  # noqa: PTH100 - resolve() would follow a link at the end
     check = check or functools.partial(check_destination, force=force)
     check(destination)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    workplace = _workplace(destination, workplace)
+    partial = workplace / f".{destination.name}.partial-{os.getpid()}"
     if partial in _being_written:
         raise OutputError(f"{destination} is being written by this process: wait for it, or choose another folder")
     _being_written.add(partial)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(destination)
+        for place in {destination.parent, workplace}:
+            remove_abandoned(destination, place)
         partial.mkdir()
         yield partial
         for path in partial.rglob("*"):  # some writers make files that only their owner can read
@@ -101,13 +106,22 @@ def publish(partial: Path, destination: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def remove_abandoned(destination: Path) -> None:
+def _workplace(destination: Path, asked: Path | None) -> Path:
+    """The folder to write in: the one asked for, if what is written there can be renamed to `destination`."""
+    if asked is not None and asked.is_dir() and destination.parent.is_dir():
+        asked = Path(os.path.abspath(asked))  # noqa: PTH100 - as for the destination
+        if asked.stat().st_dev == destination.parent.stat().st_dev:
+            return asked
+    return destination.parent
+
+
+def remove_abandoned(destination: Path, workplace: Path | None = None) -> None:
     """Removes what killed runs left for the same destination; one killed between two renames is undone.
 
     A container gives each run the same process id: what bears ours is a killed run's, too.
     """
     for kind in ("replaced", "partial"):
-        for folder in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
+        for folder in (workplace or destination.parent).glob(f".{glob.escape(destination.name)}.{kind}-*"):
             pid = folder.name.rpartition("-")[2]
             if not pid.isdigit() or (_is_running(int(pid)) and int(pid) != os.getpid()) or not folder.is_dir():
                 continue

@@ -13,6 +13,9 @@ from ..models.json_file import parse_json_object
 from ..models.tokenizer_json import added_token, byte_level_bpe
 from ..models.tokenizer_load import MAX_TOKENIZER_BYTES, load_tokenizer
 
+KEEP_SPACES = ("clean_up_tokenization_spaces", False)
+"""A setting that swift-transformers takes for true where it is absent: spaces in front of punctuation would go."""
+
 COPIED_FILES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -40,6 +43,7 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     else:
         raise ConfigError("the checkpoint has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
     image_token_index = add_image_token(tokenizer, config)
+    config.setdefault(*KEEP_SPACES)
     check_loadable(tokenizer)
     files = {name: source[name] for name in COPIED_FILES if name in source}
     files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()

@@ -78,6 +78,8 @@ def bundle_faults(folder: Path, contract: Contract) -> Iterator[str]:
     if faulty:
         return  # what follows reads these keys
     config = files[CONFIG_NAME]
+    for fault in contract.decoder_faults(config):
+        yield f"config.json: the client cannot load the decoder, {fault}"
     yield from pixel_faults(files["preprocessor_config.json"], config, contract)
     yield from tensor_faults(folder, config, contract)
     yield from tokenizer_faults(folder, files["tokenizer_config.json"], config, contract)

@@ -105,5 +105,19 @@ class Contract:
     """The one width of `image_features` that it takes; None: what config.json says."""
     encoder: FastViTConfig | None = None
     """The one encoder that it knows; None: the one that config.json describes."""
+    bits: tuple[int, ...] | None = None
+    """Bits of a decoder that it loads, the same in every layer; None: any that MLX has, also mixed."""
+    cache_bytes: int = 2
+    """Of one number of the key-value cache and of prefill: 4 where float32 features widen what follows."""
     templated: bool = False
     """Whether it hands the chat template messages in parts, with images among them."""
+
+    def decoder_faults(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """What keeps the client from loading a decoder that is quantized as `config` says."""
+        quantization = config.get("quantization")
+        if self.bits is None or not isinstance(quantization, Mapping):
+            return
+        if any(isinstance(value, Mapping | bool) for value in quantization.values()):
+            yield "its layers differ in bits"
+        elif quantization.get("bits") not in self.bits:
+            yield f"it has {quantization.get('bits')!r:.40} bits"

@@ -20,6 +20,7 @@ from ...models.folder_layout import (
 from ...models.json_file import read_json_object
 from ...models.mlx_layout import ENCODER_PREFIX, HEAD_PROJECTION, encoder_shapes
 from ..model_folder import PROCESSOR_CONFIG, preprocessor_config, write_json
+from ..tokenizer import KEEP_SPACES
 from .check import added_ids, template_faults
 from .contract import Contract
 from .tensors import saved_tensors
@@ -80,6 +81,7 @@ def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
     """`tokenizer_config.json`; `templated`: with a chat template that takes messages in parts."""
     settings = read_json_object(source / "tokenizer_config.json")
     settings.setdefault("tokenizer_class", "Qwen2Tokenizer")
+    settings.setdefault(*KEEP_SPACES)
     if (source / TEMPLATE_FILE).is_file():
         settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
     tokenizer = read_json_object(source / "tokenizer.json")

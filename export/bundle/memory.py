@@ -22,7 +22,6 @@ PROMPT_TOKENS = 128
 """Of text, beside the image's, for the estimate."""
 APP_BYTES = 250e6
 """The app itself, its camera frames and MLX's buffer cache (the apps keep it to 20 MB or so)."""
-CACHE_BYTES = 2
 LIVE_RESULTS = 3
 """Of the largest results in the encoder, how many are in memory at once: input, hidden width, output."""
 
@@ -121,9 +120,9 @@ def estimate(folder: Path, contract: Contract, context: int | None = None) -> Es
         "decoder": decoder_bytes(folder),
         "encoder": encoder_weight_bytes(folder),
         "encoder, running": working_bytes(folder, contract),
-        "key-value cache": kept * context * CACHE_BYTES,
-        # the clients compute logits at every position of the prompt, in float16 or wider
-        "prefill": tokens * (decoder.vocab_size + 2 * decoder.intermediate_size) * CACHE_BYTES,
+        "key-value cache": kept * context * contract.cache_bytes,
+        # the clients compute logits at every position of the prompt
+        "prefill": tokens * (decoder.vocab_size + 2 * decoder.intermediate_size) * contract.cache_bytes,
         "app": int(APP_BYTES),
     }
     return Estimate(parts, context)

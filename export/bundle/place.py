@@ -39,6 +39,11 @@ def bundle_folder(to: Path, contract: Contract) -> Path:
     return to
 
 
+def app_folder(folder: Path) -> Path | None:
+    """The checkout's `app`, for the folder in it that the app's model lies in; None for any other folder."""
+    return folder.parent.parent if (folder.parent / "FastVLM.swift").is_file() else None
+
+
 def earlier_files(folder: Path) -> dict[str, str]:
     """sha256 by name of an earlier bundle's files. Raises OutputError when its manifest is malformed."""
     manifest = folder / BUNDLE_MANIFEST

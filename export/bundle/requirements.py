@@ -31,6 +31,10 @@ def check_requirements(folder: Path, contract: Contract) -> None:
                  f"{config.get('mm_hidden_size')!r:.40}: only FastViTHD can be bundled"]  # fmt: skip
     else:
         lacks = list(_package_lacks(folder, contract) if contract.layout == "apple" else _mlx_lacks(folder, contract))
+        lacks += [
+            f"{contract.title} cannot load the decoder: {fault}; export again with --decoder-bits 4, 6 or 8"
+            for fault in contract.decoder_faults(config)
+        ]
     if lacks:
         raise UsageError(f"{folder} cannot be bundled for {contract.name}: {'; '.join(lacks)}")
 

@@ -67,6 +67,7 @@ APPLE_APP = Contract(
     projector="multi_modal_projector.linear_",
     image_size=1024,
     channels=3072,
+    bits=(2, 3, 4, 6, 8),  # of MLX 0.21, the one that builds the app; it reads no bits of single layers
 )
 
 VISION = (
@@ -112,6 +113,7 @@ MLX_SWIFT_LM = Contract(
     },
     layout="mlx",
     projector="mm_projector.",
+    cache_bytes=4,  # its pixels are float32, and so are the features that it writes among the embeddings
     templated=True,
 )
 
@@ -120,6 +122,7 @@ MLX_VLM = replace(
     name="mlx-vlm",
     title="mlx-vlm",
     source="https://github.com/Blaizzy/mlx-vlm/tree/main/mlx_vlm/models/fastvlm",
+    cache_bytes=2,
     encoder=FastViTConfig(),  # its VisionConfig has FastViTHD's numbers in its code
     templated=False,
 )

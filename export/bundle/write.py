@@ -10,7 +10,7 @@ from typing import Any
 
 from ..._version import __version__
 from ...models.errors import VerificationError
-from ...models.folder_layout import CONFIG_NAME, MANIFEST_NAME
+from ...models.folder_layout import MANIFEST_NAME
 from ...models.json_file import read_json_object
 from ..model_folder import file_table, write_json
 from ..output import check_space, new_folder
@@ -22,6 +22,7 @@ from .memory import Estimate, estimate
 from .place import (
     BUNDLE_MANIFEST,
     MANIFEST_FORMAT,
+    app_folder,
     bundle_folder,
     check_place,
     check_zip,
@@ -29,12 +30,10 @@ from .place import (
     publish_zip,
 )
 from .requirements import check_requirements
+from .swift_packages import VERSIONS_NOTE, pin_packages
 from .targets import contract_for
 
 LICENCE_NOTE = "FastVLM's weights carry Apple's research-only model licence: see that what you ship may be shipped"
-MIXED_BITS_NOTE = (
-    "the decoder's layers differ in bits: MLX libraries from before layers could have bits of their own cannot load it"
-)
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,18 @@ def bundle(
     check(destination)
     check_space(destination, (2 if zipped else 1) * sum(file.stat().st_size for file in all_files(source)))
     finish: Callable[[Path, Path], None] = publish_zip if zipped else publish_beside_others
-    with new_folder(destination, force=True, check=check, finish=finish) as written:
+    # In the app's own folder Xcode would take the unfinished model for a part of the project.
+    app = None if zipped or contract.layout != "apple" else app_folder(destination)
+    with new_folder(destination, force=True, check=check, finish=finish, workplace=app) as written:
         on_stage("write the bundle")
         write_files(source, written, contract)
         on_stage("check it against the contract")
         check_faults(written, contract)
         files = file_table(written)
-        notes = bundle_notes(source, manifest)
+        notes = bundle_notes(manifest)
         write_json(written / BUNDLE_MANIFEST, bundle_manifest(contract, manifest, files, notes))
+    if contract.layout == "apple":
+        notes = (*notes, pin_packages(app) if app else VERSIONS_NOTE)
     return Bundle(destination, target, files, memory, notes)
 
 
@@ -128,12 +131,9 @@ def check_faults(written: Path, contract: Contract) -> None:
         raise VerificationError(f"no bundle for {contract.name} was written: {'; '.join(faults[:4])}")
 
 
-def bundle_notes(source: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def bundle_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     told = manifest.get("notes")
     notes = [note for note in told if isinstance(note, str)] if isinstance(told, list) else []
-    quantization = read_json_object(source / CONFIG_NAME).get("quantization")
-    if isinstance(quantization, Mapping) and any(isinstance(value, Mapping) for value in quantization.values()):
-        notes.append(MIXED_BITS_NOTE)
     name = manifest.get("source", {}).get("name") if isinstance(manifest.get("source"), Mapping) else None
     if manifest.get("trained") is not False and name != "tiny":
         notes.append(LICENCE_NOTE)

@@ -14,9 +14,12 @@ import pytest
 import fastvlm
 from fastvlm.export.bundle import memory, write
 from fastvlm.export.bundle.check import check_bundle
+from fastvlm.export.bundle.contract import Contract
 from fastvlm.export.bundle.memory import PHONES, Estimate, estimate
 from fastvlm.export.bundle.place import MAX_OTHERS, publish_beside_others
-from fastvlm.export.bundle.targets import APPLE_APP, MLX_VLM, TARGETS
+from fastvlm.export.bundle.requirements import check_requirements
+from fastvlm.export.bundle.swift_packages import CHOSEN, RESOLVED, VERSIONS_NOTE
+from fastvlm.export.bundle.targets import APPLE_APP, MLX_SWIFT_LM, MLX_VLM, TARGETS
 from fastvlm.export.bundle.write import LICENCE_NOTE, bundle
 from fastvlm.models.errors import ModelFolderError, OutputError, UsageError, VerificationError
 from fastvlm.models.file_digest import sha256
@@ -119,6 +122,88 @@ def test_app_checkout_gets_the_model_in_its_place(folders: dict[str, Path], tmp_
     bundle(folders["apple"], "apple-app", tmp_path / "app")  # again, over the earlier one
     assert (model / "README.txt").read_text() == "put models here"
     assert sorted(path.name for path in model.parent.iterdir()) == ["FastVLM.swift", "model"]
+
+
+def checkout(root: Path) -> Path:
+    """The app's own folder, in a checkout of ml-fastvlm."""
+    (root / "app" / "FastVLM").mkdir(parents=True)
+    (root / "app" / "FastVLM" / "FastVLM.swift").write_text("// Swift")
+    (root / "app" / "FastVLM.xcodeproj").mkdir()
+    urls = "".join(f'repositoryURL = "{pin.location}";' for pin in CHOSEN)
+    (root / "app" / "FastVLM.xcodeproj" / "project.pbxproj").write_text(urls)
+    return root / "app" / "FastVLM"
+
+
+def test_app_folder_holds_nothing_unfinished(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a synchronized group: Xcode takes what appears in it for a part of the project."""
+    synchronized, seen = checkout(tmp_path), []
+    write_files = write.write_files
+
+    def watched(source: Path, written: Path, contract: Contract) -> None:
+        seen.append(written.parent)
+        assert [path.name for path in synchronized.iterdir() if path.name.startswith(".")] == []
+        write_files(source, written, contract)
+
+    monkeypatch.setattr(write, "write_files", watched)
+    abandoned = tmp_path / "app" / ".model.partial-999999999"
+    abandoned.mkdir()
+    for _ in range(2):
+        bundle(folders["apple"], "apple-app", tmp_path)
+    assert seen == [tmp_path / "app"] * 2
+    assert check_bundle(synchronized / "model", "apple-app").passed
+    assert sorted(path.name for path in (tmp_path / "app").iterdir()) == ["FastVLM", "FastVLM.xcodeproj"]
+
+
+def test_app_bundle_says_what_it_builds_with(folders: dict[str, Path], tmp_path: Path) -> None:
+    checkout(tmp_path / "clone")
+    result = bundle(folders["apple"], "apple-app", tmp_path / "clone")
+    assert "Package.resolved pins" in result.notes[-1]
+    assert (tmp_path / "clone" / "app" / "FastVLM.xcodeproj" / RESOLVED).is_file()
+    assert "was there and is left" in bundle(folders["apple"], "apple-app", tmp_path / "clone").notes[-1]
+    assert bundle(folders["apple"], "apple-app", tmp_path / "elsewhere").notes[-1] == VERSIONS_NOTE
+    assert VERSIONS_NOTE not in bundle(folders["mlx"], "mlx-swift-lm", tmp_path / "other").notes
+
+
+@pytest.mark.parametrize(
+    ("quantization", "fault"),
+    [
+        ({"group_size": 64, "bits": 5}, "it has 5 bits"),
+        ({"group_size": 64, "bits": 8, "model.layers.0.mlp.up_proj": {"group_size": 64, "bits": 4}}, "differ in bits"),
+        ({"group_size": 64, "bits": 8, "lm_head": False}, "differ in bits"),
+        ({"group_size": 64, "bits": 3}, None),
+        ({"group_size": 64, "bits": 8, "mode": "affine"}, None),
+        (None, None),
+    ],
+)
+def test_decoders_that_the_app_cannot_load_are_refused(
+    folders: dict[str, Path], tmp_path: Path, quantization: dict[str, object] | None, fault: str | None
+) -> None:
+    folder = shutil.copytree(folders["apple"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+    if fault is None:
+        check_requirements(folder, TARGETS["apple-app"])
+    else:
+        with pytest.raises(UsageError, match=f"{fault}; export again with --decoder-bits 4, 6 or 8"):
+            bundle(folder, "apple-app", tmp_path / "b")
+    faults = check_bundle(folder, "apple-app").faults
+    assert any("cannot load the decoder" in text for text in faults) == (fault is not None)
+    assert not list(MLX_SWIFT_LM.decoder_faults({"quantization": quantization}))
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_spaces_are_kept_unless_the_tokenizer_says_so(folders: dict[str, Path], tmp_path: Path, given: object) -> None:
+    folder = shutil.copytree(folders["mlx"], tmp_path / "model")
+    (folder / "fastvlm.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings.pop("clean_up_tokenization_spaces") is False  # exports have it
+    if given is not None:
+        settings["clean_up_tokenization_spaces"] = given
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = bundle(folder, "mlx-swift-lm", tmp_path / "b").path / "tokenizer_config.json"
+    assert json.loads(written.read_text())["clean_up_tokenization_spaces"] is bool(given)
 
 
 def test_files_of_an_earlier_bundle_that_are_no_longer_needed_go(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -265,6 +350,9 @@ def test_memory_counts_every_part(folders: dict[str, Path]) -> None:
     assert found.total_bytes == sum(found.parts.values())
     twice = estimate(folders["mlx"], TARGETS["mlx-vlm"], 2000)
     assert twice.parts["key-value cache"] == 2 * found.parts["key-value cache"]
+    wider = estimate(folders["mlx"], TARGETS["mlx-swift-lm"], 1000)  # its features are float32
+    for part in ("key-value cache", "prefill"):
+        assert wider.parts[part] == 2 * found.parts[part]
 
 
 @pytest.mark.parametrize(("longest", "counted"), [(1024, 1024), (32768, 2048)])
