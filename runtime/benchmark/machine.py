@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import re
 import resource
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +43,44 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int | None:
-    """Returns the largest resident size of this process so far, or None if the system does not report it.
+    """Returns the largest memory of this process so far, or None if the system does not report it.
 
-    On Linux it is read from /proc, as the value of `getrusage` includes the parent's memory before the start.
+    On Linux it is the resident size, read from /proc, as the value of `getrusage` includes the parent's memory before
+    the start. On a Mac it is the physical footprint, with what Metal has allocated, or else the resident size.
     """
+    if sys.platform == "darwin":
+        return peak_footprint_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
         match = None
-    if match:
-        return 1024 * int(match[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if sys.platform == "darwin" else None
+    return 1024 * int(match[1]) if match else None
+
+
+PROC_PID_RUSAGE_V4 = 4
+"""The flavor of `proc_pid_rusage` with `struct rusage_info_v4` of Apple's sys/resource.h."""
+
+RUSAGE_UUID_BYTES = 16
+RUSAGE_NUMBERS = 35
+"""64-bit numbers behind the UUID."""
+
+PEAK_FOOTPRINT = 28
+"""The place of `ri_lifetime_max_phys_footprint` among them."""
+
+
+def peak_footprint_bytes(call: Callable[[int, int, Any], int] | None = None) -> int | None:
+    """Returns the largest physical footprint of this process on a Mac, or None if the system does not report it.
+
+    `call` is `proc_pid_rusage(pid, flavor, buffer)` of the system's library, which returns 0 on success.
+    """
+    buffer = ctypes.create_string_buffer(RUSAGE_UUID_BYTES + 8 * RUSAGE_NUMBERS)
+    try:
+        call = call or ctypes.CDLL(None).proc_pid_rusage
+        if call(os.getpid(), PROC_PID_RUSAGE_V4, buffer) != 0:
+            return None
+    except (AttributeError, OSError):
+        return None
+    return struct.unpack_from("<Q", buffer, RUSAGE_UUID_BYTES + 8 * PEAK_FOOTPRINT)[0] or None
 
 
 def mac_power(source: str, settings: str) -> str:

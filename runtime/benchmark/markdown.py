@@ -13,6 +13,10 @@ from .report import MS_PER_TOKEN, TPS, TTFT, Benchmark, Configuration, spread_of
 MISSING = "-"
 STAGE_ROWS = (*TTFT_STAGES, TTFT, MS_PER_TOKEN)
 
+FOOTPRINT = (
+    "peak memory is the physical footprint of the process that answers: the vision encoder's own process and the "
+    "service that runs the Neural Engine are not in it"
+)
 SUMS = "stages of the median run add up to its TTFT, other columns are sorted row by row and need not"
 
 
@@ -75,6 +79,8 @@ def about(benchmark: Benchmark) -> Iterator[str]:
     units = f" ({plain(one.compute_units)})" if one.compute_units else ""
     kv_bits = f", keys and values in {one.kv_bits} bits" if one.kv_bits else ""
     yield f"- vision: {one.vision}{units}; decoder: {plain(one.decoder)}{kv_bits}, BLAS {found.get('blas')}{threads}"
+    if str(found.get("os")).startswith("macOS"):
+        yield f"- {FOOTPRINT}"
     asked, image = benchmark.workload, benchmark.workload.get("image") or {}
     yield (
         f"- asked: {plain(repr(asked.get('prompt')))} about {plain(str(image.get('name')))} "

@@ -25,7 +25,8 @@ number. Times are milliseconds of wall clock, sizes are bytes.
         processes       one object for each process that measured:
             load_ms, compile_ms     time of loading, and of compiling the package, 0 if it was compiled before
             cold                    first answer of the process, a run as below, or null if it was not the first
-            peak_memory_bytes       of the process with loading, or null where the system does not report it
+            peak_memory_bytes       of the process with loading, or null where the system does not report it; on a Mac
+                                    its physical footprint, without the vision encoder's process and the engine's
             mlx_peak_memory_bytes   of MLX's allocations
             runs                    answers after the warm-up: preprocess_ms, encode_ms, project_ms, prefill_ms,
                                     sample_ms, ttft_ms (their sum), decode_tps (null below two tokens),

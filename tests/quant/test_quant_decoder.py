@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,20 @@ def test_quantized_matrices_equal_mlx_layers(bits: int, group_size: int) -> None
     stem = saved_name(name).removesuffix("weight")
     for part in ("weight", "scales", "biases"):
         assert mx.array_equal(saved[stem + part], expected[part])
+
+
+def test_matrices_are_rounded_on_the_cpu_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU need not round alike, and the same checkpoint gives the same bytes."""
+    streams, quantize = [], mx.quantize
+
+    def watched(weight: mx.array, **options: Any) -> tuple[mx.array, ...]:
+        streams.append(options.get("stream"))
+        return quantize(weight, **options)
+
+    monkeypatch.setattr(mx, "quantize", watched)
+    list(saved_tensors(RandomCheckpoint("tiny"), DecoderScheme(8, 64, True)))
+    assert streams
+    assert set(streams) == {mx.cpu}
 
 
 def test_same_layers_are_quantized_as_mlx_lm_does() -> None:

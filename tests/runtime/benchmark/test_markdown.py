@@ -62,6 +62,13 @@ def test_answers_of_one_token_have_no_decoding_row(benchmark_of: Callable[..., B
     assert "stages of the median run add up" in text
 
 
+@pytest.mark.parametrize(("system", "said"), [("macOS 15.1", True), ("Linux 6.1", False)])
+def test_peak_memory_on_a_mac_says_what_it_leaves_out(
+    benchmark_of: Callable[..., Benchmark], system: str, said: bool
+) -> None:
+    assert ("the service that runs the Neural Engine" in "\n".join(report(benchmark_of(os=system)))) == said
+
+
 STEADY = [[30.0, 30.4, 30.2, 30.6, 30.1], [30.3, 30.5, 30.2, 30.7, 30.0], [29.9, 30.2, 30.4, 30.1, 30.3]]
 
 
