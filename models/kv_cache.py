@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from ._mlx import mx
 from .errors import UsageError
@@ -18,24 +19,36 @@ KV_GROUPS = (64, 32)
 """Values that share a scale, the coarsest first."""
 
 
+Packed = tuple[mx.array, mx.array, mx.array]
+"""Words, scales and biases of affine groups: (B, H, L, anything) each."""
+
+
 class Padding:
-    """Positions at the beginning of each row of a batch that hold nothing, so that all rows end together."""
+    """Positions at the beginning of each row of a batch that hold nothing, so that all rows end together.
+
+    All layers of a step ask for the same arrays, which are made once.
+    """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = tuple(counts)
         self._counts = mx.array(self.counts, mx.int32)
-        self._length = -1
-        self._seen = self._counts
+        self._offset, self._positions = 0, -self._counts
+        self._shape, self._seen = (0, 0), self._counts
 
     def positions(self, offset: int) -> mx.array:
-        """(B,) the place, in its own row, of what is written at `offset`."""
-        return offset - self._counts
+        """(B,) the place, in its own row, of the token written at `offset`."""
+        if offset != self._offset:
+            self._offset, self._positions = offset, offset - self._counts
+        return self._positions
 
-    def seen(self, length: int) -> mx.array:
-        """(B, 1, 1, length) true where a row holds something. Made once per step, for all layers."""
-        if length != self._length:
-            self._length = length
-            self._seen = (mx.arange(length) >= self._counts[:, None])[:, None, None]  # (B, 1, 1, length)
+    def seen(self, length: int, heads: int = 1) -> mx.array:
+        """(B, heads, 1, length) true where a row holds something."""
+        if (heads, length) != self._shape:
+            self._shape = heads, length
+            seen = (mx.arange(length) >= self._counts[:, None])[:, None, None]  # (B, 1, 1, length)
+            if heads > 1:
+                seen = mx.contiguous(mx.broadcast_to(seen, (len(self.counts), heads, 1, length)))
+            self._seen = seen
         return self._seen
 
 
@@ -70,15 +83,18 @@ class KVCache:
         """`positions` on the host: one number for all rows, or one per row."""
         return (self.offset,) if self.padding is None else tuple(self.offset - n for n in self.padding.counts)
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends (B, H, L, head_dim) keys and values; all of them so far, (B, H, offset, head_dim)."""
+    def update(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Appends (B, H, L, head_dim) keys and values; returns all of them so far, (B, H, offset, head_dim)."""
+        start, stop = self.offset, self.offset + keys.shape[2]
         parts = self._stored(keys, values)
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        if not self.buffers or self.offset > self.buffers[0].shape[2]:
+        self.offset = stop
+        if not self.buffers or stop > self.buffers[0].shape[2]:
             self._grow(parts, start)
+        held = []
         for buffer, part in zip(self.buffers, parts, strict=True):
-            buffer[..., start : self.offset, :] = part
-        return self._read([buffer[..., : self.offset, :] for buffer in self.buffers])
+            buffer[..., start:stop, :] = part
+            held.append(buffer[..., :stop, :])
+        return self._read(held)
 
     def trim(self, count: int) -> None:
         """Forgets the last `count` positions, so that others can be written in their place."""
@@ -101,12 +117,13 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """What the buffers take in for keys and values: (B, H, L, anything) each."""
-        return [keys, values]
+    def _stored(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        """The parts, (B, anything, L, anything) each, that the buffers take in for keys and values."""
+        return keys, values
 
-    def _read(self, buffers: list[mx.array]) -> tuple[mx.array, mx.array]:
-        keys, values = buffers
+    def _read(self, held: list[mx.array]) -> tuple[Any, Any]:
+        """Keys and values of the buffers' used positions."""
+        keys, values = held
         return keys, values
 
     def _grow(self, parts: Sequence[mx.array], used: int) -> None:
@@ -117,7 +134,9 @@ class KVCache:
 
 
 class QuantizedKVCache(KVCache):
-    """A KVCache that keeps 8 bits per number, affine in groups along head_dim; what it gives back is dequantized.
+    """A KVCache that keeps 8 bits per number, affine in groups along head_dim, and returns them packed.
+
+    Its buffers are words, scales and biases, each with the heads of the keys, then those of the values.
 
     Raises:
         UsageError: `head_dim` holds no whole groups.
@@ -132,19 +151,19 @@ class QuantizedKVCache(KVCache):
                 f"channels, and groups have {KV_GROUPS[-1]}; leave kv_bits out"
             )
 
-    def _stored(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """Packed words, scales and biases of the keys, then of the values."""
-        return [*self._quantized(keys), *self._quantized(values)]
+    def dequantized(self, parts: Packed) -> mx.array:
+        """(B, H, L, head_dim) of what `update` returns."""
+        words, scales, biases = parts
+        return mx.dequantize(words, scales, biases, group_size=self.group_size, bits=KV_BITS)
 
-    def _read(self, buffers: list[mx.array]) -> tuple[mx.array, mx.array]:
-        return self._dequantized(buffers[:3]), self._dequantized(buffers[3:])
+    def _stored(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
+        return mx.quantize(mx.concatenate([keys, values], axis=1), group_size=self.group_size, bits=KV_BITS)
 
-    def _quantized(self, x: mx.array) -> Sequence[mx.array]:
-        return mx.quantize(x, group_size=self.group_size, bits=KV_BITS)
-
-    def _dequantized(self, parts: Sequence[mx.array]) -> mx.array:
-        weight, scales, biases = parts
-        return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=KV_BITS)
+    def _read(self, held: list[mx.array]) -> tuple[Packed, Packed]:
+        heads = held[0].shape[1] // 2
+        words, scales, biases = held
+        keys = words[:, :heads], scales[:, :heads], biases[:, :heads]
+        return keys, (words[:, heads:], scales[:, heads:], biases[:, heads:])
 
 
 def check_kv_bits(kv_bits: int | None) -> None:

@@ -15,8 +15,9 @@ from ._mlx import mx, nn, on_cpu
 from .apple_layout import language_shapes, saved_name
 from .checkpoint import Shape, check_tensors
 from .config import FastVLMConfig
-from .dequantize import dequantize
 from .errors import WeightsError
+from .mlx_cpu import dequantize
+from .mlx_layers import join_projections
 from .quantization import Quantization
 from .qwen2 import Qwen2
 
@@ -44,7 +45,7 @@ class Projector(nn.Module):
 
     def __call__(self, image_features: mx.array) -> mx.array:
         x = self.linear_0(image_features.astype(self.linear_0.bias.dtype))
-        x = 0.5 * x * (1.0 + mx.erf(x * 0.5**0.5))  # not nn.gelu: see qwen2.silu
+        x = 0.5 * x * (1.0 + mx.erf(x * 0.5**0.5))  # not nn.gelu: see mlx_layers.swiglu
         return self.linear_2(x)
 
 
@@ -99,6 +100,10 @@ def load_language(
             nn.quantize(side, class_predicate=lambda path, _: quantized.get(path, False))
         loaded = list(weights.items())
     side.load_weights(loaded, strict=False)  # strictness was above, in our words
+    if not on_cpu():
+        weights.clear()
+        loaded.clear()  # each block's tensors are freed as soon as they are joined
+        join_projections(side.language_model)
     mx.eval(side.parameters())
     return side
 

@@ -6,6 +6,7 @@ of any size can be quantized, and compared with their checkpoint, on any machine
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -99,6 +100,38 @@ def layer_prefix(index: int) -> str:
     return f"language_model.model.layers.{index}"
 
 
+class _Recorder(nn.Module):
+    """A layer that keeps what it last read."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inputs = mx.array(0.0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.inputs = x
+        return self.layer(x)
+
+
+@contextlib.contextmanager
+def recorded_inputs(block: Block, names: Sequence[str]) -> Iterator[dict[str, mx.array]]:
+    """Records the inputs (B, L, width) of the block's layers `names`, such as `mlp.down_proj`.
+
+    The block is called once inside the `with`; the inputs are in the dictionary afterwards.
+    """
+    inputs: dict[str, mx.array] = {}
+    places = [(getattr(block, name.split(".")[0]), name.split(".")[1]) for name in names]
+    recorders = [_Recorder(getattr(module, own)) for module, own in places]
+    for (module, own), recorder in zip(places, recorders, strict=True):
+        setattr(module, own, recorder)
+    try:
+        yield inputs
+    finally:
+        for (module, own), recorder in zip(places, recorders, strict=True):
+            setattr(module, own, recorder.layer)
+    inputs.update((name, recorder.inputs) for name, recorder in zip(names, recorders, strict=True))
+
+
 def embedded(prompt: Prompt, projector: Projector, table: mx.array) -> mx.array:
     """The prompt as the decoder is fed with it, (1, L, D)."""
     image = projector(mx.array(prompt.image_features))  # (1, N, D)
@@ -144,8 +177,10 @@ class LayerwiseRun:
         magnitudes: list[float] = []
         for index, block in enumerate(self._decoder.blocks()):
             yield layer_prefix(index), block
-            x, inputs = block.observed(x, self._caches[index])
-            magnitudes.append(float(np.array(mx.maximum(mx.abs(inputs.down_proj).max(), mx.abs(x).max()))))
+            with recorded_inputs(block, ["mlp.down_proj"]) as inputs:
+                x = block(x, self._caches[index])
+            hidden = inputs["mlp.down_proj"]
+            magnitudes.append(float(np.array(mx.maximum(mx.abs(hidden).max(), mx.abs(x).max()))))
         norm = self._decoder.norm()
         yield "language_model.model.norm", norm
         head = self._decoder.head()

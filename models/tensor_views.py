@@ -40,7 +40,7 @@ class View:
         import numpy as np
 
         from ._mlx import mx
-        from .dequantize import dequantize
+        from .mlx_cpu import dequantize
 
         layer = self.name.removesuffix(".weight")
         packed, scales, biases = (read_raw(f"{layer}.{part}", "mlx") for part in ("weight", "scales", "biases"))

@@ -12,13 +12,14 @@ TESTED_VERSIONS: dict[str, tuple[Release, Release]] = {
     "coremltools": ((9, 0), (9, 1)),
     "numpy": ((1, 26), (2, 4)),
     "torch": ((2, 7), (2, 14)),
-    "mlx": ((0, 30), (1, 0)),
+    "mlx": ((0, 30, 4), (1, 0)),
     "tokenizers": ((0, 21), (1, 0)),
     "safetensors": ((0, 5), (1, 0)),
     "jinja2": ((3, 1), (4, 0)),
     "pillow": ((10, 1), (14, 0)),
 }
-"""From the first version on, and below the second. coremltools 9.0's torch frontend fails on numpy 2.4."""
+"""From the first version on, and below the second. coremltools 9.0's torch frontend fails on numpy 2.4;
+MLX has `device_info` for Metal since 0.30.4."""
 
 TESTED_PYTHON: tuple[Release, Release] = ((3, 11), (3, 14))
 

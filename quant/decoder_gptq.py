@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..models._mlx import mx, nn
-from ..models.dequantize import dequantize
 from ..models.kv_cache import KVCache
 from ..models.language import EMBEDDING, HEAD
-from ..models.layerwise import LayerwiseDecoder, Prompt, embedded, layer_prefix, named_parameters
+from ..models.layerwise import LayerwiseDecoder, Prompt, embedded, layer_prefix, named_parameters, recorded_inputs
+from ..models.mlx_cpu import dequantize
 from ..models.quantization import Affine
 from ..models.qwen2 import Block
 from .affine_groups import Packed, fitted
@@ -18,15 +18,15 @@ from .decoder_scheme import DecoderScheme
 from .gptq import Feedback, Hessian, gptq
 
 READERS = {
-    "self_attn.q_proj": "qkv",
-    "self_attn.k_proj": "qkv",
-    "self_attn.v_proj": "qkv",
-    "self_attn.o_proj": "o_proj",
-    "mlp.gate_proj": "gate_up",
-    "mlp.up_proj": "gate_up",
-    "mlp.down_proj": "down_proj",
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
 }
-"""Which of `BlockInputs` each matrix of a block reads."""
+"""The layer whose inputs are recorded for each matrix of a block: q, k and v read the same, and so do gate and up."""
 
 Tensors = Iterator[tuple[str, mx.array]]
 
@@ -84,10 +84,11 @@ def _block_tensors(
 
 
 def _hessians(block: Block, scheme: DecoderScheme, streams: Sequence[mx.array]) -> dict[str, Hessian]:
-    """Per input of the block's matrices the products of its columns, over all streams."""
+    """The products of the input's columns over all streams, by the layer that reads it."""
     hessians: dict[str, Hessian] = {}
     for x in streams:
-        inputs = block.observed(x, KVCache())[1]._asdict()
+        with recorded_inputs(block, sorted(set(READERS.values()))) as inputs:
+            block(x, KVCache())
         for reader, values in inputs.items():
             columns = values.shape[-1]
             if columns % scheme.group_size == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ from ..models._mlx import mx
 from ..models.errors import FastVLMError, UsageError
 from ..models.images import ImageSource
 from ..models.kv_cache import CACHE_STEP, KVCache, selected, stacked
-from .generate import AnswerReader, Generation, decode_one_token
+from .generate import AnswerReader, Generation, decode_one_token, default_lookahead
 from .request import Request, prepare
-from .reuse import Memory, evaluated
-from .sampling import id_on_host
+from .reuse import Memory
+from .sampling import id_on_host, ids_on_host, pick
 from .start import Start
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def requests_for(
     return (prepare(image, text, **options) for image, text in zip(images, texts, strict=True))
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """An answer on its way."""
+    """An answer being decoded."""
 
     number: int
     request: Request
@@ -54,22 +55,44 @@ class Row:
     cold: bool
     reader: AnswerReader
     token: mx.array
-    """The last id (1,)."""
+    """The id (1,) that its next step takes in; not yet evaluated while that of an earlier step is in flight."""
     count: int = 0
-    """Ids so far."""
+    """Ids read so far."""
+    launched: int = 0
+    """Steps launched whose ids are not read yet."""
+
+    @property
+    def may_step(self) -> bool:
+        return self.count + self.launched < self.start.room
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One more token for some rows, launched."""
+
+    rows: list[Row]
+    ids: mx.array
+    """(B,), of each of the rows."""
 
 
 class Batch:
-    """A run of answers, some of them at a time. A place that becomes free is taken by the next request."""
+    """A run of answers, some of them at a time. A place that becomes free is taken by the next request.
 
-    def __init__(self, model: FastVLM, size: int = BATCH_SIZE) -> None:
+    As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. An
+    answer may have ended in the meantime: what such a step found for it is dropped.
+    """
+
+    def __init__(self, model: FastVLM, size: int = BATCH_SIZE, lookahead: int | None = None) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UsageError(f"batch_size should be a whole number from 1; found {size!r:.60}")
         self._model = model
         self._size = size
+        self._lookahead = default_lookahead() if lookahead is None else lookahead
         self._rows: list[Row] = []
+        self._steps: deque[Step] = deque()
         self._cache: list[KVCache] = []
-        """Of the rows at the beginning of `_rows`: the others have begun since."""
+        self._cached: list[Row] = []
+        """The rows that the cache holds, in its order."""
         self._done: dict[int, Outcome] = {}
 
     def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
@@ -101,42 +124,61 @@ class Batch:
         eos = () if request.options.ignore_eos else self._model.eos_token_ids
         reader = AnswerReader(self._model.tokenizer, eos, request.options.stop)
         row = Row(number, request, start, cold, reader, start.first)
-        if self._goes_on(row, start.first):
+        if self._goes_on(row, id_on_host(start.first)):
             self._rows.append(row)
         return True
 
     def _step(self) -> None:
-        """One more token for every answer; those that end with it leave."""
+        """Reads one more token for every answer, with later steps launched; answers that end with it leave."""
         model = self._model
         with model.turn, model.stream_of_turn():
-            self._gather()
-            tokens = mx.concatenate([row.token for row in self._rows])  # (B,)
-            logits = decode_one_token(model.language.language_model, tokens, self._cache)  # (B, V)
-            picked = [row.start.sampler(logits[n]) for n, row in enumerate(self._rows)]
-            mx.eval(picked, [row.start.sampler.state for row in self._rows])
-            going_on = [n for n, row in enumerate(self._rows) if self._goes_on(row, picked[n])]
-            if len(going_on) < len(self._rows):
-                self._keep(going_on)
+            while self._steps and not any(row in self._rows for row in self._steps[0].rows):
+                self._steps.popleft()  # all of them have ended meanwhile
+            while len(self._steps) <= self._lookahead and self._launch():
+                pass
+            step = self._steps.popleft()
+            for row, token_id in zip(step.rows, ids_on_host(step.ids), strict=True):
+                row.launched -= 1
+                if row in self._rows and not self._goes_on(row, token_id):
+                    self._rows.remove(row)
 
-    def _keep(self, going_on: list[int]) -> None:
-        """Lets the other rows go."""
-        self._rows = [self._rows[n] for n in going_on]
-        self._cache = [selected(layer, going_on) for layer in self._cache] if going_on else []
-        evaluated(self._cache)
+    def _launch(self) -> bool:
+        """Begins a step of all answers that may have another token; False when there is none."""
+        rows = [row for row in self._rows if row.may_step]
+        if not rows:
+            return False
+        last = self._steps[-1] if self._steps else None
+        self._gather(rows)
+        rows = self._cached
+        unchanged = last is not None and last.rows == rows
+        tokens = last.ids if last and unchanged else mx.concatenate([row.token for row in rows])  # (B,)
+        logits = decode_one_token(self._model.language.language_model, tokens, self._cache)  # (B, V)
+        samplers = [row.start.sampler for row in rows]
+        ids = pick(samplers, logits)
+        mx.async_eval(ids, *(sampler.state for sampler in samplers))
+        self._steps.append(Step(rows, ids))
+        for place, row in enumerate(rows):
+            row.token = ids[place : place + 1]
+            row.launched += 1
+        return True
 
-    def _gather(self) -> None:
-        """Puts the keys and values of the answers that have begun to those of the others."""
-        known = self._cache[0].rows if self._cache else 0
-        begun = [row.start.cache for row in self._rows[known:]]
+    def _gather(self, rows: list[Row]) -> None:
+        """Brings the cache to `rows`: others leave, those that have begun since are put to it."""
+        places = [place for place, row in enumerate(self._cached) if row in rows]
+        if len(places) < len(self._cached):
+            self._cache = [selected(layer, places) for layer in self._cache] if places else []
+        kept = [self._cached[place] for place in places]
+        begun = [row for row in rows if row not in kept]
         if begun:
-            room = min(max(row.start.room for row in self._rows), CACHE_STEP)
-            layers = zip(*([self._cache] if known else []), *begun, strict=True)
+            room = min(max(row.start.room for row in rows), CACHE_STEP)
+            layers = zip(*([self._cache] if kept else []), *(row.start.cache for row in begun), strict=True)
             self._cache = [stacked(layer, room) for layer in layers]
+        self._cached = kept + begun
 
-    def _goes_on(self, row: Row, token: mx.array) -> bool:
+    def _goes_on(self, row: Row, token_id: int) -> bool:
         """Hands a token to its answer. False when the answer ends with it, and is done."""
-        row.reader.push(id_on_host(token))
-        row.token, row.count = token, row.count + 1
+        row.reader.push(token_id)
+        row.count += 1
         if not row.reader.ended and row.count < row.start.room:
             return True
         row.reader.flush()

@@ -77,16 +77,21 @@ def decode_one_token(decoder: Qwen2, tokens: mx.array, cache: list[KVCache]) -> 
     return decoder(decoder.embed(tokens[:, None]), cache)[:, -1]  # (B, V)
 
 
+def default_lookahead() -> int:
+    """Steps to launch before an id is read: a GPU should never wait for the host, and a CPU is the host."""
+    return 0 if on_cpu() else 1
+
+
 def decode(
     decoder: Qwen2, first: mx.array, cache: list[KVCache], sampler: Sampler, count: int, lookahead: int | None = None
 ) -> Iterator[int]:
     """`count` ids that follow the token `first` (1,).
 
-    `lookahead` steps are begun before an id is handed out, so that a GPU never waits for the host (None: one there,
-    none on the CPU). When an answer ends early, `cache` holds that many positions more than were handed out.
+    `lookahead` steps are launched before an id is handed out (None: see `default_lookahead`). When an answer ends
+    early, `cache` holds that many positions more than were handed out.
     """
     if lookahead is None:
-        lookahead = 0 if on_cpu() else 1
+        lookahead = default_lookahead()
     pending: deque[mx.array] = deque()
     token, begun = first, 0
     for _ in range(count):

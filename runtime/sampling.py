@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ..models._mlx import mx
 from ..models.errors import UsageError
@@ -64,12 +64,21 @@ class Sampler:
         self._key = mx.random.key(secrets.randbits(64) if options.seed is None else options.seed)
 
     @property
+    def greedy(self) -> bool:
+        """True where each token is the likeliest one, whatever came before: nothing is remembered."""
+        return self._options.temperature == 0 and self._options.repetition_penalty == 1
+
+    @property
     def state(self) -> list[mx.array]:
-        """What the next pick depends on: to be computed before another thread goes on."""
+        """What the next pick depends on: to be computed before another thread resumes."""
+        if self.greedy:
+            return []
         return [self._key] if self._seen is None else [self._key, self._seen]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """(V,) logits -> the id (1,) of the next token, not yet evaluated."""
+        if self.greedy:
+            return mx.argmax(logits, keepdims=True)
         options = self._options
         logits = logits.astype(mx.float32)
         if options.repetition_penalty != 1:
@@ -90,6 +99,18 @@ def id_on_host(token: mx.array) -> int:
     value = token.item()
     assert isinstance(value, int)
     return value
+
+
+def ids_on_host(tokens: mx.array) -> list[int]:
+    """Ids (B,) on the host, once they are computed."""
+    return cast("list[int]", tokens.tolist())
+
+
+def pick(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:
+    """(B, V) logits -> (B,) ids, one sampler per row, not yet evaluated; one operation where all are greedy."""
+    if all(sampler.greedy for sampler in samplers):
+        return mx.argmax(logits, axis=-1)
+    return mx.concatenate([sampler(logits[row]) for row, sampler in enumerate(samplers)])
 
 
 def _marks(size: int, ids: Sequence[int]) -> mx.array:

@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import settings
@@ -57,6 +58,25 @@ def golden() -> Path:
 def core_ml_error() -> Callable[[str], RuntimeError]:
     """`core_ml_error("It fails.")`: what coremltools raises for that NSError, whose `userInfo` it prints."""
     return lambda description: RuntimeError(f'{{\n    NSLocalizedDescription = "{description}";\n}}')
+
+
+@pytest.fixture
+def computing_on() -> Iterator[Callable[[Literal["cpu", "gpu"]], None]]:
+    """`computing_on("gpu")`: the branches that a GPU takes, computed by MLX's CPU device.
+
+    Nothing is compiled, which on a CPU would run the system's C++ compiler.
+    """
+    from fastvlm.models import _mlx
+
+    before = _mlx.on_cpu()
+
+    def switch(device: Literal["cpu", "gpu"]) -> None:
+        _mlx._cpu = device == "cpu"
+        _mlx.mx.disable_compile()
+
+    yield switch
+    _mlx._cpu = before
+    _mlx.mx.enable_compile()
 
 
 @pytest.fixture

@@ -38,6 +38,10 @@ TOLERANCES = {
         1e-4, "absolute; float32 sums in another order", "2.5e-6 golden, 2.2e-5 at most"
     ),
     "kv_8_bits": Tolerance(5e-3, "relative to the largest logit; keys and values in 8 bits, groups of 64", "1.8e-3"),
+    "quantized_attention_float32": Tolerance(1e-5, "absolute; sums in another order, the same 8 bits", "1.9e-6"),
+    "quantized_attention_float16": Tolerance(
+        2e-2, "absolute; results of up to 6.7, keys rounded to float16 in one form only", "8.1e-3"
+    ),
     "projected_float32": Tolerance(1e-4, "absolute; two float32 matrix products", "5.8e-7"),
     "op_float32": Tolerance(2e-6, "relative to the largest; float32 sums in another order than numpy's", "2.4e-7"),
     "encoder_float16_weights": Tolerance(1e-3, "relative to the largest; weights rounded to float16", "2.7e-4"),

@@ -26,6 +26,7 @@ def drawn(rows: int, length: int, seed: int = 0) -> mx.array:
 def content(cache: KVCache) -> list[np.ndarray]:
     """(HEADS, its length, WIDTH) keys of each row, without the padding."""
     keys, _ = cache._read([buffer[..., : cache.offset, :] for buffer in cache.buffers])
+    keys = cache.dequantized(keys) if isinstance(cache, QuantizedKVCache) else keys
     counts = cache.padding.counts if cache.padding else (0,) * cache.rows
     return [np.array(row)[:, count:] for row, count in zip(keys, counts, strict=True)]
 

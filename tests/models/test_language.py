@@ -283,15 +283,15 @@ def test_missing_head_is_named_when_embeddings_are_not_tied() -> None:
 
 @pytest.mark.parametrize(("available", "expanded"), [(10**12, True), (10**5, False)])
 def test_weights_are_expanded_on_the_cpu_only_when_memory_allows(
-    available: int, expanded: bool, monkeypatch: pytest.MonkeyPatch
+    available: int, expanded: bool, monkeypatch: pytest.MonkeyPatch, computing_on: Callable
 ) -> None:
-    monkeypatch.setattr(language, "on_cpu", lambda: True)
+    computing_on("cpu")
     monkeypatch.setattr(language, "available_memory_bytes", lambda: available)
     assert (dtypes(load_language(weights(dtype=mx.float16), CONFIG)) == {mx.float32}) is expanded
 
 
-def test_weights_stay_as_they_are_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "on_cpu", lambda: False)
+def test_weights_stay_as_they_are_on_a_gpu(computing_on: Callable) -> None:
+    computing_on("gpu")
     assert dtypes(load_language(weights(dtype=mx.float16), CONFIG)) == {mx.float16}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastvlm.models._mlx import mx
 from fastvlm.models.errors import FastVLMError, ImageError, PromptError, UsageError
 from fastvlm.models.kv_cache import QuantizedKVCache
 from fastvlm.runtime import batch as batch_module
+from fastvlm.runtime.batch import Batch, requests_for
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import Request, prepare
@@ -31,15 +33,17 @@ pairs = st.lists(
 )
 
 
-@given(pairs=pairs, size=st.integers(1, 4), greedy=st.booleans())
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_answers_are_those_of_one_by_one(vlm: FastVLM, pairs: list[tuple[Any, str]], size: int, greedy: bool) -> None:
+@given(pairs=pairs, size=st.integers(1, 4), greedy=st.booleans(), lookahead=st.integers(0, 2))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answers_are_those_of_one_by_one(
+    vlm: FastVLM, pairs: list[tuple[Any, str]], size: int, greedy: bool, lookahead: int
+) -> None:
     options: dict[str, Any] = {"max_tokens": 6}
     if not greedy:
         options |= {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "top_k": 40}
     images, prompts = [image for image, _ in pairs], [prompt for _, prompt in pairs]
     expected = [vlm.generate(image, prompt, **options) for image, prompt in pairs]
-    found = vlm.generate_batch(images, prompts, batch_size=size, **options)
+    found = list(Batch(vlm, size, lookahead).outcomes(requests_for(images, prompts, options)))
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert [(one.text, one.finish_reason, one.prompt_tokens) for one in found] == [
         (one.text, one.finish_reason, one.prompt_tokens) for one in expected
@@ -63,29 +67,97 @@ def varied(vlm: FastVLM, stops: list[tuple[str, ...]], lengths: list[int]) -> li
     ]
 
 
-def test_each_answer_ends_where_it_would_alone(vlm: FastVLM) -> None:
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_each_answer_ends_where_it_would_alone(vlm: FastVLM, lookahead: int) -> None:
     lengths = [1, 30, 7, 2, 12, 30]
     whole = [vlm.answer(request).read().text for request in varied(vlm, [()] * 6, [30] * 6)]
     stops = [(), (whole[1][3:6],), (), (), (whole[4][5:7],), ("never comes",)]
     requests = varied(vlm, stops, lengths)
     expected = [vlm.answer(request).read() for request in requests]
     assert {one.finish_reason for one in expected} >= {"stop", "length"}
-    found = list(vlm.answer_all(requests, 3))
+    found = list(Batch(vlm, 3, lookahead).outcomes(requests))
     assert [(one.token_ids, one.text, one.finish_reason) for one in found] == [
         (one.token_ids, one.text, one.finish_reason) for one in expected
     ]
 
 
-def test_places_are_taken_by_the_next_and_ended_answers_drop_out(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lookahead", "expected"),
+    # after their first tokens: 1, 3, 2, 0 and 5 steps; the last answer is alone in its. A place that becomes free is
+    # taken a step later where the next one has been launched.
+    [(0, [2, 2, 2, 1, 1, 1, 1, 1]), (1, [2, 1, 2, 1, 1, 1, 1, 1, 1])],
+)
+def test_places_are_taken_by_the_next_and_ended_answers_drop_out(
+    vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, lookahead: int, expected: list[int]
+) -> None:
     sizes: list[int] = []
     original = batch_module.decode_one_token
     monkeypatch.setattr(
         batch_module, "decode_one_token", lambda d, tokens, c: sizes.append(tokens.size) or original(d, tokens, c)
     )
     requests = [prepare(None, f"Q{n}", max_tokens=length, ignore_eos=True) for n, length in enumerate([2, 4, 3, 1, 6])]
-    assert [len(one.token_ids) for one in vlm.answer_all(requests, 2)] == [2, 4, 3, 1, 6]
-    # after their first tokens: 1, 3, 2, 0 and 5 steps; the last answer is alone in its
-    assert sizes == [2, 2, 2, 1, 1, 1, 1, 1]
+    found = list(Batch(vlm, 2, lookahead).outcomes(requests))
+    assert [len(one.token_ids) for one in found] == [2, 4, 3, 1, 6]
+    assert sizes == expected
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_batch_reads_once_per_step_with_the_next_step_launched(
+    vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, greedy: bool
+) -> None:
+    """Counts waits for the device: evaluations and reads of ids, apart from those that begin an answer."""
+    rows, tokens, events = 8, 10, EventLog(monkeypatch)
+    options = {} if greedy else {"temperature": 1.0, "seed": 1}
+    requests = [prepare(None, f"Q{n}", max_tokens=tokens, ignore_eos=True, **options) for n in range(rows)]
+    batch = Batch(vlm, rows, lookahead=1)
+    monkeypatch.setattr(batch_module.Batch, "_begin_next", events.apart(batch_module.Batch._begin_next))
+    assert len(list(batch.outcomes(requests))) == rows
+    steps = tokens - 1
+    assert events.names == ["launch"] + ["launch", "read"] * (steps - 1) + ["read"]
+
+
+class EventLog:
+    """Launches of steps and waits for results, as `runtime` makes them, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self._quiet = False
+        for module, attribute, name in ((mx, "async_eval", "launch"), (mx, "eval", "wait")):
+            monkeypatch.setattr(module, attribute, self._noted(getattr(module, attribute), name))
+        for attribute in ("item", "tolist"):
+            monkeypatch.setattr(mx.array, attribute, self._noted(getattr(mx.array, attribute), "read"))
+
+    def _noted(self, function: Callable, name: str) -> Callable:
+        def noted(*arguments: Any) -> Any:
+            if not self._quiet:
+                self.names.append(name)
+            return function(*arguments)
+
+        return noted
+
+    def apart(self, function: Callable) -> Callable:
+        """`function`, whose own events are left out."""
+
+        def quiet(*arguments: Any) -> Any:
+            self._quiet = True
+            try:
+                return function(*arguments)
+            finally:
+                self._quiet = False
+
+        return quiet
+
+
+def test_answer_reads_once_per_token_with_the_next_step_launched(
+    vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, computing_on: Callable
+) -> None:
+    computing_on("gpu")
+    request = prepare(None, "Hi", max_tokens=9, ignore_eos=True)
+    events = EventLog(monkeypatch)
+    monkeypatch.setattr(vlm, "start", events.apart(vlm.start))
+    vlm.answer(request).read()
+    # the first id was read at the start: its item() finds it computed
+    assert events.names == ["read", "launch"] + ["launch", "read"] * 7 + ["read"]
 
 
 def test_requests_are_made_when_there_is_room(vlm: FastVLM) -> None:

@@ -1,0 +1,175 @@
+"""Layers and operations that take another form on a CPU than on a GPU, under the names that architectures use.
+
+A CPU gets few rows multiplied with their sides swapped, and attention and rotary positions made of cheap operations
+(`mlx_cpu`). A GPU gets MLX's fused kernels and few launches: one product for q, k and v, one for gate and up, one
+kernel for SwiGLU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from . import mlx_cpu
+from ._mlx import mx, nn, on_cpu
+from .kv_cache import KV_BITS, KVCache, Packed, QuantizedKVCache
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, but for few rows on a CPU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not _swaps(x, self.weight):
+            return super().__call__(x)
+        y = mlx_cpu.swapped_product(x, self.weight)
+        return y + self.bias if "bias" in self else y
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, whose product as a head is that of `Linear`."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return mlx_cpu.swapped_product(x, self.weight) if _swaps(x, self.weight) else super().as_linear(x)
+
+
+class RoPE(nn.Module):
+    """Rotary positions over half-split heads."""
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.base = base
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """(B, heads, L, head_dim) turned by the positions that follow those in `cache`."""
+        if on_cpu():
+            return mlx_cpu.rotated(x, cache.offsets, self.base)
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=cache.positions)
+
+
+def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: KVCache, scale: float) -> mx.array:
+    """Causal attention, (B, H, L, head_dim), of L queries, the last of which is at the last of the keys.
+
+    `keys` and `values` are what `cache.update` returns: arrays, or packed. L is 1 where the cache has padding.
+    """
+    mask: mx.array | str | None
+    L = queries.shape[2]
+    padding = cache.padding
+    assert padding is None or L == 1
+    if isinstance(cache, QuantizedKVCache):
+        if L == 1 and not on_cpu():
+            return quantized_attention(queries, keys, values, cache, scale)
+        keys, values = cache.dequantized(keys), cache.dequantized(values)  # read L times: expanded once
+    if padding is not None:
+        # Metal's kernel copies a mask that is not (B, H, L, N) in every layer: made whole once per step
+        mask = padding.seen(keys.shape[2], heads=1 if on_cpu() else queries.shape[1])
+    elif on_cpu():
+        return mlx_cpu.causal_attention(queries, keys, values, scale)
+    else:
+        mask = "causal" if L > 1 else None  # causal: aligned to the last key
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def quantized_attention(
+    queries: mx.array, keys: Packed, values: Packed, cache: QuantizedKVCache, scale: float
+) -> mx.array:
+    """Attention of one query per row (B, H, 1, head_dim), multiplied with keys and values in their 8 bits.
+
+    The heads of a group are the rows of one product, so that each key is read once.
+    """
+    B, H, _, head_dim = queries.shape
+    product = functools.partial(mx.quantized_matmul, group_size=cache.group_size, bits=KV_BITS)
+    queries = (queries * scale).reshape(B, keys[0].shape[1], -1, head_dim)  # (B, kv_heads, H / kv_heads, head_dim)
+    scores = product(queries, *keys, transpose=True)  # (B, kv_heads, H / kv_heads, N)
+    if cache.padding is not None:
+        scores = mx.where(cache.padding.seen(scores.shape[-1]), scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    output = product(weights, *values, transpose=False)  # (B, kv_heads, H / kv_heads, head_dim)
+    return output.reshape(B, H, 1, head_dim)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x. Not nn.silu, which off a Mac runs the system's C++ compiler at first use (0.5 s)."""
+    if not on_cpu():
+        return _fused_swiglu(gate, x)
+    return (mlx_cpu.silu(gate) if gate.dtype == mx.float32 else gate * mx.sigmoid(gate)) * x
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _fused_swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * x
+
+
+class JoinedAttention(nn.Module):
+    """The attention of a Qwen2 block with q, k and v as one product, and one rotation."""
+
+    def __init__(self, attention: nn.Module, qkv_proj: nn.Module) -> None:
+        super().__init__()
+        self.num_attention_heads = attention.num_attention_heads
+        self.num_key_value_heads = attention.num_key_value_heads
+        self.head_dim = attention.head_dim
+        self.scale = attention.scale
+        self.rope = attention.rope
+        self.qkv_proj = qkv_proj
+        self.o_proj = attention.o_proj
+        self._ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        B, L, D = x.shape
+        heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2 KV, L, head_dim)
+        # The values are turned too, and not used: a slice without them would be copied for the kernel.
+        queries, keys, _ = mx.split(self.rope(heads, cache), self._ends, axis=1)
+        keys, values = cache.update(keys, heads[:, self._ends[1] :])
+        output = scaled_dot_product_attention(queries, keys, values, cache, self.scale)
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, D))
+
+
+class JoinedMLP(nn.Module):
+    """The MLP of a Qwen2 block with gate and up as one product."""
+
+    def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, L, intermediate_size) each
+        return self.down_proj(swiglu(gate, up))
+
+
+def join_projections(decoder: nn.Module) -> None:
+    """Makes one product of q, k, v and one of gate, up in every block of a Qwen2: exact, as outputs are independent.
+
+    Layers that differ in bits or group size stay apart. Each block's weights are copied and freed in turn.
+    """
+    for block in decoder.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        if qkv_proj := joined([attention.q_proj, attention.k_proj, attention.v_proj]):
+            block.self_attn = JoinedAttention(attention, qkv_proj)
+        if gate_up_proj := joined([mlp.gate_proj, mlp.up_proj]):
+            block.mlp = JoinedMLP(gate_up_proj, mlp.down_proj)
+
+
+def joined(layers: Sequence[Layer]) -> Layer | None:
+    """One linear layer with the outputs of all `layers`, or None where they are stored differently."""
+    forms = {
+        (type(layer), *(getattr(layer, name, None) for name in ("bits", "group_size", "mode"))) for layer in layers
+    }
+    tensors = [{name: layer[name] for name in layer.parameters()} for layer in layers]
+    dtypes = {tuple((name, tensor.dtype) for name, tensor in sorted(own.items())) for own in tensors}
+    if len(forms) > 1 or len(dtypes) > 1:
+        return None
+    whole = copy.copy(layers[0])
+    for name in tensors[0]:
+        whole[name] = mx.concatenate([own[name] for own in tensors])  # along the outputs
+    mx.eval(whole.parameters())
+    return whole
+
+
+def _swaps(x: mx.array, weight: mx.array) -> bool:
+    few = x.size // x.shape[-1] in mlx_cpu.FEW_ROWS
+    return few and on_cpu() and x.dtype == weight.dtype == mx.float32
