@@ -37,12 +37,14 @@ def float32_decoder() -> Iterator[None]:
 
     On Metal a batch runs other kernels than a single answer, in float16: near ties of two ids may fall the other way.
     """
-    from fastvlm.models._mlx import mx
+    from fastvlm.models import _mlx
 
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
+    before, on_cpu = _mlx.mx.default_device(), _mlx.on_cpu()
+    _mlx.mx.set_default_device(_mlx.mx.cpu)
+    _mlx._cpu = True
     yield
-    mx.set_default_device(before)
+    _mlx.mx.set_default_device(before)
+    _mlx._cpu = on_cpu
 
 
 @pytest.fixture(scope="session")
