@@ -7,6 +7,7 @@ import re
 from ..models.errors import FastVLMError
 
 OPTIONS = {
+    "as_json": "--json",
     "client": "--for",
     "folder": "FOLDER",
     "layout": "--encoder",

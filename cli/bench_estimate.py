@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from .outputs import STDOUT, write_picture, write_text
+from .outputs import write_picture, write_text
 
 if TYPE_CHECKING:
     from ..runtime.estimate.roofline import Estimate
@@ -17,12 +18,22 @@ if TYPE_CHECKING:
 
 LIST = "list"
 
-USED = ("models", "image_size", "quant", "prompt_tokens", "json_file", "markdown", "plot", "estimate")
-"""Parameters of `bench` that change an estimate. `published` does not: those times stand below it anyway."""
+USED = ("models", "image_size", "quant", "prompt_tokens", "as_json", "report", "markdown", "plot", "estimate")
+"""The parameters of `bench` that change an estimate. `published` does not: its times are printed anyway."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where an estimate goes: JSON in place of the table on stdout, and files."""
+
+    as_json: bool = False
+    report: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
 
 
 def check_used(context: typer.Context, chips: str) -> None:
-    """Raises BadParameter naming every option that was given and would change nothing."""
+    """Raises BadParameter with every option that was given and does not change an estimate."""
     used = ("estimate",) if is_list(chips) else USED
     ignored = [
         "FOLDER" if parameter.name == "models" else parameter.opts[0]
@@ -30,16 +41,17 @@ def check_used(context: typer.Context, chips: str) -> None:
         if parameter.name and parameter.name not in used and was_given(context, parameter.name)
     ]
     if ignored:
-        raise typer.BadParameter(f"measures nothing: leave out {', '.join(ignored)}", param_hint="--estimate")
+        raise typer.BadParameter(f"does not measure: leave out {', '.join(ignored)}", param_hint="--estimate")
 
 
 def was_given(context: typer.Context, name: str) -> bool:
-    """On the command line."""
+    """Returns whether a parameter is on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE" and context.params.get(name) not in (None, [], ())
 
 
 def is_list(chips: str) -> bool:
+    """Returns whether the chips are to be listed."""
     return chips.strip().lower() == LIST
 
 
@@ -49,11 +61,9 @@ def print_estimates(
     sizes: Sequence[int],
     lengths: Sequence[int],
     quant: str | None,
-    json_file: Path | None,
-    markdown: Path | None,
-    plot: Path | None,
+    outputs: Outputs,
 ) -> None:
-    """Nothing is measured: times are computed from what the model has to do and what the chips can."""
+    """Prints TTFT computed from the model's operations and bytes and the chips' peak rates."""
     from ..runtime.estimate.chips import chip_named
     from ..runtime.estimate.report import as_dict, chip_lines, estimate_lines
     from ..runtime.estimate.roofline import estimate
@@ -63,27 +73,27 @@ def print_estimates(
         return
     wanted = [chip_named(name) for name in chips.split(",") if name.strip()]
     if not models or not wanted:
-        raise typer.BadParameter("name a chip (`--estimate list` shows them) and a FOLDER or MODEL to estimate")
+        raise typer.BadParameter("give a chip (`--estimate list` shows all) and a FOLDER or MODEL")
     found = [estimate(work, chip) for work in works(models, sizes, lengths, quant) for chip in wanted]
     text = "\n".join(estimate_lines(found)) + "\n"
-    if json_file != STDOUT:
-        typer.echo(text, nl=False)
-    if json_file is not None:
-        write_text(json_file, json.dumps(as_dict(found), indent=2) + "\n")
-    if markdown is not None:
-        write_text(markdown, text)
-    if plot is not None:
-        draw(found, plot)
+    report = json.dumps(as_dict(found), indent=2) + "\n"
+    typer.echo(report if outputs.as_json else text, nl=False)
+    if outputs.report is not None:
+        write_text(outputs.report, report)
+    if outputs.markdown is not None:
+        write_text(outputs.markdown, text)
+    if outputs.plot is not None:
+        draw(found, outputs.plot)
 
 
 def works(
     models: Sequence[str], sizes: Sequence[int], lengths: Sequence[int], quant: str | None = None
 ) -> Iterator[Work]:
-    """Every model at every size and length. A MODEL is not exported: what it has to compute is known without.
+    """Yields the work of every model at every size and length. A MODEL is not exported for it.
 
     Raises:
-        BadParameter: what the scheme takes is not known without an export.
-        FastVLMError: a folder or checkpoint cannot be read, or a folder is for another size or scheme.
+        BadParameter: the size of the scheme is only known after an export.
+        FastVLMError: a folder or checkpoint cannot be read, or a folder has another size or scheme.
     """
     from ..models.checkpoint import APPLE_ENCODER_PREFIX, shapes, tensors_under
     from ..models.config import check_image_size
@@ -94,8 +104,8 @@ def works(
 
     scheme = quant or "int8"
     if scheme not in ENCODER_BITS:
-        raise typer.BadParameter(f"an estimate knows {', '.join(ENCODER_BITS)}; found {scheme!r:.40}: export the model "
-                                 "and estimate the folder", param_hint="--quant")  # fmt: skip
+        raise typer.BadParameter(f"an estimate needs {', '.join(ENCODER_BITS)} (got {scheme}). Export the model and "
+                                 "estimate the folder", param_hint="--quant")  # fmt: skip
     for model in models:
         if exported := exported_folder(model):
             folder = folder_case(exported, sizes, quant).folder
@@ -118,6 +128,7 @@ def works(
 
 
 def draw(found: Sequence[Estimate], plot: Path) -> None:
+    """Writes the plot of the estimates."""
     from ..runtime.benchmark.plot import figure_of
     from ..runtime.estimate.report import CAVEAT, estimate_bars, published_bars
 

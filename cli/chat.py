@@ -14,17 +14,17 @@ import typer
 from ..models.errors import FastVLMError, UsageError
 from . import options as given
 from .arguments import in_options
-from .interrupt import Interrupted, gone_on
+from .interrupt import Interrupted, resumed
 from .progress import note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.conversation import Conversation
     from ..runtime.generate import Generation
 
-HELP = """  /image F   the next question is about this image
-  /reset     forget what was said and shown
-  /help      this
-  /quit      leave; so does the end of the input. Ctrl-C ends an answer.
+HELP = """  /image FILE   ask the next question about this image
+  /reset        clear the conversation
+  /help         show this help
+  /quit         leave, as the end of the input does. Ctrl-C stops an answer.
 """
 
 
@@ -41,12 +41,12 @@ def chat_command(
     seed: given.Seed = None,
     stop: given.Stop = None,
     fit: given.Fit = None,
-    vision: given.Vision = None,
+    backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
 ) -> None:
-    """Talk about images: a question per line, from the terminal or a pipe. Answers to stdout, timings to stderr."""
+    """Chat about images, a question per line. Prints answers to stdout, and timings to stderr."""
     from ..runtime.fastvlm import load
     from ..runtime.request import opened, prepare
 
@@ -61,9 +61,11 @@ def chat_command(
         "stop": stop or (),
         "fit": fit,
     }
-    prepare(None, "", **options)  # what is wrong is told before the model is loaded
+    prepare(None, "", **options)  # wrong options are reported before the model is loaded
     images = opened(image)
-    model = load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
+    model = load(
+        folder, backend, compute_units=compute_units, kv_bits=given.as_int(kv_bits), verify_hashes=verify_hashes
+    )
     for text in model.notes:
         note(text)
     session = Session(model.chat(images, system), options, model.config.max_context)
@@ -76,7 +78,7 @@ def chat_command(
 
 
 def lines() -> Iterator[str]:
-    """What is typed or piped in, line by line."""
+    """Yields the lines that are typed or piped in."""
     if not sys.stdin.isatty():
         while text := given.line_from(sys.stdin):
             yield text
@@ -90,10 +92,10 @@ def lines() -> Iterator[str]:
 
 
 class Session:
-    """Takes lines, each a question or a command.
+    """A conversation that takes lines, each a question or a command.
 
     Attributes:
-        failed: whether a line could not be followed.
+        failed: true once a line ended in an error.
     """
 
     def __init__(self, conversation: Conversation, options: dict[str, Any], max_context: int) -> None:
@@ -103,7 +105,7 @@ class Session:
         self.failed = False
 
     def take(self, line: str) -> bool:
-        """Follows a line. False when it says to leave."""
+        """Runs one line. Returns False when it is `/quit`."""
         text = line.strip()
         try:
             if text.startswith("/"):
@@ -125,12 +127,12 @@ class Session:
         elif name == "/image" and argument:
             self._conversation.show(Path(argument.strip("\"'")).expanduser())
         else:
-            what = "/image needs a file" if name == "/image" else f"{name:.40} is no command"
-            raise UsageError(f"{what}: see /help")
+            what = "/image needs a file" if name == "/image" else f"{name:.40} is not a command"
+            raise UsageError(f"{what}. See /help")
         return True
 
     def _ask(self, question: str) -> None:
-        """Prints the answer while it comes; Ctrl-C ends it, and the question has then not been asked."""
+        """Prints the answer as it is generated. Ctrl-C stops it and drops the question from the history."""
         stream = self._conversation.stream(question, **self._options)
         try:
             for piece in stream:
@@ -138,19 +140,19 @@ class Session:
         except Interrupted as reason:
             if reason.signal_number != signal.SIGINT:
                 raise
-            gone_on()
+            resumed()
             stream.close()
             sys.stderr.write("\n(stopped: this question is not in the history)\n")
             return
         given.write_piece("\n")
-        self._tell(stream.generation)
+        self._report(stream.generation)
 
-    def _tell(self, generation: Generation) -> None:
+    def _report(self, generation: Generation) -> None:
         timings = generation.timings
         rate = f", {timings.decode_tps:.1f} tokens/s" if timings.decode_tps else ""
         sys.stderr.write(
-            f"  TTFT {timings.ttft_ms:.0f} ms; {timings.prompt_tokens - timings.reused_tokens} tokens read, "
-            f"{timings.reused_tokens} known; {timings.generated_tokens} written{rate}\n"
+            f"  TTFT {timings.ttft_ms:.0f} ms; {timings.prompt_tokens - timings.reused_tokens} prompt tokens read, "
+            f"{timings.reused_tokens} cached; {timings.generated_tokens} generated{rate}\n"
         )
         if generation.finish_reason == "context":
-            note(f"the context of {self._max_context:,} tokens is full: /reset begins anew")
+            note(f"the context of {self._max_context:,} tokens is full. /reset starts a new conversation")

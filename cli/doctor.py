@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
+from . import options as given
+
 
 def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: given.AsJson = False,
 ) -> None:
-    """What this machine can do, and what is missing. Exit 1 when something that fastvlm needs is."""
+    """Check hardware, packages and disk space. Exits with 1 if a required package is missing."""
     from ..runtime.doctor import examine
 
     findings = examine()

@@ -15,52 +15,59 @@ from .progress import StageProgress, megabytes, note
 
 def download_command(
     model_id: Annotated[
-        str, typer.Argument(metavar="ID", help="A hub id (apple/FastVLM-0.5B), or an archive of Apple's (0.5b-stage3).")
+        str,
+        typer.Argument(metavar="ID", help="A hub id (apple/FastVLM-0.5B), or one of Apple's archives (0.5b-stage3)."),
     ],
-    to: Annotated[
+    out: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="The folder to write. Default: the hub's cache, or a folder named as Apple's."
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Write this folder.",
+            show_default="the hub's cache, or ./NAME for Apple's archives",
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub's.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Take this branch, tag or commit from the hub.")
+    ] = None,
     sha256: Annotated[
-        str | None, typer.Option(metavar="HEX", help="What the archive has to have; Apple publishes none.")
+        str | None, typer.Option(metavar="HEX", help="Require this checksum of an archive. Apple publishes none.")
     ] = None,
 ) -> None:
-    """Fetch a checkpoint; a download that was interrupted goes on where it was. Prints the folder."""
+    """Download a checkpoint, or resume an interrupted download. Prints the folder."""
     from ..models.download.apple import download_archive
     from ..models.download.archives import FOLDERS, LICENCE_NOTE
     from ..models.download.hub import download_from_hub
     from ..models.hub_cache import HUB_ID
 
-    if to is not None:
-        to = to.expanduser()
+    if out is not None:
+        out = out.expanduser()
     if model_id in FOLDERS:
         if revision is not None:
-            raise UsageError(f"--revision is for the hub; {model_id} is an archive of Apple's")
+            raise UsageError(f"revision is for hub ids, and {model_id} is an archive", "revision")
         note(LICENCE_NOTE)
-        folder = to or Path(FOLDERS[model_id])
+        folder = out or Path(FOLDERS[model_id])
         with ByteProgress() as progress:
             record = download_archive(model_id, folder, sha256=sha256, on_progress=progress)
         if record.get("already_there"):
-            note(f"{folder} is there already; remove it to fetch it anew")
+            note(f"{folder} exists already. Remove it to download it again")
         elif not record["sha256_was_known"]:
-            note(f"no checksum is published for it; the archive's sha256 is {record['sha256']}")
+            note(f"Apple publishes no checksum for it. The archive's sha256 is {record['sha256']}")
     elif HUB_ID.fullmatch(model_id):
         if sha256 is not None:
-            raise UsageError("--sha256 is for archives; the hub names the hashes of its files itself")
+            raise UsageError("sha256 is for archives. The hub has the hashes of its files", "sha256")
         if model_id.lower().startswith("apple/"):
             note(LICENCE_NOTE)
         with StageProgress() as stages:
-            folder = download_from_hub(model_id, to, revision, on_stage=stages)
+            folder = download_from_hub(model_id, out, revision, on_stage=stages)
     else:
         raise UsageError(f"{model_id} is neither a hub id (owner/name) nor one of {', '.join(FOLDERS)}")
     typer.echo(str(folder))
 
 
 class ByteProgress:
-    """One line on a terminal that is written anew, else a line for every tenth. Used as a context manager."""
+    """A context manager that prints one updated line on a terminal, or a line per tenth elsewhere."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()

@@ -4,105 +4,170 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..models.float32 import disable_tf32
 from ..models.references import DEFAULT_MODEL
+from . import options as given
 from .progress import StageProgress, megabytes, note
 
 if TYPE_CHECKING:
     from ..export.exporter import Export
 
+ENCODER, DECODER, PACKAGE, SAFETY = "Encoder", "Decoder", "Package", "Safety"
+"""Panels of `--help`, with `given.OUTPUT`."""
+
 
 def export_command(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A checkpoint folder, a hub id, tiny, random:tiny, :0.5b, :1.5b, :7b."),
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint folder, a hub id, tiny, or random:SIZE (tiny, 0.5b, 1.5b, 7b)."
+        ),
     ] = DEFAULT_MODEL,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's or LLaVA's folder) to merge first.")
-    ] = None,
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="Where the encoder goes: apple, a Core ML package; mlx, beside the decoder, for MLX clients."
-        ),
-    ] = "apple",
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            help="Encoder weights: fp16, int8, pal8, pal6, pal4, int4, mixed or w8a8. Default: int8. "
-            "With --layout mlx: bf16 (default) or fp32."
-        ),
-    ] = None,
-    min_snr: Annotated[
-        float | None, typer.Option(metavar="DB", help="Of mixed: the SNR of image_features to keep. Default: 40.")
-    ] = None,
-    max_bytes: Annotated[
-        str | None, typer.Option(metavar="N", help="Of mixed, instead: the encoder's size at most, as 80M.")
+        Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter first (PEFT or LLaVA layout).")
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Do again what an earlier export decided: its folder or its fastvlm.json."),
+        typer.Option(metavar="FILE", help="Repeat the decisions of an earlier export: its folder or fastvlm.json."),
     ] = None,
-    decoder_bits: Annotated[
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Measure on the images in DIR.", show_default="embedded drawings"),
+    ] = None,
+    encoder: Annotated[
+        Literal["coreml", "mlx"],
+        typer.Option(
+            help="Write the encoder as a Core ML package, or as MLX weights for MLX clients.", rich_help_panel=ENCODER
+        ),
+    ] = "coreml",
+    quant: Annotated[
+        given.EncoderQuant | None,
+        typer.Option(
+            metavar=given.QUANT_CHOICES,
+            help="Choose the encoder's weight format. bf16 and fp32 are for --encoder mlx.",
+            show_default="int8, or bf16 with --encoder mlx",
+            rich_help_panel=ENCODER,
+        ),
+    ] = None,
+    min_snr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DB",
+            help="With --quant mixed, keep this SNR of image_features.",
+            show_default="40",
+            rich_help_panel=ENCODER,
+        ),
+    ] = None,
+    max_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Decoder weights: 4, 5, 6, 8 or 16 bits, or mixed: chosen per matrix by measurement. Default: 8."
+            metavar="SIZE",
+            help="With --quant mixed, limit the encoder's size instead (for example 80M).",
+            rich_help_panel=ENCODER,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX",
+            help="Set the side of the square input, a multiple of 64.",
+            show_default="as trained",
+            rich_help_panel=ENCODER,
+        ),
+    ] = None,
+    decoder_bits: Annotated[
+        Literal["4", "5", "6", "8", "16", "mixed"] | None,
+        typer.Option(
+            help="Set the bits per decoder weight. mixed chooses them per matrix by measurement.",
+            show_default="8",
+            rich_help_panel=DECODER,
         ),
     ] = None,
     decoder_avg_bits: Annotated[
         float | None,
-        typer.Option(help="Of mixed: bits per weight on average, scales included (4 bits alone are 4.5). Default: 5."),
-    ] = None,
-    decoder_quantizer: Annotated[
-        str | None,
-        typer.Option(help="gptq: calibrated, takes minutes; rtn: to the nearest. Default: gptq below 8 bits."),
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Decoder weights that share a scale: 32, 64 or 128. Default: 64.")
-    ] = None,
-    quantize_embeddings: Annotated[
-        bool | None,
         typer.Option(
-            "--quantize-embeddings/--no-quantize-embeddings",
-            help="Quantize the embedding table too, as mlx-lm does. Default: yes.",
+            metavar="BITS",
+            help="With --decoder-bits mixed, keep this average, scales included.",
+            show_default="5",
+            rich_help_panel=DECODER,
         ),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the encoder's square in pixels, a multiple of 64. Default: as trained.")
+    decoder_quantizer: Annotated[
+        Literal["gptq", "rtn"] | None,
+        typer.Option(
+            help="Calibrate the rounding (gptq, takes minutes) or round to nearest (rtn).",
+            show_default="gptq below 8 bits, else rtn",
+            rich_help_panel=DECODER,
+        ),
     ] = None,
+    group_size: Annotated[
+        Literal["32", "64", "128"] | None,
+        typer.Option(help="Set how many decoder weights share a scale.", show_default="64", rich_help_panel=DECODER),
+    ] = None,
+    no_quantize_embeddings: Annotated[
+        bool,
+        typer.Option("--no-quantize-embeddings", help="Keep the embedding table in float16.", rich_help_panel=DECODER),
+    ] = False,
     io: Annotated[
-        str | None,
-        typer.Option(help="What the package takes and gives: float32, float16, or image (RGB in, float32 out)."),
+        Literal["float32", "float16", "image"] | None,
+        typer.Option(
+            help="Choose the package's input and output type. image takes RGB and returns float32.",
+            show_default="float32",
+            rich_help_panel=PACKAGE,
+        ),
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The oldest system that it is for: ios17 (also macOS 14) or ios18 (macOS 15).")
+    min_os: Annotated[
+        Literal["ios17", "ios18"] | None,
+        typer.Option(
+            help="Set the oldest system: ios17 (and macOS 14) or ios18 (and macOS 15).",
+            show_default="ios17, or ios18 with int4",
+            rich_help_panel=PACKAGE,
+        ),
     ] = None,
     with_projector: Annotated[
         bool | None,
         typer.Option(
-            "--with-projector/--no-projector", help="Put the projector into the package too; it gives image_embeds."
+            "--with-projector/--no-projector",
+            help="Put the projector into the package, so that it returns image_embeds.",
+            show_default="no",
+            rich_help_panel=PACKAGE,
         ),
     ] = None,
-    calibrate: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder of images to measure on. Default: embedded drawings.")
-    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The folder to write. Default: MODEL-QUANT here.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Write this folder.",
+            show_default="./MODEL-QUANT",
+            rich_help_panel=given.OUTPUT,
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export at OUT.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite an earlier export.", rich_help_panel=given.OUTPUT)
+    ] = False,
+    as_json: given.AsJson = False,
     allow_lint: Annotated[
-        bool, typer.Option("--allow-lint", help="Write the package even if a rule of the Neural Engine is broken.")
+        bool,
+        typer.Option(
+            "--allow-lint",
+            help="Write a package that breaks a rule of the Neural Engine.",
+            rich_help_panel=SAFETY,
+        ),
     ] = False,
     allow_shortfall: Annotated[
-        bool, typer.Option("--allow-shortfall", help="Write the folder even if it falls short of the checkpoint.")
+        bool,
+        typer.Option(
+            "--allow-shortfall", help="Write a folder that falls short of the checkpoint.", rich_help_panel=SAFETY
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a model folder: Core ML encoder, MLX decoder, tokenizer; verified before it appears."""
+    """Export a checkpoint to a model folder: Core ML encoder, MLX decoder, tokenizer. The result is verified first."""
     with StageProgress() as progress:
         progress("load the tools")
         disable_tf32()
@@ -112,7 +177,7 @@ def export_command(
             model,
             out,
             adapter=adapter,
-            layout=layout,
+            layout="apple" if encoder == "coreml" else encoder,
             quant=quant,
             min_snr=min_snr,
             max_bytes=max_bytes,
@@ -120,11 +185,11 @@ def export_command(
             decoder_bits=decoder_bits,
             decoder_avg_bits=decoder_avg_bits,
             decoder_quantizer=decoder_quantizer,
-            group_size=group_size,
-            quantize_embeddings=quantize_embeddings,
+            group_size=given.as_int(group_size),
+            quantize_embeddings=False if no_quantize_embeddings else None,
             image_size=image_size,
             io=io,
-            target=target,
+            target=min_os,
             with_projector=with_projector,
             calibrate=calibrate,
             force=force,
@@ -141,12 +206,13 @@ def export_command(
 
 
 def summary(result: Export, seconds: float) -> str:
+    """Returns the sizes of a finished export, and how close it is to its checkpoint."""
     encoder, decoder = result.verification.encoder.output, result.verification.decoder
     other_bytes = result.total_bytes - result.encoder_bytes
     return "\n".join(
         (
             f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
-            f"next to {result.checkpoint} in float32, on images kept for this:",
+            f"compared with {result.checkpoint} in float32, on held-out images:",
             f"  encoder {megabytes(result.encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
             f"  decoder {megabytes(other_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
             f"{decoder.logits.same_argmax:.0%} of greedy tokens agree",

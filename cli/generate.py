@@ -5,34 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..models.errors import FastVLMError
 from . import options as given
-from .captions import caption_folder
 from .interrupt import Interrupted
 from .progress import note
 
 if TYPE_CHECKING:
-    from ..runtime.fastvlm import FastVLM
     from ..runtime.generate import Generation
     from ..runtime.timings import Timings
 
 
 def generate_command(
     folder: given.Folder,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; `-` reads it from stdin.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this question. `-` reads it from stdin.")
+    ],
     image: given.Images = None,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Caption every image of a folder and its subfolders, into --out.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="F.jsonl", help="For --images; an earlier run goes on.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="For --images: answers decoded at a time.")] = 8,
     system: given.System = None,
     max_tokens: given.MaxTokens = 256,
     temperature: given.Temperature = 0.0,
@@ -42,15 +34,15 @@ def generate_command(
     repetition_penalty: given.RepetitionPenalty = 1.0,
     seed: given.Seed = None,
     stop: given.Stop = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end, for measurements.")] = False,
+    ignore_eos: given.IgnoreEos = False,
     fit: given.Fit = None,
-    vision: given.Vision = None,
+    backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text, token ids and timings as JSON.")] = False,
+    as_json: given.AsJson = False,
 ) -> None:
-    """Answer a prompt about an image: text to stdout as it comes, timings to stderr. Or caption a folder of images."""
+    """Answer a prompt about an image. Streams text to stdout, and prints timings to stderr."""
     from ..runtime.fastvlm import load
     from ..runtime.request import prepare
 
@@ -67,18 +59,10 @@ def generate_command(
         "ignore_eos": ignore_eos,
         "fit": fit,
     }
-    if (images is None) != (out is None) or (images and (image or as_json)):
-        raise typer.BadParameter("--images DIR and --out F.jsonl go together, without --image and --json")
-    question = given.text_from(sys.stdin) if prompt == "-" else prompt
-
-    def opened() -> FastVLM:
-        return load(folder, vision, compute_units=compute_units, kv_bits=kv_bits, verify_hashes=verify_hashes)
-
-    if images and out:
-        caption_folder(folder, opened, images, question, out, options, batch_size)
-        return
-    request = prepare(image or None, question, **options)
-    model = opened()
+    request = prepare(image or None, given.text_from(sys.stdin) if prompt == "-" else prompt, **options)
+    model = load(
+        folder, backend, compute_units=compute_units, kv_bits=given.as_int(kv_bits), verify_hashes=verify_hashes
+    )
     stream = model.answer(request)
     if as_json:
         for _ in stream:
@@ -93,7 +77,7 @@ def generate_command(
 
 
 def show(pieces: Iterable[str]) -> None:
-    """Prints the answer as it comes; what interrupts it is told on a line of its own."""
+    """Prints the answer as it is generated. An error or a Ctrl-C starts a new line."""
     begun = False
     try:
         for piece in pieces:
@@ -107,6 +91,7 @@ def show(pieces: Iterable[str]) -> None:
 
 
 def as_dict(generation: Generation, notes: tuple[str, ...]) -> dict[str, object]:
+    """Returns what `--json` prints."""
     return {
         "text": generation.text,
         "token_ids": list(generation.token_ids),
@@ -117,12 +102,12 @@ def as_dict(generation: Generation, notes: tuple[str, ...]) -> dict[str, object]
 
 
 def timing_lines(timings: Timings) -> str:
-    """TTFT with its stages, then the rate of the tokens after the first."""
+    """Returns TTFT with its stages, then the rate of the tokens after the first."""
     stages = ("preprocess", "encode", "project", "prefill", "sample")
     parts = "".join(f"  {stage:<11}{getattr(timings, f'{stage}_ms'):9.1f} ms\n" for stage in stages)
     rate = f"{timings.decode_tps:.1f} tokens/s after the first" if timings.decode_tps else "one token"
     return (
         f"\nTTFT {timings.ttft_ms:.1f} ms ({'cold: first call of this process' if timings.cold else 'warm'}), "
-        f"{timings.prompt_tokens} prompt tokens, {timings.reused_tokens} of them read before\n{parts}"
+        f"{timings.prompt_tokens} prompt tokens, {timings.reused_tokens} of them cached\n{parts}"
         f"{timings.generated_tokens} tokens, {rate}; model loaded in {timings.load_ms / 1000:.1f} s\n"
     )

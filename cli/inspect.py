@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options as given
 from .progress import megabytes
 
 if TYPE_CHECKING:
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
     from ..models.compute_plan import Placement
 
 LISTED_PLACES = 5
+"""The most operations that are listed when Core ML runs them elsewhere: enough to see a pattern."""
 
 
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder, or a .mlpackage.")],
     with_placement: Annotated[
-        bool, typer.Option("--placement", help="Ask Core ML where it would run each operation (on a Mac).")
+        bool, typer.Option("--placement", help="Also show where Core ML runs each operation (macOS only).")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: given.AsJson = False,
 ) -> None:
-    """What a package holds, and which rules of the Neural Engine it breaks. Exit 1 on a broken rule."""
+    """Describe a package: inputs, operations, bytes, FLOPs. Exits with 1 if it breaks a rule of the Neural Engine."""
     from ..export.package_report import inspect
 
     report = inspect(path)
@@ -48,6 +50,7 @@ def placement_of(package: Path) -> Placement:
 
 
 def lines(report: PackageReport) -> Iterator[str]:
+    """Yields the lines that describe a package."""
     for what, tensors in (("input", report.inputs), ("output", report.outputs)):
         for tensor in tensors:
             layout = report.image_inputs.get(tensor.name)
@@ -59,13 +62,14 @@ def lines(report: PackageReport) -> Iterator[str]:
     yield f"{'compute':11}{report.flops / 1e9:,.1f} GFLOP per image"
     yield f"{'largest':11}{', '.join(f'{t} {megabytes(t.nbytes)}' for t in report.largest_operands[:3])}"
     if not report.findings:
-        yield f"{'lint':11}no finding"
+        yield f"{'lint':11}no findings"
     for finding in report.findings:
-        yield f"{finding.severity:11}{finding.rule}: {finding.count} x, such as {finding.example}"
+        yield f"{finding.severity:11}{finding.rule}: {finding.count} x, for example {finding.example}"
         yield f"{'':11}{finding.reason}; {finding.advice}"
 
 
 def placement_lines(found: Placement) -> Iterator[str]:
+    """Yields the share of each compute unit, and the operations that run elsewhere."""
     shares = ", ".join(f"{device} {share:.1%}" for device, share in found.cost_by_device.items())
     yield f"{'placement':11}{shares} of the estimated cost"
     for place in found.elsewhere[:LISTED_PLACES]:

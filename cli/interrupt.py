@@ -1,4 +1,4 @@
-"""Ctrl-C, as an exception that nothing catches by accident, and that is not lost where Python loses exceptions."""
+"""Ctrl-C as an exception that no handler catches by accident, and that survives where Python drops exceptions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGAIN_SECONDS = 0.01
+RETRY_SECONDS = 0.01
+"""The delay in seconds before a signal is raised again: short for a user, and long enough for an import."""
 
 _asked: int | None = None
-_again_is_due = False
+_retry_is_due = False
 
 
 class Interrupted(BaseException):
@@ -27,42 +28,42 @@ class Interrupted(BaseException):
 
 
 def interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """A signal handler. Raises `Interrupted`, but amid the making of an extension module, which would abort."""
+    """Handles a signal by raising `Interrupted`, later if an extension is being loaded: that would abort."""
     global _asked
     _asked = signal_number
-    if _makes_extension(frame):
-        _come_again(signal_number)
+    if _loads_extension(frame):
+        _retry_later(signal_number)
         return
     raise Interrupted(signal_number)
 
 
 def asked_to_stop() -> int | None:
-    """The signal that has come, also where other code made another exception of `Interrupted`."""
+    """Returns the signal that was received, even if other code replaced `Interrupted` by another exception."""
     return _asked
 
 
-def gone_on() -> None:
-    """Ctrl-C has ended what it was meant to end, and not the command."""
+def resumed() -> None:
+    """Marks a Ctrl-C as handled: it stopped an answer, and the command continues."""
     global _asked
     _asked = None
 
 
 def listen() -> None:
-    """Signals raise `Interrupted` from here on.
+    """Makes signals raise `Interrupted`.
 
-    They do so a moment later in a finalizer, whose exceptions Python drops, and amid the import of an extension.
+    In a finalizer, whose exceptions Python drops, and during the import of an extension they raise a moment later.
     """
     for number in SIGNALS:
         signal.signal(number, interrupt)
-    sys.unraisablehook = _again
+    sys.unraisablehook = _retry
 
 
 def stop_listening() -> None:
-    """The work is done: a signal ends the process while it waits for threads, and leaves its finalizers in peace."""
+    """Ends the handling of signals. From here on one exits at once, without interrupting finalizers."""
     sys.unraisablehook = sys.__unraisablehook__
-    if _again_is_due:
+    if _retry_is_due:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    atexit.register(_handle, signal.SIG_IGN)  # Python joins its threads before it calls what is registered
+    atexit.register(_handle, signal.SIG_IGN)  # Python joins its threads before it calls this
     _handle(_leave)
 
 
@@ -72,7 +73,7 @@ def _handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """A signal handler. What was printed is kept; an interruption that was told already is not told again."""
+    """Handles a signal by exiting. Printed text is flushed, and an interruption is reported once."""
     try:
         if _asked is None:
             sys.stderr.write("error: interrupted\n")
@@ -81,25 +82,25 @@ def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
         os._exit(128 + signal_number)
 
 
-def _again(dropped: sys.UnraisableHookArgs) -> None:
+def _retry(dropped: sys.UnraisableHookArgs) -> None:
     if not isinstance(dropped.exc_value, Interrupted):
         sys.__unraisablehook__(dropped)
         return
-    _come_again(dropped.exc_value.signal_number)
+    _retry_later(dropped.exc_value.signal_number)
 
 
-def _come_again(signal_number: int) -> None:
-    global _again_is_due
-    _again_is_due = True
+def _retry_later(signal_number: int) -> None:
+    global _retry_is_due
+    _retry_is_due = True
     signal.signal(signal.SIGALRM, lambda _, frame: interrupt(signal_number, frame))
-    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
 
-def _makes_extension(frame: FrameType | None) -> bool:
-    """C++ that calls Python while a module is made (MLX's does) knows no exceptions there."""
+def _loads_extension(frame: FrameType | None) -> bool:
+    """Returns whether an extension is being loaded: MLX's C++ calls Python then, and an exception would abort it."""
     while frame is not None:
-        making = frame.f_code.co_name in ("create_module", "exec_module")
-        if making and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        loading = frame.f_code.co_name in ("create_module", "exec_module")
+        if loading and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
             return True
         frame = frame.f_back
     return False

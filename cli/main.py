@@ -1,4 +1,4 @@
-"""`fastvlm`: the commands, and how errors leave them."""
+"""The `fastvlm` command: its subcommands, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ..models.errors import FastVLMError
 from .arguments import in_options
 from .bench import bench_command
 from .bundle import bundle_command
+from .caption import caption_command
 from .chat import chat_command
 from .doctor import doctor_command
 from .download import download_command
 from .eval import eval_command
 from .export import export_command
 from .generate import generate_command
+from .help import Command, Group
 from .inspect import inspect_command
 from .interrupt import Interrupted, asked_to_stop, listen, stop_listening
 from .progress import one_line
@@ -26,25 +28,29 @@ from .verify import verify_command
 
 app = typer.Typer(
     name="fastvlm",
-    help="FastVLM on Apple Silicon: export for the Neural Engine, ask about images, measure the time to first token.",
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command("export")(export_command)
-app.command("generate")(generate_command)
-app.command("chat")(chat_command)
-app.command("eval")(eval_command)
-app.command("bench")(bench_command)
-app.command("inspect")(inspect_command)
-app.command("verify")(verify_command)
-app.command("bundle")(bundle_command)
-app.command("download")(download_command)
-app.command("doctor")(doctor_command)
+for command in (
+    export_command,
+    generate_command,
+    chat_command,
+    caption_command,
+    eval_command,
+    bench_command,
+    inspect_command,
+    verify_command,
+    bundle_command,
+    download_command,
+    doctor_command,
+):
+    app.command(command.__name__.removesuffix("_command"), cls=Command)(command)
 
 OUT_OF_MEMORY = "out of memory: close other programs, or use a smaller model or image size"
 ALLOCATION_FAILED = ("not enough memory", "Unable to allocate", "can't allocate memory", "Insufficient Memory")
-"""How torch's, MLX's and Metal's allocators say it, which raise no MemoryError."""
+"""Parts of the messages that the allocators of torch, MLX and Metal raise in place of a MemoryError."""
 
 
 def print_version(wanted: bool) -> None:
@@ -56,14 +62,14 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """FastVLM on Apple Silicon: export for the Neural Engine, ask about images, measure the time to first token."""
 
 
 def main() -> NoReturn:
-    """Runs the command line. Exit code 0: success; 1: an error, told in one line; 2: wrong usage."""
+    """Runs the command line. Exit code 0 is success, 1 an error in one line, 2 wrong usage."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
@@ -73,14 +79,14 @@ def main() -> NoReturn:
     except Exception:
         if asked_to_stop() is None:
             raise
-        _fail("")  # of an import that was interrupted, say
+        _fail("")  # for example from an import that was interrupted
     finally:
         stop_listening()
     sys.exit(0)
 
 
 def _run() -> None:
-    """The command; what goes wrong on purpose becomes a line and an exit code."""
+    """Runs the command, and turns known errors into one line and an exit code."""
     try:
         app()
     except FastVLMError as error:
@@ -98,7 +104,7 @@ def _run() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """Says what is wrong; an interruption comes first, for it may have led to whatever else is said."""
+    """Prints an error and exits. An interruption takes precedence, because it may have caused the error."""
     number = asked_to_stop()
     sys.stderr.write(f"error: {one_line(message) if number is None else 'interrupted'}\n")
     sys.exit(1 if number is None else 128 + number)

@@ -1,4 +1,4 @@
-"""Options that several commands share, under one name and with one explanation."""
+"""Options that several commands share, each with one name and one help text."""
 
 from __future__ import annotations
 
@@ -7,63 +7,135 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO, TypeAlias, get_args
 
 import typer
 
 from ..models.errors import PromptError
 
-MAX_STDIN_BYTES = 2**20
-"""Of a prompt or question from stdin: far more than any context holds."""
+MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
+"""Panels of `--help`."""
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder, or the hub id of one.")]
-Images = Annotated[list[Path] | None, typer.Option("--image", "-i", metavar="F", help="An image; repeat for several.")]
-System = Annotated[str | None, typer.Option(help="The system prompt. Default: the chat template's.")]
-MaxTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time; above: sampled.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many tokens at most; 0: all.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: repeat less.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; repeat for several.")]
-Fit = Annotated[str | None, typer.Option(help="pad or crop to a square. Default: as the model was trained.")]
-Vision = Annotated[
-    str | None,
-    typer.Option(help="coreml, reference or mlx. Default: coreml on a Mac, else reference; mlx by its folder."),
+DESCRIBE = "Describe the image."
+"""The default prompt of `caption` and `bench`."""
+
+MAX_STDIN_BYTES = 2**20
+"""The most bytes of a prompt that are read from stdin: far more than any context holds."""
+
+EncoderQuant: TypeAlias = Literal["fp16", "int8", "pal8", "pal6", "pal4", "int4", "w8a8", "mixed", "bf16", "fp32"]
+BackendName: TypeAlias = Literal["coreml", "reference", "mlx"]
+UnitsName: TypeAlias = Literal["CPU_AND_NE", "CPU_ONLY", "CPU_AND_GPU", "ALL"]
+Client: TypeAlias = Literal["apple-app", "mlx-swift-lm", "mlx-vlm"]
+
+QUANT_CHOICES, UNITS_CHOICES, CLIENT_CHOICES = (
+    " | ".join(get_args(choices)) for choices in (EncoderQuant, UnitsName, Client)
+)
+"""The choices as a metavar that breaks between words, for options with long lists."""
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder, or its hub id.")]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="Ask about this image. Repeat for several.")
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Set the system prompt.", show_default="the chat template's")
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Stop after N tokens.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", help="Set the sampling temperature. 0 is greedy.", rich_help_panel=SAMPLING)
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        metavar="P", help="Sample from the likeliest tokens of total probability P.", rich_help_panel=SAMPLING
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(metavar="K", help="Sample from the K likeliest tokens. 0 means all.", rich_help_panel=SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        metavar="P", help="Drop tokens below P times the likeliest token's probability.", rich_help_panel=SAMPLING
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(metavar="X", help="Penalize repeated tokens by a factor above 1.", rich_help_panel=SAMPLING)
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Make sampling reproducible.", rich_help_panel=SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Stop before this string. Repeat for several.", rich_help_panel=SAMPLING),
+]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-eos", help="Continue past the end token, to measure a fixed length.", rich_help_panel=SAMPLING
+    ),
+]
+Fit = Annotated[
+    Literal["pad", "crop"] | None,
+    typer.Option(
+        help="Pad or crop images to a square.", show_default="as the model was trained", rich_help_panel=MODEL
+    ),
+]
+Backend = Annotated[
+    BackendName | None,
+    typer.Option(
+        help="Choose the vision backend.",
+        show_default="coreml on macOS, reference elsewhere, mlx for MLX folders",
+        rich_help_panel=MODEL,
+    ),
 ]
 ComputeUnits = Annotated[
-    str | None, typer.Option(help="For coreml: CPU_AND_NE (default), CPU_ONLY, CPU_AND_GPU or ALL.")
+    UnitsName | None,
+    typer.Option(
+        metavar=UNITS_CHOICES, help="Choose Core ML's compute units.", show_default="CPU_AND_NE", rich_help_panel=MODEL
+    ),
+]
+KVBits = Annotated[
+    Literal["8"] | None,
+    typer.Option(help="Quantize the KV cache, to save memory.", show_default="off", rich_help_panel=MODEL),
 ]
 VerifyHashes = Annotated[
-    bool, typer.Option("--verify-hashes", help="Compare every byte of the folder with its manifest first.")
+    bool,
+    typer.Option("--verify-hashes", help="Compare every byte with the manifest before loading.", rich_help_panel=MODEL),
 ]
-KVBits = Annotated[int | None, typer.Option(help="8: keep keys and values in 8 bits, to save memory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
+
+Report = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Write the report to a file, for --compare.", rich_help_panel=OUTPUT),
+]
+
+
+def as_int(bits: str | None) -> int | None:
+    """Returns the number that a choice such as `--kv-bits 8` names."""
+    return None if bits is None else int(bits)
 
 
 def text_from(stream: TextIO) -> str:
-    """All of a stream, such as stdin, as a prompt.
+    """Returns the whole of a stream, such as stdin, as a prompt.
 
     Raises:
-        PromptError: it is longer than a mebibyte, or not UTF-8.
+        PromptError: the stream is longer than a mebibyte, or not UTF-8.
     """
     return _decoded(stream.buffer.read(MAX_STDIN_BYTES + 1), "the prompt")
 
 
-def _decoded(content: bytes, what: str) -> str:
+def _decoded(content: bytes, subject: str) -> str:
     if len(content) > MAX_STDIN_BYTES:
-        raise PromptError(f"{what} on stdin is longer than {MAX_STDIN_BYTES:,} bytes: no context holds it")
+        raise PromptError(f"{subject} on stdin is longer than {MAX_STDIN_BYTES:,} bytes. Shorten it")
     try:
         return content.decode()
     except UnicodeDecodeError as reason:
-        raise PromptError(f"{what} on stdin is not UTF-8 at byte {reason.start:,}: convert it") from None
+        raise PromptError(f"{subject} on stdin is not UTF-8 at byte {reason.start:,}. Convert it") from None
 
 
 def line_from(stream: TextIO) -> str:
-    """The next line of a stream, with its end; nothing when there are no more.
+    """Returns the next line of a stream with its newline, or an empty string at the end.
 
     Raises:
-        PromptError: see `text_from`.
+        PromptError: the line is longer than a mebibyte, or not UTF-8.
     """
     content = stream.buffer.readline(MAX_STDIN_BYTES + 1)
     return _decoded(content, "the question")
@@ -71,7 +143,7 @@ def line_from(stream: TextIO) -> str:
 
 @contextlib.contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Ends the command without a complaint when whoever reads stdout has enough (`| head`)."""
+    """Ends the command quietly when the reader of stdout closes it, as `| head` does."""
     try:
         yield
     except BrokenPipeError:  # nothing may be flushed into the pipe at exit
@@ -80,6 +152,6 @@ def quiet_pipe() -> Iterator[None]:
 
 
 def write_piece(piece: str) -> None:
-    """A piece of an answer, at once."""
+    """Writes a piece of an answer without waiting for a full buffer."""
     sys.stdout.write(piece)
     sys.stdout.flush()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StageProgress:
-    """Prints each stage when it begins and its seconds when the next one does. Used as a context manager."""
+    """A context manager that prints each stage when it begins, and its seconds when it ends."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -38,7 +38,7 @@ class StageProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """The seconds since the beginning."""
         return time.perf_counter() - self._begin
 
     def _finish_stage(self) -> None:
@@ -53,9 +53,9 @@ class StageProgress:
 
 
 class CountProgress:
-    """A bar on a terminal, else a line for every tenth of the whole. Used as a context manager.
+    """A context manager that shows a bar on a terminal, or prints a line per tenth elsewhere.
 
-    `what` names that which is counted, in the plural.
+    `what` is the plural of the counted thing.
     """
 
     def __init__(self, total: int, what: str) -> None:
@@ -66,7 +66,7 @@ class CountProgress:
         self._task = self._bar.add_task("", total=total, remark="") if self._bar else None
 
     def advance(self, remark: str = "") -> None:
-        """Counts one more, with a remark on all so far."""
+        """Counts one more. `remark` describes all so far."""
         self._count += 1
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=1, remark=remark)
@@ -76,7 +76,7 @@ class CountProgress:
             self.say(f"  {self._count:,} of {self._total:,} {self._what}, {remark}{seconds:.0f} s")
 
     def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
+        """Prints a line above the bar."""
         if self._bar:
             self._bar.console.out(line, highlight=False)
         else:
@@ -96,7 +96,7 @@ class CountProgress:
 
 
 class QuestionProgress(CountProgress):
-    """Counts questions, and tells how many answers were right."""
+    """Counts questions, and shows the share of right answers."""
 
     def __init__(self, total: int) -> None:
         super().__init__(total, "questions")
@@ -117,18 +117,20 @@ def _rich_bar() -> Progress:
 
 
 MAX_LINE = 600
+"""The most characters of a message: longer than any of fastvlm's own, shorter than a screen."""
 
 
 def note(text: str) -> None:
-    """A remark for the user that is no result."""
+    """Prints a remark for the user on stderr."""
     sys.stderr.write(f"note: {one_line(text)}\n")
 
 
 def one_line(text: str) -> str:
-    """`text`, which may quote a stranger's file, on one line of bounded length and without control characters."""
+    """Returns untrusted text on one line of bounded length, without control characters."""
     line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
 
 
 def megabytes(count: int) -> str:
+    """Returns a number of bytes in MB."""
     return f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""The command's very beginning: Ctrl-C is understood before the imports that take a tenth of a second."""
+"""The entry point: it handles Ctrl-C before the imports, which take a tenth of a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """`fastvlm`; see `cli.main.main`, which takes the signals over."""
+    """Runs `fastvlm`. `cli.main.main` takes over the signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     from .main import main as run
@@ -19,7 +19,7 @@ def main() -> NoReturn:
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """Nothing has been begun, so nothing needs to be cleaned up."""
+    """Handles a signal. Nothing has been written yet, so nothing needs cleaning up."""
     sys.stderr.write("error: interrupted\n")
     sys.stderr.flush()
     os._exit(128 + signal_number)

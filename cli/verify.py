@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..models.float32 import disable_tf32
+from . import options as given
 from .progress import StageProgress
 
 if TYPE_CHECKING:
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder.")],
-    against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="Compare with this checkpoint.")],
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The LoRA adapter that was merged into the checkpoint.")
+        Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter into the checkpoint first.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder of images to compare on. Default: embedded ones.")
+        Path | None, typer.Option(metavar="DIR", help="Compare on the images in DIR.", show_default="embedded drawings")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: given.AsJson = False,
 ) -> None:
-    """Run a folder's package and decoder, and compare them with the checkpoint. Exit 1 when they fall short."""
+    """Run a folder's package and decoder, and compare them with the checkpoint. Exits with 1 if they fall short."""
     disable_tf32()
     from ..export.verify import verify
 
@@ -40,6 +41,7 @@ def verify_command(
 
 
 def summary(result: Verification) -> str:
+    """Returns the table of a verification."""
     rows = (
         ("image_features", result.encoder.output, result.encoder_floor_db),
         ("logits", result.decoder.logits, result.decoder_floor_db),
@@ -52,7 +54,7 @@ def summary(result: Verification) -> str:
     ]
     stages = ", ".join(f"{stage} {snr_db:.0f}" for stage, snr_db in result.encoder.stages.items())
     lines += [
-        f"on the way, dB: {stages}",
+        f"stages, dB: {stages}",
         answer(result),
         f"weights compared: {result.encoder.weights.count + result.decoder.weights.count}",
         "passed" if result.passed else f"failed: {'; '.join(result.failures)}",
@@ -61,12 +63,12 @@ def summary(result: Verification) -> str:
 
 
 def answer(result: Verification) -> str:
-    """How far the decoders' answers agree."""
+    """Returns how far the decoders' answers agree."""
     decoder = result.decoder
-    likeliest = f"likeliest next tokens that agree: {decoder.logits.same_argmax:.0%}"
+    likeliest = f"next tokens that agree: {decoder.logits.same_argmax:.0%}"
     if decoder.greedy_same is None:
-        return f"{likeliest} (no answer was written: the weights are too large to keep in memory); KL {decoder.kl:.4f}"
+        return f"{likeliest} (no answer was generated: the weights do not fit in memory); KL {decoder.kl:.4f}"
     return (
         f"{likeliest}; along a greedy answer of {decoder.greedy_tokens}: {decoder.greedy_same:.0%}, the first "
-        f"{decoder.greedy_prefix} alike; KL {decoder.kl:.4f}"
+        f"{decoder.greedy_prefix} identical; KL {decoder.kl:.4f}"
     )
