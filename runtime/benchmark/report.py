@@ -1,6 +1,6 @@
 """The result of a benchmark, and its JSON.
 
-`fastvlm bench --json` writes one object with the `schema` "fastvlm.benchmark/1". Fields may be added without a new
+`fastvlm bench --report` writes one object with the `schema` "fastvlm.benchmark/1". Fields may be added without a new
 number. Times are milliseconds of wall clock, sizes are bytes.
 
     schema          "fastvlm.benchmark/1"

@@ -1,6 +1,6 @@
 """Estimates as Markdown, JSON and bars, each marked as an estimate.
 
-`fastvlm bench --estimate CHIP --json` writes one object with the `schema` "fastvlm.estimate/1":
+`fastvlm bench --estimate CHIP --json` prints one object with the `schema` "fastvlm.estimate/1":
 
     schema      "fastvlm.estimate/1"
     estimates   one object for each model, size, prompt length and chip: estimate (true), label, chip, image_size,

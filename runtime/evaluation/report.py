@@ -1,6 +1,6 @@
 """The result of an evaluation, and its JSON.
 
-`fastvlm eval --json` writes one object (`schema` "fastvlm.evaluation/1"; fields may be added without a new number):
+`fastvlm eval --report` writes one object (`schema` "fastvlm.evaluation/1"; fields may be added without a new number):
 
     schema       "fastvlm.evaluation/1"
     complete     false if the run was interrupted

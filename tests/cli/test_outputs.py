@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all."""
+"""Output files of commands, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT = b'{\n  "schema": "fastvlm.estimate/1"\n}\n'
 TABLES = b"**model**: int8, 256 px\n\n| ms         | median run |\n|---|--:|\n"
 
 
-def test_earlier_file_gives_way_to_the_new_one(tmp_path: Path) -> None:
+def test_new_file_replaces_the_earlier_one(tmp_path: Path) -> None:
     report, link = tmp_path / "report.json", tmp_path / "latest.json"
     report.write_bytes(b"old")
     link.symlink_to(report)
@@ -36,7 +36,7 @@ def test_full_disk_leaves_the_earlier_report(tmp_path: Path) -> None:
     report = tmp_path / "estimate.json"
     report.write_bytes(REPORT)
     done = subprocess.run(
-        [sys.executable, "-m", "fastvlm.cli.main", "bench", "tiny", "--estimate", "M1,M2", "--json", str(report)],
+        [sys.executable, "-m", "fastvlm.cli.main", "bench", "tiny", "--estimate", "M1,M2", "--report", str(report)],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
@@ -47,7 +47,7 @@ def test_full_disk_leaves_the_earlier_report(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [report]
 
 
-def test_picture_that_cannot_be_drawn_leaves_the_earlier_one(tmp_path: Path) -> None:
+def test_failed_drawing_leaves_the_earlier_image(tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
     picture.write_bytes(b"old")
 
@@ -59,7 +59,7 @@ def test_picture_that_cannot_be_drawn_leaves_the_earlier_one(tmp_path: Path) -> 
     assert picture.read_bytes() == b"old"
 
 
-def test_pipes_are_written_to(tmp_path: Path) -> None:
+def test_pipe_is_written_in_place(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=write_whole, args=(pipe, b"report"))
@@ -79,19 +79,19 @@ def test_pipes_are_written_to(tmp_path: Path) -> None:
         (check_pictures, "photo.png", b"\xff\xd8\xff\xe0 a JPEG", b"\x89PNG\r\n\x1a\n"),
     ],
 )
-def test_only_files_of_ours_are_replaced(
+def test_only_own_files_are_overwritten(
     tmp_path: Path, check: Callable[..., None], name: str, theirs: bytes, ours: bytes
 ) -> None:
     path = tmp_path / name
     check(None, path)
     path.write_bytes(theirs)
-    with pytest.raises(UsageError, match="choose another name or remove it"):
+    with pytest.raises(UsageError, match="Choose another name, or remove it"):
         check(None, path)
     path.write_bytes(ours)
     check(None, path)
 
 
-def test_earlier_estimate_gives_way_to_the_next_one(tmp_path: Path) -> None:
+def test_earlier_estimate_is_overwritten(tmp_path: Path) -> None:
     from fastvlm.models.random_checkpoint import TINY_ENCODER
 
     work = Work("m", 256, 46, encoder_cost(TINY_ENCODER, 256, 8), 1, 1)
@@ -100,7 +100,7 @@ def test_earlier_estimate_gives_way_to_the_next_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [check_outputs, check_reports, check_tables, check_pictures])
-def test_model_folders_are_left_alone(tmp_path: Path, check: Callable[..., None]) -> None:
+def test_model_folder_is_never_written_into(tmp_path: Path, check: Callable[..., None]) -> None:
     (tmp_path / "model" / "inner").mkdir(parents=True)
     (tmp_path / "model" / "fastvlm.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "model")

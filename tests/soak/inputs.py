@@ -80,11 +80,11 @@ def make_questions(folder: Path) -> None:
 
 
 def make_reports(model: Path, extra: Path, bench: Path | None) -> None:
-    """What `bench --json`, `eval --json` and captions write."""
+    """What `bench --report`, `eval --report` and captions write."""
     from fastvlm.runtime.captions import CaptionFile
 
-    evaluate = ("eval", model, "--data", extra / "questions/mine.json", "--json", extra / "eval.json")
-    measure = ("bench", model, "--runs", "2", "--max-tokens", "2", "--json", extra / "bench.json")
+    evaluate = ("eval", model, "--data", extra / "questions/mine.json", "--report", extra / "eval.json")
+    measure = ("bench", model, "--runs", "2", "--max-tokens", "2", "--report", extra / "bench.json")
     if bench is not None:
         (extra / "bench.json").write_bytes(bench.read_bytes())
     for command in (evaluate, *(() if bench else (measure,))):

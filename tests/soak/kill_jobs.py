@@ -108,9 +108,9 @@ def whole_training(folder: Path) -> None:
 def export_jobs(folder: Path) -> list[Job]:
     """Export, and a bundle of another export, which is made now."""
     export = (*FASTVLM, "export", "random:tiny", "--image-size", "128", "--allow-shortfall")
-    subprocess.run((*export, "--layout", "mlx", "-o", str(folder / "mlx")), check=True, capture_output=True)
+    subprocess.run((*export, "--encoder", "mlx", "-o", str(folder / "mlx")), check=True, capture_output=True)
     model, bundled = folder / "model", folder / "bundle"
-    bundle = (*FASTVLM, "bundle", str(folder / "mlx"), "--target", "mlx-swift-lm", "--to", str(bundled))
+    bundle = (*FASTVLM, "bundle", str(folder / "mlx"), "--for", "mlx-swift-lm", "--out", str(bundled))
     return [
         Job("export", (*export, "--force", "-o", str(model)), model, whole_folder, loser="exists: "),
         Job("bundle", bundle, bundled, whole_bundle),
@@ -125,9 +125,9 @@ def download_jobs(folder: Path, url: str) -> list[Job]:
     archive = (sys.executable, "-c", f"{elsewhere}from fastvlm.cli.start import main; main()", "download", ARCHIVE)
     other = "another process is downloading"
     return [
-        Job("download, hub", (*FASTVLM, "download", HUB_ID, "--to", str(hub)), hub, whole_checkpoint,
+        Job("download, hub", (*FASTVLM, "download", HUB_ID, "--out", str(hub)), hub, whole_checkpoint,
             anew=True, resumes=True, loser=other, environment=own_hub),
-        Job("download, Apple", (*archive, "--to", str(apple)), apple, whole_checkpoint,
+        Job("download, Apple", (*archive, "--out", str(apple)), apple, whole_checkpoint,
             anew=True, resumes=True, loser=other),
     ]  # fmt: skip
 
@@ -138,7 +138,7 @@ def other_jobs(folder: Path, model: Path) -> list[Job]:
     images.mkdir()
     for n in range(12):
         Image.new("RGB", (64, 64), (20 * n, 99, 30)).save(images / f"{n}.png")
-    caption = (*FASTVLM, "generate", str(model), "--images", str(images), "-p", "What?", "--max-tokens", "4")
+    caption = (*FASTVLM, "caption", str(images), "--model", str(model), "-p", "What?", "--max-tokens", "4")
     train = (sys.executable, "-m", "fastvlm.models.tiny.train", "--steps", "2", "--threads", "1", "--out", str(trained))
     return [
         Job("captions", (*caption, "--out", str(out)), out, whole_captions,

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parsers whose name contains this")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--model", type=Path, help="an exported folder, instead of a new one")
-    parser.add_argument("--bench", type=Path, help="what `fastvlm bench --json` wrote, instead of a new one")
+    parser.add_argument("--bench", type=Path, help="what `fastvlm bench --report` wrote, instead of a new one")
     options = parser.parse_args()
     if sys.platform != "linux":
         sys.exit("this soak reads memory from Linux's /proc: run it on Linux")

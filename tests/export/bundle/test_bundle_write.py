@@ -389,30 +389,3 @@ def test_advice_says_what_would_help(parts: dict[str, int], advice: list[str]) -
 def test_phones_name_their_source() -> None:
     assert all(phone.source.startswith("https://") and phone.limit_bytes < phone.entitled_bytes for phone in PHONES)
     assert memory.DEFAULT_CONTEXT == 2048
-
-
-def run(*arguments: str, expected: int = 0) -> str:
-    from typer.testing import CliRunner
-
-    from fastvlm.cli.main import app
-
-    result = CliRunner().invoke(app, ["bundle", *arguments])
-    assert result.exit_code == expected, result.output
-    return result.output
-
-
-def test_command_writes_and_judges(folders: dict[str, Path], tmp_path: Path) -> None:
-    out = str(tmp_path / "b")
-    written = run(str(folders["mlx"]), "--target", "mlx-swift-lm", "--to", out)
-    assert "for mlx-swift-lm, checked" in written
-    assert "key-value cache" in written
-    assert "6 GB phone (iPhone 13 Pro: 3.1 GB, 4.2 GB with the entitlement): fits" in written
-    assert "is what mlx-swift-lm wants" in run("--check", out, "--target", "mlx-swift-lm")
-    judged = json.loads(run("--check", out, "--target", "apple-app", "--json", expected=1))
-    assert judged["passed"] is False
-    assert "image_token_index" in judged["faults"][0]
-
-
-@pytest.mark.parametrize("arguments", [(), ("--target", "mlx-vlm"), ("model", "--target", "mlx-vlm", "--check", "b")])
-def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
-    run(*arguments, expected=2)

@@ -1,4 +1,4 @@
-"""`fastvlm download`: what goes to stdout, what to stderr, and what is refused."""
+"""`fastvlm download`: stdout, stderr, and refused options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.models.references import TINY_FOLDER
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apple's archive, from a file instead of the network."""
+    """Apple's archive, from memory instead of the network."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as opened:
         for file in TINY_FOLDER.iterdir():
@@ -28,26 +28,26 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm.models.download.apple.fetch", fetch)
 
 
-def test_folder_goes_to_stdout_and_the_licence_is_told_once(
+def test_folder_goes_to_stdout_and_licence_to_stderr(
     archive: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    download_command("0.5b-stage3", to=tmp_path / "model")
+    download_command("0.5b-stage3", out=tmp_path / "model")
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'model'}\n"
     assert err.count("for research only") == 1
-    assert "no checksum is published for it; the archive's sha256 is 000" in err
-    download_command("0.5b-stage3", to=tmp_path / "model")
-    assert "is there already" in capsys.readouterr().err
+    assert "publishes no checksum for it. The archive's sha256 is 000" in err
+    download_command("0.5b-stage3", out=tmp_path / "model")
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("model_id", "options", "message"),
     [
         ("FastVLM", {}, r"neither a hub id \(owner/name\) nor one of 0.5b-stage2, 0.5b-stage3"),
-        ("0.5b-stage3", {"revision": "main"}, "--revision is for the hub"),
-        ("apple/FastVLM-0.5B", {"sha256": "0"}, "--sha256 is for archives"),
+        ("0.5b-stage3", {"revision": "main"}, "revision is for hub ids"),
+        ("apple/FastVLM-0.5B", {"sha256": "0"}, "sha256 is for archives"),
     ],
 )
-def test_options_that_do_not_belong_are_refused(model_id: str, options: dict[str, str], message: str) -> None:
+def test_options_of_the_other_source_are_refused(model_id: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         download_command(model_id, **options)

@@ -6,23 +6,27 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from fastvlm.cli.eval import table
+from fastvlm.cli.main import app
+from fastvlm.models.errors import FastVLMError
+from fastvlm.runtime.evaluation.report import Evaluation
+from fastvlm.runtime.evaluation.samples import DataSet
 
 COMMAND = [sys.executable, "-m", "fastvlm.cli.main"]
 SHORT = ("--limit", 14, "--max-tokens", 4)
 
 
-def fastvlm(*words: object, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture(scope="module")
-def evaluated(model: Path) -> subprocess.CompletedProcess:
+def evaluated(fastvlm: Callable, model: Path) -> subprocess.CompletedProcess:
     """One evaluation with everything that can be written."""
-    words = ("--json", "r.json", "--plot", "p.png", "--samples", "s.png")
+    words = ("--report", "r.json", "--plot", "p.png", "--samples", "s.png")
     return fastvlm("eval", model, *SHORT, *words, cwd=model.parent)
 
 
@@ -52,8 +56,10 @@ def test_report_and_pictures_are_written(evaluated: subprocess.CompletedProcess,
         assert Image.open(model.parent / name).width > 400
 
 
-def test_compared_with_itself_nothing_changed(evaluated: subprocess.CompletedProcess, model: Path) -> None:
-    done = fastvlm("eval", model, *SHORT, "--verify-hashes", "--compare", "r.json", "--json", "-", cwd=model.parent)
+def test_compared_with_itself_nothing_changed(
+    fastvlm: Callable, evaluated: subprocess.CompletedProcess, model: Path
+) -> None:
+    done = fastvlm("eval", model, *SHORT, "--verify-hashes", "--compare", "r.json", "--json", cwd=model.parent)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["comparison"]["left_out"] == 0
@@ -63,12 +69,12 @@ def test_compared_with_itself_nothing_changed(evaluated: subprocess.CompletedPro
     assert report["wrong"] == earlier["wrong"]
 
 
-def test_questions_of_ones_own_with_a_comparison(model: Path, tmp_path: Path) -> None:
+def test_own_questions_are_compared(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), (200, 0, 0)).save(tmp_path / "a.png")
     entries = [{"image": "a.png", "question": f"Which {n}?", "answer": "none", "kind": "\x1b[2Jbad"} for n in range(3)]
     (tmp_path / "mine.json").write_text(json.dumps(entries))
     words = ("eval", model, "--data", "mine.json", "--max-tokens", 2)
-    assert fastvlm(*words, "--json", "old.json", cwd=tmp_path).returncode == 0
+    assert fastvlm(*words, "--report", "old.json", cwd=tmp_path).returncode == 0
     done = fastvlm(*words, "--compare", "old.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
@@ -76,8 +82,8 @@ def test_questions_of_ones_own_with_a_comparison(model: Path, tmp_path: Path) ->
     assert done.stdout.count("within noise") == 2
 
 
-def test_ctrl_c_shows_what_was_measured(model: Path, tmp_path: Path) -> None:
-    words = ("eval", model, "--limit", 5000, "--max-tokens", 40, "--json", "r.json")
+def test_ctrl_c_shows_the_answers_so_far(model: Path, tmp_path: Path) -> None:
+    words = ("eval", model, "--limit", 5000, "--max-tokens", 40, "--report", "r.json")
     with subprocess.Popen(
         [*COMMAND, *map(str, words)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -100,13 +106,44 @@ def test_ctrl_c_shows_what_was_measured(model: Path, tmp_path: Path) -> None:
         (("--data", "gone.json"), "neither 'tiny' nor a file"),
         (("--compare", "gone.json"), "gone.json"),
         (("--plot", "p.tiff"), ".png"),
-        (("--json", "no/folder/r.json"), "cannot be written"),
+        (("--report", "no/folder/r.json"), "cannot be written"),
     ],
 )
-def test_bad_requests_are_told_in_a_line_before_the_work(tmp_path: Path, words: tuple, problem: str) -> None:
+def test_bad_requests_are_one_line_before_loading(
+    fastvlm: Callable, tmp_path: Path, words: tuple, problem: str
+) -> None:
     done = fastvlm("eval", "no-folder-either", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert problem in line
+
+
+@pytest.mark.parametrize("words", [("--task", "textvqa"), ("--images", "."), ("--data", "tiny", "--task", "textvqa")])
+def test_options_of_a_data_set_need_one(words: tuple[str, ...]) -> None:
+    found = CliRunner().invoke(app, ["eval", "no-folder", *words])
+    assert found.exit_code == 2
+    assert "add --data FILE" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"), [(("--max-tokens", "0"), "max_tokens"), (("--system", "\udc80"), "system prompt")]
+)
+def test_wrong_options_are_reported_before_loading(words: tuple[str, ...], problem: str) -> None:
+    found = CliRunner().invoke(app, ["eval", "no-folder", *words])
+    assert isinstance(found.exception, FastVLMError)
+    assert problem in str(found.exception)
+
+
+def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Notes")
+    found = CliRunner().invoke(app, ["eval", "no-folder", "--report", str(tmp_path / "README.md")])
+    assert "Choose another name" in str(found.exception)
+
+
+def test_table_has_the_folder_and_the_data_set() -> None:
+    data = DataSet("tiny", "exact match", [], 0, lambda *_: 0.0, 8)
+    found = Evaluation(data, (), {}, {"path": "my/model", "trained": False}, {}, (), 1.0)
+    head = next(iter(table(found)))
+    assert head == "tiny, 0 questions, exact match; asked of my/model; the weights are random"

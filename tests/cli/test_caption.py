@@ -1,0 +1,44 @@
+"""`fastvlm caption` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+SAMPLES = Path(__file__).resolve().parents[2] / "runtime" / "samples"
+
+
+def test_folder_is_captioned_and_resumed(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "out.jsonl"
+
+    def caption(*words: object) -> subprocess.CompletedProcess:
+        given = (folder, "--model", model, "-p", "What?", "--out", out, "--max-tokens", 4, "--ignore-eos")
+        return fastvlm("caption", *given, *words, cwd=tmp_path)
+
+    folder.mkdir()
+    for name in ("number.png", "shapes.png"):
+        shutil.copy(SAMPLES / name, folder)
+    first = caption()
+    assert first.returncode == 0, first.stderr
+    assert "2 images in" in first.stderr
+    (folder / "broken.png").write_bytes(b"x")
+    shutil.copy(SAMPLES / "word.png", folder)
+    second = caption("--batch-size", 1)
+    assert second.returncode == 1
+    assert "broken.png is" in second.stderr
+    assert "4 images in" in second.stderr
+    assert "2 of them from an earlier run" in second.stderr
+    assert "1 of 4 images have no caption" in second.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["file"] for line in lines] == ["number.png", "shapes.png", "broken.png", "word.png"]
+    other = caption("--seed", 3)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert "another model, prompt or options" in other.stderr
+
+
+def test_model_and_out_are_required(fastvlm: Callable, tmp_path: Path) -> None:
+    assert fastvlm("caption", ".", "-o", "c.jsonl", cwd=tmp_path).returncode == 2
+    assert fastvlm("caption", ".", "--model", "m", cwd=tmp_path).returncode == 2

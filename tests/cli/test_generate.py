@@ -1,0 +1,110 @@
+"""`fastvlm generate` as a user types it, and how it prints an answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fastvlm.cli.generate import show
+from fastvlm.cli.interrupt import Interrupted
+from fastvlm.models.errors import FastVLMError, PromptError
+
+SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
+
+
+def test_text_goes_to_stdout_and_timings_to_stderr(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    done = fastvlm("generate", model, "-i", SAMPLE, "-p", "Describe the image.", "--max-tokens", 8, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert "TTFT" in done.stderr
+    assert "cold: first call of this process" in done.stderr
+    assert "note: random weights: the text means nothing" in done.stderr
+    assert all(stage in done.stderr for stage in ("preprocess", "encode", "project", "prefill", "sample"))
+
+
+def test_json_has_stages_that_add_up_to_ttft(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    words = ("generate", model, "-i", SAMPLE, "--max-tokens", 6, "--ignore-eos", "--json")
+    result = json.loads(fastvlm(*words, "-p", "Describe.", cwd=tmp_path).stdout)
+    assert len(result["token_ids"]) == 6
+    assert result["finish_reason"] == "length"
+    timings = result["timings"]
+    stages = sum(timings[f"{stage}_ms"] for stage in ("preprocess", "encode", "project", "prefill", "sample"))
+    assert stages == pytest.approx(timings["ttft_ms"], abs=0.01)  # each is rounded to a microsecond
+    assert "random weights: the text means nothing" in result["notes"]
+    piped = json.loads(fastvlm(*words, "-p", "-", cwd=tmp_path, stdin="Describe.").stdout)
+    assert piped["token_ids"] == result["token_ids"]
+    assert piped["text"] == result["text"]
+
+
+WITHOUT_ENCODER = """
+from fastvlm.models.errors import PackageError
+from fastvlm.runtime.encoders import ReferenceEncoder
+def encode(self, pixel_values):
+    raise PackageError("an image is encoded")
+ReferenceEncoder.encode = encode
+from fastvlm.cli.main import main
+main()
+"""
+
+
+def test_prompt_without_an_image_encodes_nothing(
+    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+) -> None:
+    words = (model, "--backend", "reference", "-p", "Hello", "--max-tokens", 2, "--ignore-eos", "--json")
+    done = fastvlm("generate", *words, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["token_ids"]) == 2
+    with_image = fastvlm("generate", *words, "-i", SAMPLE, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
+    one_line_error(with_image, "an image is encoded")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [(b"", "empty.png"), (b"just words", "text.jpg"), (SAMPLE.read_bytes()[:900], "cut.png")]
+)
+def test_file_that_is_not_an_image_is_one_line(
+    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path, content: bytes, name: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    done = fastvlm("generate", model, "--image", name, "--prompt", "x", cwd=tmp_path)
+    one_line_error(done, name)
+
+
+def test_missing_inputs_are_one_line(fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
+    one_line_error(fastvlm("generate", model, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
+    one_line_error(fastvlm("generate", "gone", "-p", "x", cwd=tmp_path), "gone")
+    one_line_error(fastvlm("generate", model, "-p", "x", "--top-p", "7", cwd=tmp_path), "top_p")
+    assert fastvlm("generate", model, "-p", "x", "--fit", "squash", "-i", SAMPLE, cwd=tmp_path).returncode == 2
+
+
+def test_bad_requests_are_reported_before_loading(
+    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()  # loading would fail on this
+    one_line_error(fastvlm("generate", copy, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
+    one_line_error(fastvlm("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "temperature")
+    one_line_error(fastvlm("generate", copy, "-p", "x", cwd=tmp_path), "model.safetensors is missing")
+
+
+def interrupted(pieces: str, reason: BaseException) -> Iterator[str]:
+    yield from pieces
+    raise reason
+
+
+@pytest.mark.parametrize(("pieces", "printed"), [("ab", "ab\n"), ("", "")])
+@pytest.mark.parametrize("reason", [Interrupted(2), PromptError("too long")])
+def test_interruption_of_an_answer_starts_a_new_line(
+    pieces: str, printed: str, reason: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((Interrupted, FastVLMError)):
+        show(interrupted(pieces, reason))
+    assert capsys.readouterr().out == printed
+
+
+def test_answer_ends_with_a_newline(capsys: pytest.CaptureFixture[str]) -> None:
+    show(iter(("It is ", "red.")))
+    assert capsys.readouterr().out == "It is red.\n"

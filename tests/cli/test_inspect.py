@@ -1,0 +1,22 @@
+"""`fastvlm inspect` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def test_package_is_described_and_linted(
+    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+) -> None:
+    done = fastvlm("inspect", model, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "images fp32[1, 3, 256, 256]" in done.stdout
+    assert "int8 affine" in done.stdout
+    report = json.loads(fastvlm("inspect", model / "fastvithd.mlpackage", "--json", cwd=tmp_path).stdout)
+    assert report["operations"]["conv"] == 46
+    one_line_error(fastvlm("inspect", "gone", cwd=tmp_path), "neither a .mlpackage")
+    if sys.platform != "darwin":
+        one_line_error(fastvlm("inspect", model, "--placement", cwd=tmp_path), "only macOS can tell")
