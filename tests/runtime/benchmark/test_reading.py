@@ -36,7 +36,6 @@ def test_older_report_without_new_fields_is_read(benchmark_of: Callable[..., Ben
 
 RUN = ("configurations", 0, "processes", 0, "runs", 0)
 WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
-<<<<<<< HEAD
     (("schema",), "fastvlm.evaluation/1", "must be a report of `fastvlm bench`"),
     (("created",), 5, "created must be a string"),
     (("environment",), [], "environment must be an object"),
@@ -58,27 +57,6 @@ WRONG: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*RUN, "encode_ms"), -1.0, "encode_ms must be a number"),
     ((*RUN, "ttft_ms"), 43.0, "ttft_ms must be the sum of the run's stages, 42.000 (got 43.000)"),
     ((*RUN, "generated_tokens"), 8.5, "generated_tokens must be a whole number"),
-=======
-    (("schema",), "fastvlm.evaluation/1", "was not written by `fastvlm bench --report`"),
-    (("created",), 5, "created should be a text"),
-    (("environment",), [], "environment should be an object"),
-    (("configurations",), [], "configurations should be a list of objects"),
-    (("configurations", 0, "label"), "", "configurations[0]: label should be a text"),
-    (("configurations", 0, "kv_bits"), "8", "kv_bits should be a whole number"),
-    (("configurations", 0, "compute_units"), 8, "compute_units should be a text"),
-    (("configurations", 0, "image_size"), 256.0, "image_size should be a whole number"),
-    (("configurations", 0, "sizes_bytes", "encoder"), -1, "encoder should be a whole number"),
-    (("configurations", 0, "notes"), [1], "notes should be a list of texts"),
-    (("configurations", 0, "processes", 0, "load_ms"), True, "load_ms should be a number"),
-    (("configurations", 0, "processes", 0, "cold"), 3, "cold should be an object"),
-    (("configurations", 0, "processes", 0, "runs"), {}, "processes[0]: runs should be a list"),
-    ((*RUN, "encode_ms"), None, "runs[0]: encode_ms should be a number"),
-    ((*RUN, "encode_ms"), "30", "encode_ms should be a number"),
-    ((*RUN, "encode_ms"), 1e300, "encode_ms should be a number"),
-    ((*RUN, "encode_ms"), -1.0, "encode_ms should be a number"),
-    ((*RUN, "ttft_ms"), 43.0, "the stages of a run add up to 42.000 ms, but its ttft_ms is 43.000"),
-    ((*RUN, "generated_tokens"), 8.5, "generated_tokens should be a whole number"),
->>>>>>> c373ef6 (tests/cli follows cli one to one; choices, panels, completion and help texts have tests)
 ]
 
 
