@@ -27,7 +27,8 @@ def rendered(parameter: Any) -> Any:
     typer shows `<bool>` for a flag and `<list[str]>` for an argument, and moves a default to a line of its own when the
     text is long.
     """
-    if isinstance(parameter, TyperArgument):
+    argument = isinstance(parameter, TyperArgument)
+    if argument:
         parameter.display_type_rich = lambda ctx: None
     elif parameter.metavar is None and getattr(parameter, "is_flag", False):
         parameter.metavar = ""
