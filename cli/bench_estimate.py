@@ -95,10 +95,11 @@ def works(
         BadParameter: the size of the scheme is only known after an export.
         FastVLMError: a folder or checkpoint cannot be read, or a folder has another size or scheme.
     """
-    from ..models.checkpoint import APPLE_ENCODER_PREFIX, shapes, tensors_under
+    from ..models.checkpoint import shapes, tensors_under
     from ..models.config import check_image_size
     from ..models.fastvit_config import FastViTConfig
     from ..models.references import open_checkpoint
+    from ..models.tensor_names import APPLE_ENCODER_PREFIX
     from ..runtime.benchmark.cases import exported_folder, folder_case
     from ..runtime.estimate.work import ENCODER_BITS, INT8_ACTIVATIONS, architecture_work, folder_work
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..models.apple_layout import language_shapes
-from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, tensors_under
+from ..models.checkpoint import Checkpoint, tensors_under
 from ..models.errors import PackageError, UsageError, VerificationError
+from ..models.files import check_space, write_json
 from ..models.float32 import disable_tf32
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
+from ..models.safetensors_files import write_weights
+from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes
 from ..quant.decoder import check_language_tensors, saved_tensors
 from ..quant.decoder_scheme import DecoderScheme, decoder_scheme
 from ..quant.decoder_sensitivity import mixed_bits
@@ -33,10 +35,8 @@ from .model_folder import (
     exported_config,
     file_table,
     preprocessor_config,
-    write_json,
-    write_weights,
 )
-from .output import check_destination, check_space, new_folder
+from .output import check_destination, new_folder
 from .package_report import inspect
 from .recipe import Border, Recipe, calibration_set, check_beside, replayed
 from .tokenizer import ExportedTokenizer, export_tokenizer

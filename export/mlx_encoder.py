@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..models._mlx import mx
-from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, check_tensors, iter_float_tensors
+from ..models.checkpoint import Checkpoint, check_tensors, iter_float_tensors
 from ..models.errors import UsageError, WeightsError
 from ..models.fastvit_mlx import FastViTMLX
-from ..models.folder_layout import PACKAGE_NAME, client_name, saved_encoder
-from ..models.mlx_layout import (
-    ENCODER_PREFIX,
+from ..models.folder_layout import PACKAGE_NAME, saved_encoder
+from ..models.tensor_names import (
+    APPLE_ENCODER_PREFIX,
     HEAD_PROJECTION,
+    MLX_ENCODER_PREFIX,
     PROJECTION_DIM,
     UNUSED_ENCODER_TENSORS,
-    mlx_name,
+    renamed,
     to_mlx_axes,
 )
 from ..quant.calibration import ImageSet, verification_images
@@ -87,15 +88,15 @@ def stored_tensors(encoder: FastViT, checkpoint: Checkpoint, quant: str) -> Iter
     """
     dtype = DTYPES[quant]
     for name, values in reparameterized_tensors(encoder):
-        yield ENCODER_PREFIX + name, mx.array(values).astype(dtype)
-    yield ENCODER_PREFIX + HEAD_PROJECTION, head_projection(encoder, checkpoint).astype(dtype)
+        yield MLX_ENCODER_PREFIX + name, mx.array(values).astype(dtype)
+    yield MLX_ENCODER_PREFIX + HEAD_PROJECTION, head_projection(encoder, checkpoint).astype(dtype)
 
 
 def reparameterized_tensors(encoder: FastViT) -> Iterator[tuple[str, np.ndarray]]:
     """(name without the tower's prefix, float32 array) of a reparameterized encoder, channels last."""
     for name, tensor in encoder.state_dict().items():
         if not name.endswith(UNUSED_STATE):
-            named = mlx_name(APPLE_ENCODER_PREFIX + name).removeprefix(ENCODER_PREFIX)
+            named = renamed(APPLE_ENCODER_PREFIX + name, "apple", "mlx").removeprefix(MLX_ENCODER_PREFIX)
             yield named, tensor.numpy().transpose(to_mlx_axes(tuple(tensor.shape)))
 
 
@@ -108,7 +109,7 @@ def beside_encoder(
     """The encoder's tensors, then decoder and projector (saved names), as mlx-vlm calls them."""
     yield from encoder
     for name, tensor in language:
-        yield client_name(name), tensor
+        yield renamed(name, "saved", "mlx"), tensor
 
 
 def head_projection(encoder: FastViT, checkpoint: Checkpoint) -> mx.array:

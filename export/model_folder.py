@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.checkpoint import Checkpoint
 from ..models.config import PATCH_SIZE
-from ..models.file_digest import sample_sha256, sha256
-from ..models.folder_layout import IMAGE_TOKEN, INDEX_NAME, LICENCE_FILES, MANIFEST_NAME, WEIGHTS_NAME
+from ..models.files import sample_sha256, sha256
+from ..models.folder_layout import LICENCE_FILES, MANIFEST_NAME
+from ..models.tokenizer_files import IMAGE_TOKEN
 from ..quant.decoder_scheme import DecoderScheme
 
 if TYPE_CHECKING:
-    from ..models._mlx import mx
-
-MAX_SHARD_BYTES = 2 * 2**30
-"""A shard is in memory until it is written."""
-
-
-def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> None:
-    """`model.safetensors`, or shards with `model.safetensors.index.json` where there is more than one."""
-    from ..models._mlx import mx
-
-    shards: list[list[str]] = []
-    pending: dict[str, mx.array] = {}
-    size = 0
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append(_write_shard(folder, len(shards), pending))
-            pending, size = {}, 0
-        mx.eval(tensor)  # lets go of what it was made from
-        pending[name] = tensor
-        size += tensor.nbytes
-    shards.append(_write_shard(folder, len(shards), pending))
-    _name_shards(folder, shards)
-
-
-def _write_shard(folder: Path, index: int, tensors: Mapping[str, mx.array]) -> list[str]:
-    from .safetensors_file import write_safetensors
-
-    write_safetensors(_shard_path(folder, index), tensors, {"format": "mlx"})
-    return list(tensors)
-
-
-def _shard_path(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index}.safetensors"
-
-
-def _name_shards(folder: Path, shards: list[list[str]]) -> None:
-    """Hugging Face's names, which tell how many shards there are."""
-    if len(shards) == 1:
-        _shard_path(folder, 0).rename(folder / WEIGHTS_NAME)
-        return
-    weight_map, total = {}, 0
-    for index, names in enumerate(shards):
-        path = folder / f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        _shard_path(folder, index).rename(path)
-        total += path.stat().st_size
-        weight_map.update(dict.fromkeys(names, path.name))
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    pass
 
 
 def exported_config(
@@ -134,7 +87,3 @@ def file_table(folder: Path) -> dict[str, dict[str, Any]]:
             "sample_sha256": sample_sha256(path),
         }
     return table
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..models.disk import check_space as check_space
 from ..models.errors import OutputError
 from ..models.folder_layout import MANIFEST_NAME
 

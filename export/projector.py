@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import Checkpoint, iter_float_tensors
 from ..models.errors import WeightsError
-from ..models.fastvit_blocks import conv_from
+from ..models.fastvit import conv_from
 
 LAYERS = ("0", "2")
 """The linear layers' places in Apple's `mm_projector`; between them is a GELU."""

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.errors import WeightsError
-from ..models.fastvit import AttentionBlock, Downsampling, FastViT, RepMixerBlock
-from ..models.fastvit_blocks import MobileOneBlock, PositionConv, ReparamLargeKernelConv, bias_of, conv_from
+from ..models.fastvit import (
+    AttentionBlock,
+    Downsampling,
+    FastViT,
+    MobileOneBlock,
+    PositionConv,
+    ReparamLargeKernelConv,
+    RepMixerBlock,
+    bias_of,
+    conv_from,
+)
 from ..models.fastvit_config import HEAD_DIM, LAYER_NORM_EPS
 
 STREAM_LIMIT = 65504 / 4

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.errors import ConfigError
-from ..models.folder_layout import IMAGE_TOKEN
-from ..models.json_file import parse_json_object
-from ..models.tokenizer_json import added_token, byte_level_bpe
-from ..models.tokenizer_load import MAX_TOKENIZER_BYTES, load_tokenizer
+from ..models.files import parse_json_object
+from ..models.tokenizer_files import IMAGE_TOKEN, MAX_TOKENIZER_BYTES, added_token, byte_level_bpe, load_tokenizer
 
 KEEP_SPACES = ("clean_up_tokenization_spaces", False)
 """A setting that swift-transformers takes for true where it is absent: spaces in front of punctuation would go."""

@@ -16,9 +16,9 @@ import numpy as np
 from ..models.checkpoint import Checkpoint
 from ..models.config import check_image_size
 from ..models.errors import ModelFolderError
+from ..models.files import read_json_object
 from ..models.float32 import disable_tf32
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
-from ..models.json_file import read_json_object
 from ..models.references import open_checkpoint
 from ..quant.calibration import folder_images, verification_images
 from .model_folder import file_table

@@ -13,8 +13,8 @@ from ..models._mlx import mx
 from ..models.checkpoint import Checkpoint
 from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError, VerificationError
+from ..models.files import read_json_object
 from ..models.folder_layout import CONFIG_NAME, saved_weights
-from ..models.json_file import read_json_object
 from ..models.kv_cache import KVCache
 from ..models.language import load_language, quantized_layers, settled_config
 from ..models.layerwise import (

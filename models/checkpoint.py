@@ -1,32 +1,25 @@
-"""A source checkpoint: its config and its tensors, each read from the file only when it is asked for.
+"""A source checkpoint: its config and its tensors, each read from the file on first use.
 
-Safetensors only, single-file or sharded, memory-mapped. The layout is told from the content (config.json's
-`model_type` and the tensors' names), never from the folder's name; whatever it is, names, shapes and config fields are
-those of Apple's LLaVA layout here.
+Safetensors only, single-file or sharded, memory-mapped. The content (`model_type` in config.json and the tensors'
+names) decides on the layout, never the folder's name. Names, shapes and config fields are always those of Apple's LLaVA
+layout here.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .apple_layout import APPLE_ENCODER_PREFIX as APPLE_ENCODER_PREFIX
 from .config import FastVLMConfig
-from .errors import CheckpointError, WeightsError
-from .json_file import read_json_object
-from .safetensors_header import TensorInfo as TensorInfo
-from .safetensors_header import read_header as read_header
-from .source_layouts import open_source
-from .tensor_views import Framework as Framework
-from .tokenizer_json import image_token_id, with_plain_template
-from .weight_files import listed, tensor_files, what_is_there
+from .errors import CheckpointError, WeightsError, listed
+from .files import combined_sha256, read_json_object
+from .safetensors_files import Shape, TensorInfo, folder_content, read_header, tensor_files
+from .source_layouts import Framework, open_source
+from .tokenizer_files import image_token_id, with_plain_template
 
 if TYPE_CHECKING:
     from ._mlx import mx
-
-Shape = tuple[int, ...]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 HEAD = "lm_head.weight"
@@ -37,36 +30,40 @@ class Checkpoint(Protocol):
     """A source of weights in Apple's LLaVA layout."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name for reports and manifests."""
 
     @property
-    def config(self) -> FastVLMConfig: ...
+    def config(self) -> FastVLMConfig:
+        """The validated config."""
 
     @property
-    def config_dict(self) -> Mapping[str, Any]: ...
+    def config_dict(self) -> Mapping[str, Any]:
+        """The content of `config.json` in Apple's fields."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The shape and dtype of every tensor, by Apple's name."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know: where files contradicted themselves, that weights are random."""
+        """The remarks for the user: contradictions between files, random weights."""
 
     def read(self, name: str, framework: Framework) -> Any:
-        """The tensor `name`, as something that `torch.as_tensor` (pt) or `mx.array` (mlx) takes."""
+        """Returns the tensor `name` as an array for `torch.as_tensor` (pt) or `mx.array` (mlx)."""
 
     def digest(self) -> str:
-        """sha256 of what the weights are made from, in hex."""
+        """Returns a sha256 that identifies the weights, in hex."""
 
     def tokenizer_files(self) -> Mapping[str, bytes]:
-        """The tokenizer's files by name; at least `tokenizer.json`."""
+        """Returns the tokenizer's files by name, at least `tokenizer.json`."""
 
 
 class FolderCheckpoint:
-    """A checkpoint folder in Apple's LLaVA layout, or in one that is read as if it were (`source_layouts`).
+    """A checkpoint folder in any layout of `source_layouts`.
 
     Raises:
-        CheckpointError: the folder is no such checkpoint, or of a layout that is not read here.
+        CheckpointError: the folder is not a checkpoint, or has an unsupported layout.
         ConfigError: `config.json` is missing, malformed or contradicts itself.
         WeightsError: a weight file is damaged, or a pickle.
     """
@@ -76,9 +73,11 @@ class FolderCheckpoint:
         self.name = name or folder.resolve().name
         self._open_files: dict[Path, Any] = {}
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; a checkpoint is one with config.json and *.safetensors")
+            raise CheckpointError(
+                f"{folder} is not a folder. A checkpoint is a folder with config.json and *.safetensors."
+            )
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} holds no config.json, so it is no checkpoint; {what_is_there(folder)}")
+            raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json ({folder_content(folder)})")
         raw_config = read_json_object(folder / "config.json")
         self._files = tensor_files(folder)
         self._source = open_source(folder, raw_config, self._headers())
@@ -93,20 +92,22 @@ class FolderCheckpoint:
         self.notes = (*self._source.notes, *tied, *vocabulary_notes(self.config, self.tensors), *self._image_notes())
 
     def read(self, name: str, framework: Framework) -> Any:
+        """Returns the tensor `name` in Apple's layout."""
         return self._source.views[name].read(self._read_raw, framework)
 
     def digest(self) -> str:
-        """sha256 over config.json and every weight file, in the order of their names."""
-        return file_digest([self.folder / "config.json", *sorted(set(self._files.values()))])
+        """Returns a sha256 over config.json and every weight file, in the order of their names."""
+        return combined_sha256([self.folder / "config.json", *sorted(set(self._files.values()))])
 
     def tokenizer_files(self) -> dict[str, bytes]:
+        """Returns the tokenizer's files, with a chat template that accepts strings."""
         names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
                  "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
         files = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
         return with_plain_template(files)
 
     def _headers(self) -> dict[str, TensorInfo]:
-        """Every tensor by its name in the files."""
+        """Returns every tensor by its name in the files."""
         found: dict[str, TensorInfo] = {}
         for file in dict.fromkeys(self._files.values()):
             found.update((name, info) for name, info in read_header(file).items() if self._files[name] == file)
@@ -115,12 +116,12 @@ class FolderCheckpoint:
     def _read_raw(self, name: str, framework: Framework) -> Any:
         file = self._files[name]
         if framework == "mlx":
-            # Opened anew each time: an open file's arrays stay in memory, once evaluated, as long as it is kept.
+            # Opened each time: the evaluated arrays of an open file stay in memory as long as it is referenced.
             return load_lazily(file)[name]
         return self._torch_file(file).get_tensor(name)
 
     def _torch_file(self, file: Path) -> Any:
-        """An open weight file, memory-mapped."""
+        """Returns an open weight file, memory-mapped."""
         from safetensors import safe_open
 
         if file not in self._open_files:
@@ -128,14 +129,17 @@ class FolderCheckpoint:
         return self._open_files[file]
 
     def _image_notes(self) -> tuple[str, ...]:
-        """Where config.json and the tokenizer disagree about the id of `<image>`."""
-        said, file = self.config.image_token_index, self.folder / "tokenizer.json"
-        if said is None or said < 0 or not file.is_file():
+        """Returns a note if config.json and the tokenizer disagree about the id of `<image>`."""
+        index, file = self.config.image_token_index, self.folder / "tokenizer.json"
+        if index is None or index < 0 or not file.is_file():
             return ()
         found = image_token_id(read_json_object(file))
-        if found is None or found == said:
+        if found is None or found == index:
             return ()
-        return (f"config.json says image_token_index={said}, but tokenizer.json has <image> at {found}: it decides",)
+        return (
+            f"config.json has image_token_index={index}, but tokenizer.json has <image> at {found}: "
+            "the tokenizer decides",
+        )
 
 
 def settle_tied_embeddings(
@@ -144,18 +148,22 @@ def settle_tied_embeddings(
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str, Framework], Any],
 ) -> tuple[FastVLMConfig, tuple[str, ...]]:
-    """`tie_word_embeddings` is sometimes wrong: an `lm_head` that differs from `embed_tokens` means untied.
+    """Corrects `tie_word_embeddings`, which is sometimes wrong, by the tensors, and returns a note about it.
+
+    Embeddings are untied if there is an `lm_head` that differs from `embed_tokens`.
 
     Raises:
-        WeightsError: there is no head, though the config asks for one.
+        WeightsError: `lm_head` is missing, though the config asks for one.
     """
     if HEAD not in tensors and config_dict.get("tie_word_embeddings") is False:
-        raise WeightsError(f"1 missing: {HEAD}, since config.json says tie_word_embeddings=false; fetch it again")
+        raise WeightsError(
+            f"1 missing: {HEAD}, but config.json has tie_word_embeddings=false. Download the checkpoint again."
+        )
     tied = HEAD not in tensors or _head_repeats_embeddings(tensors, read)
     if tied == config.decoder.tie_word_embeddings:
         return config, ()
     state = "ties them" if tied else "does not"
-    note = f"config.json says tie_word_embeddings={not tied}, but the checkpoint {state}: the weights decide"
+    note = f"config.json has tie_word_embeddings={not tied}, but the checkpoint {state}: the weights decide"
     return config.with_tied_embeddings(tied), (note,)
 
 
@@ -167,28 +175,19 @@ def _head_repeats_embeddings(tensors: Mapping[str, TensorInfo], read: Callable[[
 
 
 def vocabulary_notes(config: FastVLMConfig, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Where config.json names another vocabulary than the embedding table has rows."""
+    """Returns a note if `vocab_size` in config.json differs from the rows of the embedding table."""
     if TABLE not in tensors or len(tensors[TABLE].shape) != 2:
-        return ()  # the comparison of all tensors will tell
-    rows, said = tensors[TABLE].shape[0], config.decoder.vocab_size
-    if rows == said:
+        return ()  # reported by the comparison of all tensors
+    rows, vocab_size = tensors[TABLE].shape[0], config.decoder.vocab_size
+    if rows == vocab_size:
         return ()
-    return (f"config.json says vocab_size={said}, but embed_tokens has {rows} rows: the weights decide",)
-
-
-def file_digest(files: Iterable[Path]) -> str:
-    """sha256 over the sha256 of each file, in hex."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return (f"config.json has vocab_size={vocab_size}, but embed_tokens has {rows} rows: the weights decide",)
 
 
 def load_lazily(file: Path) -> dict[str, mx.array]:
-    """MLX arrays by name, each read from the file when it is first evaluated. Raises WeightsError.
+    """Returns MLX arrays by name, each read from the file when it is first evaluated. Raises WeightsError.
 
-    (safetensors' own MLX reader goes through numpy, which has no bfloat16.)
+    (The MLX reader of safetensors goes through numpy, which has no bfloat16.)
     """
     from ._mlx import mx
 
@@ -200,12 +199,12 @@ def load_lazily(file: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], what: str) -> None:
-    """Raises WeightsError that lists the names and shapes in which `found` differs from `expected`."""
+def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], part: str) -> None:
+    """Raises WeightsError with the names and shapes in which `found` differs from `expected`."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     misshapen = [
-        f"{name} should be {list(expected[name])}, is {list(found[name])}"
+        f"{name} must be {list(expected[name])}, got {list(found[name])}"
         for name in sorted(expected.keys() & found.keys())
         if tuple(expected[name]) != tuple(found[name])
     ]
@@ -215,23 +214,22 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], wha
         if names
     ]
     if faults:
-        raise WeightsError(f"the {what}'s tensors do not match its architecture: {'; '.join(faults)}")
+        raise WeightsError(f"the {part}'s tensors do not match its architecture: {'; '.join(faults)}")
 
 
 def tensors_under(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
-    """The tensors whose names start with `prefix`, without it."""
+    """Returns the tensors whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
 
 
 def shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape]:
+    """Returns the shape of each tensor."""
     return {name: info.shape for name, info in tensors.items()}
 
 
 def iter_float_tensors(checkpoint: Checkpoint, names: Iterable[str], framework: Framework) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) one by one. Raises WeightsError at the first that does not hold floating-point numbers."""
+    """Yields (name, tensor) one by one. Raises WeightsError at the first that is not floating-point."""
     for name in names:
         if checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
-            raise WeightsError(
-                f"{name} holds {checkpoint.tensors[name].dtype}; weights should be one of {', '.join(FLOAT_DTYPES)}"
-            )
+            raise WeightsError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}, got {checkpoint.tensors[name].dtype}")
         yield name, checkpoint.read(name, framework)

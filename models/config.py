@@ -1,7 +1,7 @@
-"""What `config.json` says of a FastVLM: the Qwen2 decoder, the projector, and how pixels and tokens meet.
+"""The content of `config.json`: the Qwen2 decoder, the projector, the image size and the special tokens.
 
-The vision encoder is not described there (Apple's file only says `mobileclip_l_1024`): `fastvit_config.py`
-reads it off the tensors.
+The vision encoder is not described there (Apple's file only has `mobileclip_l_1024`). `fastvit_config.py` derives it
+from the tensors.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import ConfigError
-from .json_file import field
+from .files import field
 from .quantization import Quantization
 
 PATCH_SIZE = 64
-"""Pixels per image token along each side: the encoder halves the resolution six times."""
+"""The pixels per image token along each side. The encoder halves the resolution six times."""
 
 MAX_IMAGE_SIZE = 2048
+"""The largest side of the encoder's square, in pixels, twice the training size."""
 MAX_DIMENSION = 2**20
+"""The largest width or vocabulary. No real one comes near, so a larger one means a corrupt or hostile file."""
 MAX_LAYERS = 1000
-"""No real width, vocabulary or depth comes near; beyond them a file is corrupt or hostile."""
+"""The largest depth, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Qwen2Config:
             value = getattr(self, name)
             most = MAX_LAYERS if name == "num_hidden_layers" else MAX_DIMENSION
             if not 0 < value <= most:
-                raise ConfigError(f"config.json: {name} should be between 1 and {most}; found {value!r:.40}")
+                raise ConfigError(f"config.json: {name} must be between 1 and {most}, got {value!r:.40}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"config.json: {name} should be a positive number; found {value}")
+                raise ConfigError(f"config.json: {name} must be a positive number, got {value}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ConfigError(
                 f"config.json: hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} "
@@ -58,28 +60,29 @@ class Qwen2Config:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
 
     @property
     def head_dim(self) -> int:
+        """The width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Qwen2Config:
         """Reads the decoder's fields of `config.json`.
 
-        Left aside on purpose: training-only fields (dropout, initializer), `torch_dtype` (the tensors say it),
-        `max_window_layers` and `sliding_window` (only with `use_sliding_window`, which is refused).
+        Ignores training-only fields (dropout, initializer), `torch_dtype` (the tensors have it), and
+        `max_window_layers` and `sliding_window` (they only apply with `use_sliding_window`, which is refused).
 
         Raises:
-            ConfigError: a field is missing, of another type, contradictory, or asks for what the decoder lacks.
+            ConfigError: a field is missing, malformed, contradictory, or asks for a feature that the decoder lacks.
         """
         if field(values, "hidden_act", str, "silu") != "silu":
-            raise ConfigError(f"config.json: hidden_act should be 'silu' for Qwen2; found {values['hidden_act']!r:.80}")
+            raise ConfigError(f"config.json: hidden_act must be 'silu', got {values['hidden_act']!r:.80}")
         if field(values, "use_sliding_window", bool, False):
-            raise ConfigError("config.json: use_sliding_window is true; FastVLM's Qwen2 attends to all of its context")
+            raise ConfigError("config.json: use_sliding_window must be false, got true")
         heads = field(values, "num_attention_heads", int)
         return cls(
             hidden_size=field(values, "hidden_size", int),
@@ -96,16 +99,16 @@ class Qwen2Config:
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
-    """`rope_theta`, which newer files keep under `rope_parameters`. Scaled RoPE is refused."""
+    """Returns `rope_theta`, which newer files have under `rope_parameters`. Scaled RoPE is refused."""
     for key in ("rope_scaling", "rope_parameters"):
         nested = values.get(key)
         if nested is None:
             continue
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"config.json: {key} should be an object or null; found {nested!r:.80}")
+            raise ConfigError(f"config.json: {key} must be an object or null, got {nested!r:.80}")
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
-            raise ConfigError(f"config.json: {key} asks for {kind!r:.40} RoPE; FastVLM's Qwen2 uses the default kind")
+            raise ConfigError(f"config.json: {key} must have the default rope_type, got {kind!r:.40}")
         if "rope_theta" in nested:
             return field(nested, "rope_theta", float)
     return field(values, "rope_theta", float, 1e6)
@@ -117,44 +120,46 @@ class FastVLMConfig:
 
     decoder: Qwen2Config
     mm_hidden_size: int
-    """Channels of `image_features`: 3072 for FastViTHD."""
+    """The channels of `image_features`, 3072 for FastViTHD."""
     image_size: int
-    """Side of the square that the encoder sees, in pixels."""
+    """The side of the encoder's square input, in pixels."""
     image_aspect_ratio: str
-    """How an image becomes a square: `pad` or `crop`."""
+    """The way to make an image square, `pad` or `crop`."""
     eos_token_ids: tuple[int, ...]
     image_token_index: int | None
-    """Id of `<image>`; None in a source checkpoint, which uses the sentinel -200."""
+    """The id of `<image>`, or None for a source checkpoint, which uses the sentinel -200."""
     tokenizer_model_max_length: int
     quantization: Quantization | None = None
-    """Of an exported decoder; None where all is in floating point."""
+    """The quantization of an exported decoder, or None for floating point."""
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
         if self.tokenizer_model_max_length < 1:
             raise ConfigError(
-                f"config.json: tokenizer_model_max_length should be positive; found {self.tokenizer_model_max_length}"
+                f"config.json: tokenizer_model_max_length must be positive, got {self.tokenizer_model_max_length}"
             )
         if self.image_aspect_ratio not in ("pad", "crop"):
             raise ConfigError(
-                f"config.json: image_aspect_ratio should be 'pad' or 'crop'; found {self.image_aspect_ratio!r:.80}"
+                f"config.json: image_aspect_ratio must be 'pad' or 'crop', got {self.image_aspect_ratio!r:.80}"
             )
 
     @property
     def tokens_per_image(self) -> int:
+        """The number of positions that an image takes in the decoder."""
         return (self.image_size // PATCH_SIZE) ** 2
 
     @property
     def max_context(self) -> int:
-        """Tokens that prompt and answer may fill together."""
+        """The number of tokens that prompt and answer may fill together."""
         return min(self.decoder.max_position_embeddings, self.tokenizer_model_max_length)
 
     def with_tied_embeddings(self, tied: bool) -> FastVLMConfig:
+        """Returns a copy with `tie_word_embeddings` set to `tied`."""
         return replace(self, decoder=replace(self.decoder, tie_word_embeddings=tied))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> FastVLMConfig:
-        """Reads Apple's `config.json`, and `generation_config.json` for an eos list that only stands there.
+        """Reads Apple's `config.json`, and the eos ids of `generation_config.json`.
 
         Raises:
             ConfigError: a field is missing, malformed or contradictory.
@@ -162,10 +167,12 @@ class FastVLMConfig:
         decoder = Qwen2Config.from_dict(values)
         projector = field(values, "mm_projector_type", str, "mlp2x_gelu")
         if projector != "mlp2x_gelu":
-            raise ConfigError(f"config.json: mm_projector_type should be 'mlp2x_gelu'; found {projector!r:.80}")
+            raise ConfigError(f"config.json: mm_projector_type must be 'mlp2x_gelu', got {projector!r:.80}")
         mm_hidden_size = field(values, "mm_hidden_size", int)
         if not 0 < mm_hidden_size <= MAX_DIMENSION:
-            raise ConfigError(f"config.json: mm_hidden_size should be positive; found {mm_hidden_size}")
+            raise ConfigError(
+                f"config.json: mm_hidden_size must be between 1 and {MAX_DIMENSION}, got {mm_hidden_size}"
+            )
         image_token_index = values.get("image_token_index")
         if image_token_index is not None:
             image_token_index = field(values, "image_token_index", int)
@@ -187,30 +194,29 @@ def check_image_size(image_size: int) -> None:
     """Raises ConfigError unless the encoder can be built for squares of `image_size` pixels."""
     if image_size % PATCH_SIZE or not 2 * PATCH_SIZE <= image_size <= MAX_IMAGE_SIZE:
         raise ConfigError(
-            f"image size should be a multiple of {PATCH_SIZE} from {2 * PATCH_SIZE} to {MAX_IMAGE_SIZE}; "
-            f"found {image_size}"
+            f"image_size must be a multiple of {PATCH_SIZE} from {2 * PATCH_SIZE} to {MAX_IMAGE_SIZE}, got {image_size}"
         )
 
 
 def _image_size(values: Mapping[str, Any]) -> int:
-    """The training resolution, which Apple's file only names inside `mm_vision_tower` (`mobileclip_l_1024`)."""
+    """Returns the training resolution, which Apple's file only has in `mm_vision_tower` (`mobileclip_l_1024`)."""
     tower = field(values, "mm_vision_tower", str)
     match = re.search(r"_(\d{2,5})$", tower)
     if match is None:
         raise ConfigError(
-            f"config.json: mm_vision_tower should end in the image size, as in 'mobileclip_l_1024'; found {tower!r:.80}"
+            f"config.json: mm_vision_tower must end in the image size, as in 'mobileclip_l_1024', got {tower!r:.80}"
         )
     return int(match[1])
 
 
 def _eos_token_ids(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Every id that ends an answer: either file may hold one id or a list."""
+    """Returns every id that ends an answer. Either file may have one id or a list."""
     found: dict[int, None] = {}  # a dict keeps the order
     for source in (values, generation):
         ids = source.get("eos_token_id")
         for token_id in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-                raise ConfigError(f"eos_token_id should be an id or a list of ids; found {ids!r:.80}")
+                raise ConfigError(f"eos_token_id must be an id or a list of ids, got {ids!r:.80}")
             found[token_id] = None
     return tuple(found)
 
@@ -220,5 +226,5 @@ def _quantization(values: Mapping[str, Any]) -> Quantization | None:
     if quantization is None:
         return None
     if not isinstance(quantization, Mapping):
-        raise ConfigError(f"config.json: quantization should be an object; found {quantization!r:.80}")
+        raise ConfigError(f"config.json: quantization must be an object, got {quantization!r:.80}")
     return Quantization.from_dict(quantization)

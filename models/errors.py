@@ -33,6 +33,8 @@ argument whose option is not its name with dashes is in the table of `cli/argume
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FastVLMError(Exception):
     """The base of every error raised on purpose. The command line prints it as one line and exits with 1.
@@ -108,3 +110,14 @@ class VerificationError(FastVLMError):
 
 class MachineError(FastVLMError):
     """This machine lacks something that the request needs."""
+
+
+MAX_LISTED = 6
+"""The number of names that one message lists before it says how many more there are."""
+
+
+def listed(names: Iterable[str], most: int = MAX_LISTED) -> str:
+    """Returns the first `most` of `names`, separated by commas, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,7 +1,7 @@
-"""The architecture of a FastViT encoder, read off the names and shapes of its tensors.
+"""The architecture of a FastViT encoder, derived from the names and shapes of its tensors.
 
-Apple's `config.json` only names the tower (`mobileclip_l_1024`); depths, widths, token mixers and the form (training,
-with its branches and batch norms, or reparameterized) stand nowhere but in the weights.
+Apple's `config.json` only names the tower (`mobileclip_l_1024`). Depths, widths, token mixers and the form (training,
+with branches and batch norms, or reparameterized) are only evident from the weights.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import WeightsError
+from .safetensors_files import Shape
 
-Shape = tuple[int, ...]
 TokenMixer = Literal["repmixer", "attention"]
 
 HEAD_DIM = 32
+"""The width of an attention head."""
 LAYER_NORM_EPS = 1e-5
 BATCH_NORM_EPS = 1e-5
 STRIDES_BEFORE_STAGES = 4
-"""The stem halves the resolution twice; each downsampling once more."""
+"""The downsampling of the stem, which halves the resolution twice."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class FastViTConfig:
     mlp_ratios: tuple[int, ...] = (4, 4, 4, 4, 4)
     token_mixers: tuple[TokenMixer, ...] = ("repmixer", "repmixer", "repmixer", "attention", "attention")
     pos_emb_kernels: tuple[int | None, ...] = (None, None, None, 7, 7)
-    """Kernel of the position convolution in front of each stage."""
+    """The kernel size of the position convolution in front of each stage."""
     out_channels: int = 3072
     se_channels: int = 192
-    """Width of the squeeze-and-excitation bottleneck in `conv_exp`."""
+    """The width of the squeeze-and-excitation bottleneck in `conv_exp`."""
     reparameterized: bool = True
     stem_scale_branch: bool = False
     conv_branches: int = 1
-    """Convolution branches of each MobileOne block in training form."""
+    """The number of convolution branches of each MobileOne block in training form."""
 
     def __post_init__(self) -> None:
         stages = len(self.depths)
@@ -50,7 +51,7 @@ class FastViTConfig:
                 )
         if self.patch_size != 64:
             raise WeightsError(
-                f"the encoder has {stages} stages and so reduces {self.patch_size}x; FastVLM's has 5 and reduces 64x"
+                f"the encoder must have 5 stages and reduce 64x, got {stages} stages, which reduce {self.patch_size}x"
             )
         for width, mixer in zip(self.embed_dims, self.token_mixers, strict=True):
             if mixer == "attention" and width % HEAD_DIM:
@@ -58,20 +59,22 @@ class FastViTConfig:
 
     @property
     def patch_size(self) -> int:
-        """Pixels per output position along each side."""
+        """The pixels per output position along each side."""
         return STRIDES_BEFORE_STAGES * 2 ** (len(self.depths) - 1)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Shape]) -> FastViTConfig:
-        """Reads the architecture off tensor names (without the tower's prefix) and shapes.
+        """Derives the architecture from tensor names (without the tower's prefix) and shapes.
 
         Raises:
-            WeightsError: the names are no FastViT encoder's, or mix both forms.
+            WeightsError: the names are not those of a FastViT encoder, or mix both forms.
         """
         try:
             return _read(shapes)
         except (KeyError, IndexError) as reason:
-            raise WeightsError(f"the vision encoder is no whole FastViT: it lacks {reason.args[0]!s:.80}") from None
+            raise WeightsError(
+                f"the vision encoder is not a whole FastViT: {reason.args[0]!s:.80} is missing"
+            ) from None
 
 
 def _read(shapes: Mapping[str, Shape]) -> FastViTConfig:
@@ -113,12 +116,12 @@ def _is_reparameterized(shapes: Mapping[str, Shape]) -> bool:
     if folded and branched:
         raise WeightsError(
             f"the vision encoder mixes reparameterized tensors ({folded[0]}, ...) with training branches "
-            f"({branched[0]}, ...): it should be in one form"
+            f"({branched[0]}, ...). It must have one form."
         )
     return not branched
 
 
 def _indices(shapes: Mapping[str, Shape], prefix: str) -> set[int]:
-    """The integers that follow `prefix` in the tensors' names."""
+    """Returns the integers that follow `prefix` in the tensors' names."""
     pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
     return {int(match[1]) for name in shapes if (match := pattern.match(name))}

@@ -12,7 +12,7 @@ from ._mlx import mx, nn, on_cpu
 from .checkpoint import check_tensors
 from .errors import WeightsError
 from .fastvit_config import BATCH_NORM_EPS, HEAD_DIM, LAYER_NORM_EPS, FastViTConfig
-from .mlx_layout import UNUSED_ENCODER_TENSORS, encoder_shapes
+from .tensor_names import UNUSED_ENCODER_TENSORS, apple_encoder_shapes
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -252,13 +252,15 @@ class FastViTMLX(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, mx.array]) -> FastViTMLX:
-        """The encoder whose tensors are named as in `mlx_layout`, in float32.
+        """The encoder whose tensors are named as mlx-vlm names them, in float32.
 
         Raises:
             WeightsError: tensors are missing, unexpected (both listed), of a wrong shape or not finite.
         """
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNUSED_ENCODER_TENSORS)}
-        config = FastViTConfig.from_shapes(encoder_shapes({name: tensor.shape for name, tensor in tensors.items()}))
+        config = FastViTConfig.from_shapes(
+            apple_encoder_shapes({name: tensor.shape for name, tensor in tensors.items()})
+        )
         if not config.reparameterized:
             raise WeightsError("the MLX encoder is in training form; MLX runs the reparameterized form only")
         encoder = cls(config)

@@ -1,4 +1,4 @@
-"""Checkpoints that the Hugging Face hub's client keeps on this machine."""
+"""The cache of the Hugging Face hub's client on this machine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-"""`apple/FastVLM-0.5B`: an owner and a name."""
+"""The pattern of an id with owner and name, such as `apple/FastVLM-0.5B`."""
 
 
 def cached_folder(hub_id: str) -> Path | None:
-    """The folder in which the hub's cache holds `hub_id`, perhaps not all of it; None where it is not there.
+    """Returns the folder of `hub_id` in the hub's cache, perhaps incomplete, or None if it is absent.
 
-    That is its main branch, or the only revision that is there.
+    The folder has the main branch, or the only revision in the cache.
     """
     if not HUB_ID.fullmatch(hub_id):
         return None

@@ -1,10 +1,13 @@
-"""Images in any form -> the squares of pixels that the vision encoder takes.
+"""Images from any source, and the square of pixels that the vision encoder takes.
 
 The geometry is LLaVA's `expand2square` and Hugging Face's `CLIPImageProcessor`, bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import io
 import warnings
 from collections.abc import Sequence
@@ -12,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
+import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
 from .errors import ImageError
-from .quiet_libtiff import silence_libtiff
-from .thin_images import resize_stripe_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,9 +28,11 @@ ImageSource: TypeAlias = "Path | str | bytes | Image.Image | NDArray[Any]"
 Fit = Literal["pad", "crop"]
 
 MAX_PIXELS = 178_956_970
-"""Pillow's own threshold for a decompression bomb: half a gigabyte of RGB."""
+"""The largest image in pixels, half a gigabyte of RGB. It is Pillow's threshold for a decompression bomb."""
 
 MAX_SIDE = 65_536
+"""The longest side of an image, in pixels."""
+
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,24 +42,29 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what brings the image upright. (ImageOps.exif_transpose also rewrites the metadata, and fails on
-damaged ones.)"""
+"""The transposition that brings an image upright, by its EXIF orientation. (`ImageOps.exif_transpose` also rewrites the
+metadata, and fails on damaged ones.)"""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
-"""What Pillow decodes itself: others would start programs (EPS: Ghostscript) or are no pictures of today."""
+"""The formats that Pillow decodes itself. Others start programs (EPS: Ghostscript) or are obsolete."""
 
 SUFFIXES = tuple(f".{kind}" for kind in "avif bmp gif ico jp2 jpeg jpg pgm png ppm tif tiff webp".split())
-"""Files of other names in a folder are not images, and not looked at."""
+"""The suffixes of image files. Other files in a folder are ignored."""
 
 THIN = 4
-"""Height over width from which on it pays to leave out the black beside an image."""
+"""The ratio of height to width from which it pays to skip the black columns of a padded image."""
 
 STRIP_PIXELS = 2**22
-"""Of the padded square, resized at a time: 16 MiB in Pillow's four bytes per pixel."""
+"""The size of the strips in which a padded square is resized, in pixels. One takes 16 MiB in Pillow."""
+
+RESAMPLE_BITS = 22
+"""The fractional bits of Pillow's resampling coefficients."""
+BICUBIC_SUPPORT = 2.0
+"""The radius of the bicubic kernel, in output pixels."""
 
 
 def open_images(images: Sequence[ImageSource]) -> tuple[Image.Image, ...]:
-    """Several images, of which all together may be as large as one. Raises ImageError as `open_image` does."""
+    """Opens several images, which together may be as large as one. Raises ImageError as `open_image` does."""
     opened: list[Image.Image] = []
     for image in images:
         opened.append(open_image(image, MAX_PIXELS - sum(one.width * one.height for one in opened)))
@@ -63,17 +72,17 @@ def open_images(images: Sequence[ImageSource]) -> tuple[Image.Image, ...]:
 
 
 def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`image`, decoded, upright (EXIF orientation applied) and RGB (alpha dropped).
+    """Returns `image` decoded, upright (EXIF orientation applied) and RGB (alpha dropped).
 
-    An array is (H, W, 3), (H, W, 4) or (H, W), uint8, RGB. `max_pixels` are what is left for it beside others.
+    An array is (H, W, 3), (H, W, 4) or (H, W), uint8, RGB. `max_pixels` is the part of the limit that is left for it.
 
     Raises:
-        ImageError: there is no image, it is damaged, too large, or of a kind that cannot become RGB.
+        ImageError: the image is missing, damaged, too large, or of a mode that cannot become RGB.
     """
     name = _name(image)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images (our own limit follows), of damaged metadata
+            warnings.simplefilter("ignore")  # about large images (our own limit follows) and damaged metadata
             if isinstance(image, np.ndarray):
                 image = _from_array(image)
             if isinstance(image, Image.Image):
@@ -83,40 +92,40 @@ def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no image in a format that Pillow {PIL_VERSION} reads") from None
+        raise ImageError(f"{name} is not an image in a format that Pillow {PIL_VERSION} reads") from None
     except Image.DecompressionBombError as reason:
         raise ImageError(f"{name} is too large: {reason}") from None
     except OSError as reason:
         raise ImageError(f"{name} cannot be read: {reason.strerror or reason}") from reason
-    except Exception as reason:  # decoders raise whatever damaged bytes lead them to
+    except Exception as reason:  # decoders raise any exception for damaged bytes
         detail = (str(reason) or type(reason).__name__).splitlines()[0]
         raise ImageError(f"{name} cannot be decoded: {detail}") from reason
 
 
 def preprocess(image: Image.Image, image_size: int, fit: Fit) -> NDArray[np.uint8]:
-    """(3, S, S) uint8 RGB of an RGB image.
+    """Returns the pixels (3, S, S) of an RGB image, uint8.
 
     `pad` centres the image on a black square and resizes that to S; `crop` resizes the shorter side to S and keeps the
-    centre. Both bicubic.
+    centre. Both use bicubic resampling.
 
     Raises:
-        ImageError: the image is so long and thin that fitting it would take absurd memory.
+        ImageError: the image is so long and thin that cropping it would exceed the limit of pixels.
     """
     square = _padded(image, image_size) if fit == "pad" else _cropped(image, image_size)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))  # (3, S, S)
 
 
 def to_pixel_values(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(3, S, S) uint8 -> (1, 3, S, S) float32 from 0 to 1."""
+    """Returns pixels (3, S, S) uint8 as (1, 3, S, S) float32 from 0 to 1."""
     return pixels.astype(np.float32)[None] / np.float32(255)  # (1, 3, S, S)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
-    """The image centred on a black square of its longer side, resized to `size`.
+    """Returns the image centred on a black square of its longer side, resized to `size`.
 
-    Pillow resizes rows first, then columns, with a rounding to uint8 between the two. Doing the rows strip by strip
-    gives the same bits, and never holds the square, which is 900 megapixels for a screenshot of 1200 x 30000. Where
-    most of a row is black, its part is not computed at all.
+    Pillow resizes rows first, then columns, and rounds to uint8 in between. Strips of rows give the same bits and
+    never need the square, which has 900 megapixels for a screenshot of 1200 x 30000. The black columns of a thin image
+    are skipped.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -126,11 +135,56 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
         stop = min(start + rows, image.height)
         if THIN * image.width < side:
             stripe = np.asarray(image.crop((0, start, image.width, stop)))  # (rows, W, 3)
-            narrow.paste(Image.fromarray(resize_stripe_rows(stripe, left, side, size)), (0, top + start))
+            narrow.paste(Image.fromarray(_resize_stripe_rows(stripe, left, side, size)), (0, top + start))
             continue
         strip = image.crop((-left, start, side - left, stop))  # black where it reaches past the image
         narrow.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
     return narrow.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _resize_stripe_rows(stripe: NDArray[np.uint8], left: int, side: int, size: int) -> NDArray[np.uint8]:
+    """Returns (H, size, 3): rows of `side` pixels resized to `size`, black but for `stripe` (H, W, 3) at column `left`.
+
+    Pillow would read the black pixels too, 3.6 billion of them for an image of 1 x 60000. They add nothing to a sum, so
+    only the stripe's own columns count. The arithmetic is Pillow's (`src/libImaging/Resample.c`): coefficients in
+    float64, rounded to 22 bits. Sums of integers are exact in float64.
+    """
+    height, width = stripe.shape[:2]
+    columns, weights = _stripe_weights(left, width, side, size)
+    rows = stripe.transpose(0, 2, 1).reshape(-1, width).astype(np.float64)  # (H * 3, W)
+    sums = np.floor((rows @ weights + 2.0 ** (RESAMPLE_BITS - 1)) / 2.0**RESAMPLE_BITS)
+    resized = np.zeros((height, size, 3), np.uint8)
+    made = np.clip(sums, 0, 255).astype(np.uint8).reshape(height, 3, -1)  # (H, 3, columns)
+    resized[:, columns] = made.transpose(0, 2, 1)
+    return resized
+
+
+def _stripe_weights(left: int, width: int, side: int, size: int) -> tuple[slice, NDArray[np.float64]]:
+    """Returns the output columns that depend on the stripe, and the integer weights (W, columns) of its own columns."""
+    scale = side / size
+    support = BICUBIC_SUPPORT * max(scale, 1.0)
+    first = max(0, int((left - support) / scale) - 1)
+    last = min(size, int((left + width + support) / scale) + 2)
+    weights = np.zeros((width, last - first))
+    for column in range(first, last):
+        begin, taps = _coefficients(column, scale, side)
+        start, stop = max(begin, left), min(begin + len(taps), left + width)
+        if start < stop:
+            weights[start - left : stop - left, column - first] = taps[start - begin : stop - begin]
+    return slice(first, last), weights
+
+
+def _coefficients(column: int, scale: float, side: int) -> tuple[int, NDArray[np.float64]]:
+    """Returns the first input pixel of an output pixel, and the weights from that pixel on."""
+    filter_scale = max(scale, 1.0)
+    center, support = (column + 0.5) * scale, BICUBIC_SUPPORT * filter_scale
+    begin, end = max(0, int(center - support + 0.5)), min(side, int(center + support + 0.5))
+    x = np.abs((np.arange(end - begin) + begin - center + 0.5) * (1.0 / filter_scale))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights /= np.cumsum(weights)[-1]  # summed in order, as Pillow does
+    scaled = weights * 2.0**RESAMPLE_BITS
+    return begin, np.trunc(np.where(weights < 0, scaled - 0.5, scaled + 0.5))
 
 
 def _cropped(image: Image.Image, size: int) -> Image.Image:
@@ -138,8 +192,8 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
     longer = int(size * long / short)
     if longer * size > MAX_PIXELS:
         raise ImageError(
-            f"an image of {image.width} x {image.height} is too long and thin to crop: its shorter side at {size} "
-            f"pixels makes the longer one {longer}; use fit 'pad', or cut it first"
+            f"an image of {image.width} x {image.height} is too long and thin to crop: with a shorter side of {size} "
+            f"pixels, the longer one has {longer}. Use fit='pad', or cut it first."
         )
     width, height = (size, longer) if image.width <= image.height else (longer, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -148,7 +202,7 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    """`FORMATS`, but for those that this Pillow was built without."""
+    """Returns those of `FORMATS` that this build of Pillow has."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -165,12 +219,12 @@ def _stream(image: Any, name: str) -> BinaryIO:
             raise ImageError("the image has 0 bytes")
         return io.BytesIO(image)
     if not isinstance(image, str | Path):
-        raise ImageError(f"{name} is not supported: pass a path, bytes, a PIL image or a NumPy array")
+        raise ImageError(f"{name} is not supported. Pass a path, bytes, a PIL image or a NumPy array.")
     path = Path(image)
     if not path.exists():
         raise ImageError(f"{path} does not exist")
     if not path.is_file():
-        raise ImageError(f"{path} is a folder, not an image" if path.is_dir() else f"{path} is no regular file")
+        raise ImageError(f"{path} is a folder, not an image" if path.is_dir() else f"{path} is not a regular file")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} has 0 bytes")
     return path.open("rb")
@@ -179,11 +233,11 @@ def _stream(image: Any, name: str) -> BinaryIO:
 def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ImageError(
-            "an image array should be uint8 of shape (H, W, 3), (H, W, 4) or (H, W); "
-            f"found {array.dtype} of shape {array.shape}"
+            "an image array must be uint8 of shape (H, W, 3), (H, W, 4) or (H, W), "
+            f"got {array.dtype} of shape {array.shape}"
         )
     if 0 in array.shape:
-        raise ImageError(f"an image array should hold pixels; found shape {array.shape}")
+        raise ImageError(f"an image array must not be empty, got shape {array.shape}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -191,13 +245,13 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ImageError(
-            f"{name} is too large: {width} x {height} pixels, where {MAX_PIXELS} in all and {MAX_SIDE} along a side "
-            "are the most; scale it down"
+            f"{name} is too large: must have at most {MAX_PIXELS} pixels and sides of {MAX_SIDE}, got "
+            f"{width} x {height}. Scale it down."
         )
     if width * height > max_pixels:
         raise ImageError(
-            f"{name} ({width} x {height} pixels) is too large beside the other images: together they may have "
-            f"{MAX_PIXELS} pixels; scale them down"
+            f"{name} ({width} x {height} pixels) is too large together with the other images: all must have at most "
+            f"{MAX_PIXELS} pixels. Scale them down."
         )
     if image.format == "TIFF":
         silence_libtiff()
@@ -209,11 +263,21 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _without_high_depth(image: Image.Image, name: str) -> Image.Image:
-    """8 bits per channel: the upper ones of 16-bit gray, as of 16-bit RGB. (Pillow's `convert` clips gray to white.)"""
+    """Returns an image of 8 bits per channel, the upper ones of 16. (Pillow's `convert` clips 16-bit gray to white.)"""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ImageError(
-            f"{name} has 32 bits per pixel (mode {image.mode}), whose range is unknown; convert it to 8 bits"
-        )
+        raise ImageError(f"{name} has 32 bits per pixel (mode {image.mode}) of unknown range. Convert it to 8 bits.")
     return image
+
+
+@functools.cache
+def silence_libtiff() -> None:
+    """Removes the error handler of the libtiff in Pillow's wheel, which writes to stderr, for the whole process.
+
+    Pillow itself only removes the handler of warnings. Another libtiff keeps its own.
+    """
+    package = Path(PIL.__file__).parent
+    for library in (*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ._mlx import mx, nn, on_cpu
-from .apple_layout import language_shapes, saved_name
-from .checkpoint import Shape, check_tensors
+from .checkpoint import check_tensors
 from .config import FastVLMConfig
 from .errors import WeightsError
 from .mlx_cpu import dequantize
 from .mlx_layers import join_projections
 from .quantization import Quantization
 from .qwen2 import Qwen2
+from .safetensors_files import Shape
+from .tensor_names import language_shapes, saved_name
 
 EMBEDDING = "language_model.model.embed_tokens"
 HEAD = "language_model.lm_head"

@@ -14,12 +14,12 @@ from typing import TypeVar
 import numpy as np
 
 from ._mlx import mx, nn
-from .apple_layout import language_shapes, saved_name
 from .checkpoint import Checkpoint
 from .config import FastVLMConfig
 from .kv_cache import KVCache
 from .language import EMBEDDING, HEAD, Projector, dequantized
 from .qwen2 import Block
+from .tensor_names import language_shapes, saved_name
 
 M = TypeVar("M", bound=nn.Module)
 

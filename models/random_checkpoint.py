@@ -1,8 +1,8 @@
-"""`random:0.5b` and its like: checkpoints of true size with seeded random weights.
+"""Checkpoints of true size with seeded random weights, such as `random:0.5b`, and a tokenizer for them.
 
-They serve measurements of speed and size before a download. Statistics are like those of trained weights (non-trivial
-batch norms, layer scales and biases), so that ranges and quantization errors are plausible; the text means nothing.
-Tensors are made one at a time, when they are read.
+They serve measurements of speed and size before a download. Their statistics resemble trained weights (non-trivial
+batch norms, layer scales and biases), so ranges and quantization errors are plausible. Their answers have no meaning.
+Each tensor is made when it is read.
 """
 
 from __future__ import annotations
@@ -11,25 +11,39 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 
-from .apple_layout import language_shapes
-from .checkpoint import APPLE_ENCODER_PREFIX, Framework, Shape, TensorInfo
 from .config import FastVLMConfig
 from .errors import ModelReferenceError
 from .fastvit_config import FastViTConfig
-from .synthetic_tokenizer import CHAT_TEMPLATE, synthetic_tokenizer
+from .safetensors_files import Shape, TensorInfo
+from .source_layouts import Framework
+from .tensor_names import APPLE_ENCODER_PREFIX, language_shapes
+from .tokenizer_files import CHAT_TEMPLATE, END, SPECIAL_TOKENS, added_token, byte_level_bpe, byte_symbols
 
 GENERATOR_VERSION = 1
-"""Part of the digest: bumped whenever the same name and seed would give other weights."""
+"""The version in the digest. It changes whenever the same name and seed give other weights."""
 
 FOLDED_SKIP = re.compile(r"(token_mixer|network\.\d+)\.reparam_conv\.weight$")
 
+"""The convolutions that contain a skip connection: a strong centre tap, weak others."""
+
 NOTE = "random weights: the text means nothing"
+
+IMAGE_TOKEN_ROOM = 1
+"""The number of ids that are free behind the special tokens. An export adds `<image>` there."""
+
+WORDS = """
+    system user assistant You Describe What How Where Is Are The There image picture
+    a are assistant at circle colour describe do does has have helpful how image in is it many of on photo picture
+    say see shown square text that the there this to user what where which with word written you
+""".split()
 
 TINY_ENCODER = FastViTConfig(
     depths=(1, 2, 2, 1, 1),
@@ -49,16 +63,16 @@ DECODERS = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
-"""The decoders' dimensions, from the published `config.json` files; `tiny` is ours."""
+"""The dimensions of the decoders, from the published `config.json` files. `tiny` has no published counterpart."""
 
 
 class RandomCheckpoint:
-    """A checkpoint whose tensors are drawn, not read. See `models.checkpoint.Checkpoint`."""
+    """A checkpoint whose tensors are drawn from a generator. Implements `Checkpoint`."""
 
     def __init__(self, size: str, seed: int = 0) -> None:
         if size not in DECODERS:
             raise ModelReferenceError(
-                f"random:{size} is unknown; there are {', '.join(f'random:{s}' for s in DECODERS)}"
+                f"random:{size} is unknown. Available: {', '.join(f'random:{s}' for s in DECODERS)}."
             )
         self.name = f"random:{size}"
         self.seed = seed
@@ -72,24 +86,27 @@ class RandomCheckpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
+        """The shape and dtype of every tensor, by Apple's name."""
         encoder = {APPLE_ENCODER_PREFIX + name: shape for name, shape in encoder_shapes(self.encoder).items()}
         return {name: TensorInfo(shape, "F32") for name, shape in {**encoder, **language_shapes(self.config)}.items()}
 
     def read(self, name: str, framework: Framework) -> np.ndarray:
-        """The tensor as float32, the same for the same name and seed on every machine."""
+        """Returns the tensor as float32. The same name and seed give the same tensor on every machine."""
         key = hashlib.sha256(f"{self.name}/{self.seed}/{name}".encode()).digest()
         draw = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         return random_tensor(name, self.tensors[name].shape, draw)
 
     def digest(self) -> str:
+        """Returns a sha256 of name, seed, version and config, in hex."""
         recipe = f"{self.name}/{self.seed}/{GENERATOR_VERSION}/{json.dumps(self.config_dict, sort_keys=True)}"
         return hashlib.sha256(recipe.encode()).hexdigest()
 
     def tokenizer_files(self) -> dict[str, bytes]:
+        """Returns the files of a tokenizer for the decoder's vocabulary."""
         config = {
             "chat_template": CHAT_TEMPLATE,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
+            "eos_token": END,
+            "pad_token": SPECIAL_TOKENS[0],
             "model_max_length": self.config.tokenizer_model_max_length,
             "tokenizer_class": "Qwen2Tokenizer",
         }
@@ -100,7 +117,7 @@ class RandomCheckpoint:
 
 
 def apple_config(decoder: Mapping[str, Any], mm_hidden_size: int, image_size: int, eos_token_id: int) -> dict[str, Any]:
-    """`config.json` in Apple's fields."""
+    """Returns `config.json` in Apple's fields."""
     return {
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": "llava_qwen2",
@@ -122,7 +139,7 @@ def apple_config(decoder: Mapping[str, Any], mm_hidden_size: int, image_size: in
 
 
 def encoder_shapes(config: FastViTConfig) -> dict[str, Shape]:
-    """Every tensor of the encoder, by Apple's name without the prefix."""
+    """Returns the shape of every encoder tensor, by Apple's name without the prefix."""
     import torch
 
     from .fastvit import FastViT
@@ -133,7 +150,7 @@ def encoder_shapes(config: FastViTConfig) -> dict[str, Shape]:
 
 
 def random_tensor(name: str, shape: Shape, draw: np.random.Generator) -> np.ndarray:
-    """Values of a trained-like scale for the role that `name` tells, float32."""
+    """Returns float32 values on the scale of a trained tensor with this name."""
     noise = draw.standard_normal(shape, dtype=np.float32)
     if name.endswith("running_var"):
         return np.exp(0.3 * noise)
@@ -149,7 +166,44 @@ def random_tensor(name: str, shape: Shape, draw: np.random.Generator) -> np.ndar
         return noise
     fan_in = math.prod(shape[1:])
     noise *= np.float32(1 / math.sqrt(fan_in))
-    if FOLDED_SKIP.search(name):  # these hold the skip connection: a strong centre tap, weak others
+    if FOLDED_SKIP.search(name):
         noise *= np.float32(0.2)
         noise[:, :, shape[2] // 2, shape[3] // 2] += 1
     return noise
+
+
+@dataclass(frozen=True)
+class SyntheticTokenizer:
+    """A `tokenizer.json` and the id that ends an answer."""
+
+    json: str
+    eos_token_id: int
+
+
+def synthetic_tokenizer(vocab_size: int) -> SyntheticTokenizer:
+    """Returns a byte-level BPE tokenizer in Qwen2's format, which fills `vocab_size` ids but for one for `<image>`.
+
+    It encodes any text (every byte has a token), common English words in one or two tokens. Every id decodes to
+    something readable.
+    """
+    first_special = vocab_size - len(SPECIAL_TOKENS) - IMAGE_TOKEN_ROOM
+    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    merges: dict[tuple[str, str], None] = {}
+    for word in [*("Ġ" + word for word in WORDS), *WORDS]:
+        for end in range(1, len(word)):
+            if len(vocab) < first_special:
+                merges[word[:end], word[end]] = None
+                vocab.setdefault(word[: end + 1], len(vocab))
+    for syllables in islice(_pseudo_words(), 2 * vocab_size):
+        if len(vocab) == first_special:
+            break
+        vocab.setdefault(syllables, len(vocab))
+    special = [added_token(first_special + i, content) for i, content in enumerate(SPECIAL_TOKENS)]
+    return SyntheticTokenizer(json.dumps(byte_level_bpe(vocab, list(merges), special)), first_special + 2)
+
+
+def _pseudo_words() -> Iterator[str]:
+    syllables = [a + b for a, b in product("bdfghjklmnprstvwz", "aeiou")]
+    for count in (1, 2, 3):
+        for parts in product(syllables, repeat=count):
+            yield "Ġ" + "".join(parts)

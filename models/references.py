@@ -1,4 +1,4 @@
-"""MODEL: a checkpoint folder, a hub id that was downloaded, `tiny` (trained, in the package) or `random:SIZE`."""
+"""The values of MODEL: a checkpoint folder, a downloaded hub id, `tiny` (in the package), `random:SIZE`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TINY_FOLDER = Path(__file__).with_name("tiny") / "checkpoint"
 
 
 def open_checkpoint(reference: str | Path, adapter: str | Path | None = None) -> Checkpoint:
-    """The checkpoint that MODEL names, with the LoRA adapter in the folder `adapter` merged into it.
+    """Opens the checkpoint that `reference` names, with the LoRA adapter in the folder `adapter` merged into it.
 
     Raises:
-        ModelReferenceError: nothing of that name can be opened.
-        CheckpointError: the folder is there, but is no checkpoint that can be read, or the adapter is not for it.
+        ModelReferenceError: the reference matches nothing.
+        CheckpointError: the folder is not a readable checkpoint, or the adapter belongs to another.
     """
     checkpoint = _open(reference)
     if adapter is None:
@@ -29,7 +29,7 @@ def open_checkpoint(reference: str | Path, adapter: str | Path | None = None) ->
 
 
 def _open(reference: str | Path) -> Checkpoint:
-    from .random_checkpoint import DECODERS, RandomCheckpoint  # brings numpy, which no start-up needs
+    from .random_checkpoint import DECODERS, RandomCheckpoint  # imports numpy, which the start-up does not need
 
     text = str(reference)
     if text.startswith("random:"):
@@ -40,26 +40,26 @@ def _open(reference: str | Path) -> Checkpoint:
     if folder.is_dir():
         return FolderCheckpoint(folder)
     if folder.exists():
-        raise ModelReferenceError(
-            f"{folder} is a file; MODEL should be the folder that holds config.json and *.safetensors"
-        )
+        raise ModelReferenceError(f"{folder} is a file. Pass the folder with config.json and *.safetensors.")
     known = ", ".join([TINY, *(f"random:{size}" for size in DECODERS)])
     if HUB_ID.fullmatch(text):
         cached = cached_folder(text)
         if cached is not None:
             return _cached_checkpoint(text, cached)
         raise ModelReferenceError(
-            f"{text} is neither a folder here nor in the hub's cache: fetch it with `fastvlm download {text}`; without "
-            f"a checkpoint, try {known}"
+            f"{text} is neither a folder nor in the hub's cache. Run `fastvlm download {text}`. "
+            f"Without a download, try {known}."
         )
     if text in FOLDERS:
-        raise ModelReferenceError(f"fetch {text} with `fastvlm download {text}`, and pass the folder that it prints")
+        raise ModelReferenceError(
+            f"{text} is not downloaded. Run `fastvlm download {text}`, and pass the folder that it prints."
+        )
     raise ModelReferenceError(f"{text} is neither a folder nor one of {known}")
 
 
 def _cached_checkpoint(hub_id: str, folder: Path) -> Checkpoint:
-    """The checkpoint in the hub's cache. Raises CheckpointError that says how to complete it, where it is not whole."""
+    """Opens a checkpoint in the hub's cache. Raises CheckpointError with the command that completes it."""
     try:
         return FolderCheckpoint(folder, name=hub_id.rpartition("/")[2])
     except CheckpointError as reason:
-        raise type(reason)(f"{reason}; if it is not all there, run `fastvlm download {hub_id}`") from reason
+        raise type(reason)(f"{reason} (if the download is incomplete, run `fastvlm download {hub_id}`)") from reason

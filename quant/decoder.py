@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..models._mlx import mx
-from ..models.apple_layout import language_shapes, saved_name
-from ..models.checkpoint import APPLE_ENCODER_PREFIX, Checkpoint, check_tensors, iter_float_tensors, shapes
+from ..models.checkpoint import Checkpoint, check_tensors, iter_float_tensors, shapes
 from ..models.errors import WeightsError
 from ..models.layerwise import LayerwiseDecoder, Prompt
+from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes, saved_name
 from .decoder_gptq import gptq_tensors
 from .decoder_scheme import DecoderScheme
 

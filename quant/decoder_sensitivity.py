@@ -10,12 +10,13 @@ from math import prod
 import numpy as np
 
 from ..models._mlx import mx
-from ..models.apple_layout import language_shapes, saved_name
-from ..models.checkpoint import Checkpoint, Shape
+from ..models.checkpoint import Checkpoint
 from ..models.kv_cache import KVCache
 from ..models.language import EMBEDDING, HEAD
 from ..models.layerwise import LayerwiseDecoder, Prompt, checkpoint_reader, embedded, layer_prefix, named_parameters
 from ..models.qwen2 import Block
+from ..models.safetensors_files import Shape
+from ..models.tensor_names import language_shapes, saved_name
 from .decoder_scheme import MIXED_BITS, DecoderScheme
 from .metrics import kl_divergence
 from .prompts import thinned

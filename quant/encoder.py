@@ -52,7 +52,7 @@ def apply_weights(network: nn.Module, stored: Mapping[str, StoredWeight], means:
     """`quantize`, with the mean inputs (in,) of the convolutions at hand."""
     import torch
 
-    from ..models.fastvit_blocks import bias_of
+    from ..models.fastvit import bias_of
 
     convs = convolutions(network)
     for name, weight in stored.items():

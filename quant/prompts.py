@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..models.layerwise import Prompt
-from ..models.qwen2_prompt import BEFORE_ANSWER, BEFORE_IMAGE, BEFORE_QUESTION
+from ..models.tokenizer_files import BEFORE_ANSWER, BEFORE_IMAGE, BEFORE_QUESTION
 
 CALIBRATION_TEXTS = (
     (

@@ -9,8 +9,8 @@ from types import NoneType
 from typing import Any
 
 from ..models.errors import UsageError
+from ..models.files import read_json_object
 from ..models.folder_layout import MANIFEST_NAME
-from ..models.json_file import read_json_object
 from .decoder_scheme import DecoderScheme
 from .encoder_scheme import EncoderScheme
 from .schemes import WEIGHT_SCHEMES

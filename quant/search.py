@@ -200,7 +200,7 @@ def decibels(noise: float) -> float:
 @contextlib.contextmanager
 def applied(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mapping[str, Tensor]) -> Iterator[None]:
     """`apply_weights`, taken back at the end."""
-    from ..models.fastvit_blocks import bias_of
+    from ..models.fastvit import bias_of
 
     convs = convolutions(network)
     kept = {name: (convs[name].weight.data, bias_of(convs[name]).data.clone()) for name in stored}

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError
-from ..models.folder_layout import IMAGE_TOKEN
 from ..models.images import ImageSource
 from ..models.kv_cache import check_kv_bits
 from ..models.language import LanguageSide, load_language
+from ..models.tokenizer_files import IMAGE_TOKEN
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
 from .device_memory import bound_memory

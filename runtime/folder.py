@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError
-from ..models.file_digest import sample_sha256, sha256
+from ..models.files import is_file, read_json_object, sample_sha256, sha256
 from ..models.folder_layout import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    INDEX_NAME,
     MANIFEST_FORMAT,
     MANIFEST_NAME,
     PACKAGE_NAME,
@@ -21,8 +20,7 @@ from ..models.folder_layout import (
     saved_weights,
 )
 from ..models.hub_cache import HUB_ID, cached_folder
-from ..models.json_file import read_json_object
-from ..models.paths import is_file
+from ..models.safetensors_files import INDEX_NAME
 
 if TYPE_CHECKING:
     from ..models._mlx import mx

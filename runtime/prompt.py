@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.errors import ConfigError, PromptError
-from ..models.folder_layout import IMAGE_TOKEN
+from ..models.tokenizer_files import IMAGE_TOKEN, training_prompt
 from .tokenizer import Tokenizer
-
-DEFAULT_SYSTEM = "You are a helpful assistant."
 
 STAND_IN = re.compile("\ue000([0-9]{1,6})\ue001")
 """Private-use characters, which no template holds."""
@@ -70,7 +68,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._image_token_index = image_token_index
         template = _template_text(folder, tokenizer)
-        self._render: Render = _render_qwen2 if template is None else _jinja_render(template, tokenizer)
+        self._render: Render = training_prompt if template is None else _jinja_render(template, tokenizer)
         self._pattern = _split_pattern(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
@@ -166,13 +164,6 @@ def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
         for i, token in enumerate(tokens)
     ]
     return re.compile("|".join(["\ue000(?P<content>[0-9]{1,6})\ue001", *written]))
-
-
-def _render_qwen2(messages: Sequence[dict[str, str]]) -> str:
-    """Apple's training prompt (`conv_qwen_2` in LLaVA's conversation.py)."""
-    default = [] if messages[0]["role"] == "system" else [{"role": "system", "content": DEFAULT_SYSTEM}]
-    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in [*default, *messages]]
-    return "".join([*turns, "<|im_start|>assistant\n"])
 
 
 def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:

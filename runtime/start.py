@@ -11,10 +11,10 @@ import numpy as np
 from ..models._mlx import mx
 from ..models.config import FastVLMConfig
 from ..models.errors import PromptError, WeightsError
-from ..models.folder_layout import IMAGE_TOKEN
 from ..models.images import Fit, preprocess, to_pixel_values
 from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
+from ..models.tokenizer_files import IMAGE_TOKEN
 from .encoders import VisionEncoder
 from .feature_cache import FeatureCache
 from .generate import prefill

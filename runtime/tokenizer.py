@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import ConfigError, PromptError
-from ..models.json_file import read_bounded, read_json_object
-from ..models.tokenizer_json import byte_symbols
-from ..models.tokenizer_load import MAX_TOKENIZER_BYTES, library_error, load_tokenizer
+from ..models.files import read_bounded, read_json_object
+from ..models.tokenizer_files import MAX_TOKENIZER_BYTES, byte_symbols, library_error, load_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -123,10 +123,10 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def language_side() -> Callable:
     """`language_side(checkpoint)`: projector and decoder of a source checkpoint, whole, in float32."""
-    from fastvlm.models.apple_layout import language_shapes, saved_name
     from fastvlm.models.checkpoint import Checkpoint
     from fastvlm.models.language import LanguageSide, load_language
     from fastvlm.models.layerwise import checkpoint_reader
+    from fastvlm.models.tensor_names import language_shapes, saved_name
 
     def load(checkpoint: Checkpoint) -> LanguageSide:
         read = checkpoint_reader(checkpoint)

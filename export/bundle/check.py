@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import FastVLMError, ModelFolderError
-from ...models.folder_layout import (
-    CONFIG_NAME,
-    IMAGE_TOKEN,
-    INPUT_NAME,
-    OUTPUT_NAME,
-    PACKAGE_NAME,
-)
-from ...models.json_file import read_json_object
+from ...models.files import read_json_object
+from ...models.folder_layout import CONFIG_NAME, INPUT_NAME, OUTPUT_NAME, PACKAGE_NAME
+from ...models.tokenizer_files import IMAGE_TOKEN
 from .contract import Contract
 from .targets import OPTIONAL_FILES, contract_for
 from .tensors import tensor_faults

@@ -9,17 +9,12 @@ from typing import Any
 
 from ...models.config import FastVLMConfig
 from ...models.fastvit_config import FastViTConfig
-from ...models.folder_layout import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    INDEX_NAME,
-    LICENCE_FILES,
-    PACKAGE_NAME,
-    weight_files,
-)
-from ...models.json_file import read_json_object
-from ...models.mlx_layout import ENCODER_PREFIX, HEAD_PROJECTION, encoder_shapes
-from ..model_folder import PROCESSOR_CONFIG, preprocessor_config, write_json
+from ...models.files import read_json_object, write_json
+from ...models.folder_layout import CONFIG_NAME, GENERATION_CONFIG_NAME, LICENCE_FILES, PACKAGE_NAME, weight_files
+from ...models.safetensors_files import INDEX_NAME
+from ...models.tensor_names import HEAD_PROJECTION, MLX_ENCODER_PREFIX, apple_encoder_shapes
+from ...models.tokenizer_files import PARTS_CHAT_TEMPLATE
+from ..model_folder import PROCESSOR_CONFIG, preprocessor_config
 from ..tokenizer import KEEP_SPACES
 from .check import added_ids, template_faults
 from .contract import Contract
@@ -30,23 +25,6 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 LEFT_OUT = ("rope_scaling", "rope_parameters", "auto_map", "transformers_version")
 """Of config.json: the first two are null or say what rope_theta says, or the folder would not have been read."""
-
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""The training prompt, for messages that are text or parts of text and images."""
 
 
 def write_files(source: Path, folder: Path, contract: Contract) -> None:
@@ -95,7 +73,7 @@ def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
     settings["added_tokens_decoder"] = {**listed, **(own if isinstance(own, dict) else {})}
     template = settings.get("chat_template")
     if templated and (not isinstance(template, str) or list(template_faults(template))):
-        settings["chat_template"] = TEMPLATE
+        settings["chat_template"] = PARTS_CHAT_TEMPLATE
     return settings
 
 
@@ -125,11 +103,11 @@ def end_id(source: Path, config: Mapping[str, Any], settings: Mapping[str, Any])
 def encoder_config_of(source: Path) -> FastViTConfig:
     """The architecture of a folder's encoder in MLX, read off its tensors. Raises WeightsError."""
     return FastViTConfig.from_shapes(
-        encoder_shapes(
+        apple_encoder_shapes(
             {
-                name.removeprefix(ENCODER_PREFIX): info.shape
+                name.removeprefix(MLX_ENCODER_PREFIX): info.shape
                 for name, info in saved_tensors(source).items()
-                if name.startswith(ENCODER_PREFIX) and name != ENCODER_PREFIX + HEAD_PROJECTION
+                if name.startswith(MLX_ENCODER_PREFIX) and name != MLX_ENCODER_PREFIX + HEAD_PROJECTION
             }
         )
     )
@@ -138,7 +116,7 @@ def encoder_config_of(source: Path) -> FastViTConfig:
 def vision_config(source: Path, image_size: int) -> dict[str, Any]:
     """What the clients want to know of the encoder; FastViTHD's numbers where no tensor shows them."""
     config = encoder_config_of(source)
-    projection_dim = saved_tensors(source)[ENCODER_PREFIX + HEAD_PROJECTION].shape[1]
+    projection_dim = saved_tensors(source)[MLX_ENCODER_PREFIX + HEAD_PROJECTION].shape[1]
     return {
         "cls_ratio": config.out_channels / config.embed_dims[-1],
         "down_patch_size": 7,

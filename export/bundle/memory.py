@@ -10,10 +10,10 @@ from typing import Any
 
 from ...models.config import PATCH_SIZE, FastVLMConfig
 from ...models.errors import UsageError
+from ...models.files import read_json_object
 from ...models.folder_layout import CONFIG_NAME, PACKAGE_NAME, weight_files
-from ...models.json_file import read_json_object
-from ...models.mlx_layout import ENCODER_PREFIX
-from ...models.safetensors_header import BITS
+from ...models.safetensors_files import BITS
+from ...models.tensor_names import MLX_ENCODER_PREFIX
 from .contract import Contract
 from .tensors import saved_tensors
 
@@ -145,7 +145,7 @@ def encoder_weight_bytes(folder: Path) -> int:
     package = folder / PACKAGE_NAME
     if package.is_dir():
         return sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
-    infos = [info for name, info in saved_tensors(folder).items() if name.startswith(ENCODER_PREFIX)]
+    infos = [info for name, info in saved_tensors(folder).items() if name.startswith(MLX_ENCODER_PREFIX)]
     return sum(prod(info.shape) * BITS[info.dtype] // 8 for info in infos)
 
 
@@ -157,6 +157,6 @@ def working_bytes(folder: Path, contract: Contract) -> int:
 
         operands = inspect(folder / PACKAGE_NAME).largest_operands
         return LIVE_RESULTS * max((tensor.nbytes for tensor in operands), default=0)
-    name = f"{ENCODER_PREFIX}network.0.0.convffn.fc1.weight"
+    name = f"{MLX_ENCODER_PREFIX}network.0.0.convffn.fc1.weight"
     hidden = saved_tensors(folder)[name].shape[0]
     return LIVE_RESULTS * hidden * (size // 4) ** 2 * 4  # float32

@@ -11,10 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...models.errors import OutputError
-from ...models.file_digest import sha256
+from ...models.files import is_file, read_json_object, sha256
 from ...models.folder_layout import PACKAGE_NAME
-from ...models.json_file import read_json_object
-from ...models.paths import is_file
 from ..output import publish
 from .contract import Contract
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ModelFolderError, UsageError
 from ...models.fastvit_config import FastViTConfig
+from ...models.files import read_json_object
 from ...models.folder_layout import CONFIG_NAME, EMBEDS_NAME, PACKAGE_NAME, has_mlx_encoder
-from ...models.json_file import read_json_object
 from .contract import Contract
 
 if TYPE_CHECKING:

@@ -6,17 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...models.apple_layout import language_shapes, saved_name
 from ...models.config import FastVLMConfig, Qwen2Config
 from ...models.errors import FastVLMError, ModelFolderError
 from ...models.fastvit_config import FastViTConfig
-from ...models.folder_layout import CLIENT_PREFIXES, weight_files
-from ...models.mlx_layout import ENCODER_PREFIX, HEAD_PROJECTION
+from ...models.folder_layout import weight_files
 from ...models.quantization import Quantization
-from ...models.safetensors_header import TensorInfo, read_header
+from ...models.safetensors_files import Shape, TensorInfo, read_header
+from ...models.tensor_names import HEAD_PROJECTION, MLX_ENCODER_PREFIX, language_shapes, saved_name
 from .contract import Contract
-
-Shape = tuple[int, ...]
 
 FLOATS = ("BF16", "F16", "F32")
 PACKED = "U32"
@@ -76,7 +73,7 @@ def _tensor_faults(name: str, info: TensorInfo, shape: Shape, quantized: set[str
 def expected_shapes(config: Mapping[str, Any], contract: Contract) -> dict[str, Shape]:
     """Shape by name of every tensor of the client's model, unquantized. Raises ConfigError or WeightsError."""
     language = {saved_name(name): shape for name, shape in language_shapes(language_config(config)).items()}
-    ((own, _),) = CLIENT_PREFIXES
+    own = "multi_modal_projector.linear_"
     shapes = {name.replace(own, contract.projector): shape for name, shape in language.items()}
     if contract.layout == "mlx":
         encoder = contract.encoder or encoder_config(config["vision_config"])
@@ -115,8 +112,8 @@ def encoder_shapes(config: FastViTConfig, projection_dim: int) -> dict[str, Shap
     from ...models.fastvit_mlx import FastViTMLX
 
     parameters = dict(nn.utils.tree_flatten(FastViTMLX(config).parameters()))
-    shapes = {ENCODER_PREFIX + name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    return {**shapes, ENCODER_PREFIX + HEAD_PROJECTION: (config.out_channels, projection_dim)}
+    shapes = {MLX_ENCODER_PREFIX + name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    return {**shapes, MLX_ENCODER_PREFIX + HEAD_PROJECTION: (config.out_channels, projection_dim)}
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..._version import __version__
 from ...models.errors import VerificationError
+from ...models.files import check_space, read_json_object, write_json
 from ...models.folder_layout import MANIFEST_NAME
-from ...models.json_file import read_json_object
-from ..model_folder import file_table, write_json
-from ..output import check_space, new_folder
+from ..model_folder import file_table
+from ..output import new_folder
 from ..verify import check_hashes
 from .check import bundle_faults
 from .contract import Contract

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..disk import check_space
 from ..errors import DownloadError
+from ..files import check_space
 from .archives import FOLDERS, archive_url, is_needed
 from .destination import (
     add_missing,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DownloadError, OutputError
-from ..json_file import read_json_object
+from ..files import read_json_object
 
 RECORD = "fastvlm-download.json"
 """The name of the file in a downloaded folder that records its source."""

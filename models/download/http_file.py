@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..._version import __version__
-from ..disk import check_space
 from ..errors import DownloadError
-from ..file_digest import sha256 as file_sha256
-from ..json_file import read_json_object
+from ..files import check_space, read_json_object
+from ..files import sha256 as file_sha256
 
 CHUNK_BYTES = 2**20
 """The bytes that are received at a time."""

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..disk import check_space
 from ..errors import DownloadError
-from ..file_digest import sha256 as file_sha256
+from ..files import check_space
+from ..files import sha256 as file_sha256
 from .archives import is_needed
 from .destination import (
     add_missing,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PackageError
-from ..paths import is_file
+from ..files import is_file
 from .program import BITS, TensorType, Value
 
 _HEADER = struct.Struct("<II56x")

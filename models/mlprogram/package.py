@@ -23,7 +23,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from ..errors import MachineError, PackageError
-from ..paths import is_file
+from ..files import is_file
 from .blob import BlobFile
 from .program import BITS, FLEXIBLE, NUMPY_TYPES, Argument, Operation, Program, TensorType, Value
 

@@ -19,9 +19,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import PATCH_SIZE
-from ..qwen2_prompt import BEFORE_ANSWER, BEFORE_IMAGE, BEFORE_QUESTION, END
-from ..synthetic_tokenizer import SPECIAL_TOKENS
-from ..tokenizer_json import added_token, byte_level_bpe, byte_symbols
+from ..tokenizer_files import (
+    BEFORE_ANSWER,
+    BEFORE_IMAGE,
+    BEFORE_QUESTION,
+    DEFAULT_SYSTEM,
+    END,
+    SPECIAL_TOKENS,
+    added_token,
+    byte_level_bpe,
+    byte_symbols,
+)
 from .network import TOKENS_PER_IMAGE
 from .questions import KINDS, Question, questions_about
 from .scenes import COLOURS, MAX_CHARACTERS, PLACES, SCENE_SIZE, SHAPES, Scene, draw_scene, scene_seeds
@@ -45,7 +53,7 @@ CORPUS_SCENES = 2000
 MAX_MERGED_VOCABULARY = 480
 """The number of byte symbols and merges, which makes every word of the sentences one token."""
 
-FRAME = "system user assistant You are a helpful assistant."
+FRAME = f"system user assistant {DEFAULT_SYSTEM}"
 """The words of the chat template."""
 
 PRINTED = re.compile(r"\b(says|text) [A-Z0-9]+")

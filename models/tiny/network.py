@@ -10,12 +10,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..checkpoint import APPLE_ENCODER_PREFIX
 from ..fastvit import FastViT
 from ..fastvit_config import FastViTConfig
-from ..qwen2_prompt import END
 from ..random_checkpoint import apple_config
-from ..synthetic_tokenizer import CHAT_TEMPLATE
+from ..tensor_names import rename
+from ..tokenizer_files import CHAT_TEMPLATE, END
 from .scenes import SCENE_SIZE
 
 IMAGE_SIZE = SCENE_SIZE
@@ -60,9 +59,6 @@ THIRD_STAGE = 4
 
 LAYER_SCALE = 0.1
 """The initial value of layer scales, with which blocks begin close to the identity."""
-
-PREFIXES = {"vision_tower.": APPLE_ENCODER_PREFIX, "mm_projector.": "model.mm_projector.", "decoder.": "model."}
-"""Apple's prefix of each prefix of the network's tensor names."""
 
 TOKENIZER_CONFIG = {
     "chat_template": CHAT_TEMPLATE,
@@ -140,13 +136,12 @@ def write_checkpoint(network: TinyFastVLM, tokenizer_json: str, folder: Path) ->
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    state = network.state_dict()
     tensors = {}
-    for name, tensor in network.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
-        dtype = torch.float16 if is_kernel(tensor) else torch.float32
-        tensors[PREFIXES[prefix] + name.removeprefix(prefix)] = tensor.detach().to(dtype).contiguous()
+    for name, apple_name in rename(state, "tiny", "apple").items():
+        if not name.endswith("num_batches_tracked"):
+            dtype = torch.float16 if is_kernel(state[name]) else torch.float32
+            tensors[apple_name] = state[name].detach().to(dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     eos_token_id = Tokenizer.from_str(tokenizer_json).token_to_id(END)
     assert eos_token_id is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...models.errors import FastVLMError, ReportError
-from ...models.json_file import read_json_object
+from ...models.files import read_json_object
 from ..timings import TTFT_STAGES
 from .report import SCHEMA, TTFT, Benchmark, Configuration, Process, Run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import DataSetError
-from ...models.json_file import read_json_object
+from ...models.files import read_json_object
 from .report import ALL, SCHEMA, Evaluation
 from .significance import sign_test
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import DataSetError, UsageError
-from ...models.paths import is_file
+from ...models.files import is_file
 from .datasets import LAYOUTS, tiny_questions
 from .samples import DataSet, Layout, Sample
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..._version import __version__
 from ...models.errors import ModelFolderError
+from ...models.files import read_json_object
 from ...models.folder_layout import MANIFEST_NAME
-from ...models.json_file import read_json_object
 from ..folder import ModelFolder
 from ..timings import Timings
 from .samples import DataSet, Sample

@@ -116,10 +116,10 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
     [
         ({}, "no tokenizer: neither"),
         ({"tokenizer.json": b"{"}, "tokenizer.json is not valid JSON"),
-        ({"tokenizer.json": b"[]"}, "should hold a JSON object"),
+        ({"tokenizer.json": b"[]"}, "must be a JSON object"),
         ({"tokenizer.json": b"{}"}, "'added_tokens' with ids"),
         ({"tokenizer.json": b'{"added_tokens": [{"id": "x"}], "model": {"vocab": {}}}'}, "'added_tokens' with ids"),
-        ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "is no tokenizer"),
+        ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "is not a tokenizer"),
         ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "should map tokens to ids"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"\xff"}, "not UTF-8"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "names no added tokens"),

@@ -15,14 +15,15 @@ import torch
 from safetensors.numpy import load_file
 
 import fastvlm
-from fastvlm.export import exporter, model_folder, output, write_encoder
+from fastvlm.export import exporter, output, write_encoder
 from fastvlm.export.exporter import export
 from fastvlm.export.package_report import inspect
 from fastvlm.export.verify import ENCODER_FLOOR_DB
-from fastvlm.models.apple_layout import language_shapes, saved_name
+from fastvlm.models import safetensors_files
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.errors import ConfigError, OutputError, UsageError, VerificationError, WeightsError
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.tensor_names import language_shapes, saved_name
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,7 +212,7 @@ def test_image_size_is_carried_through(tmp_path: Path) -> None:
 
 
 def test_large_decoders_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
-    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", 300_000)
+    monkeypatch.setattr(safetensors_files, "MAX_SHARD_BYTES", 300_000)
     folder = export("random:tiny", out=tmp_path / "model").folder
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -14,7 +14,6 @@ import fastvlm
 from fastvlm.export.exporter import export
 from fastvlm.export.mlx_encoder import verify_mlx_encoder
 from fastvlm.export.package_report import inspect
-from fastvlm.export.safetensors_file import write_safetensors
 from fastvlm.export.verify_encoder import EncoderReference, encoder_reference
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import PackageError, UsageError, VerificationError, WeightsError
@@ -22,6 +21,7 @@ from fastvlm.models.fastvit import FastViT
 from fastvlm.models.folder_layout import saved_encoder
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import TINY_FOLDER
+from fastvlm.models.safetensors_files import write_safetensors
 from fastvlm.quant.calibration import verification_images
 
 TOWER = "vision_tower.vision_model."
@@ -147,7 +147,7 @@ def test_encoders_of_other_shapes_are_refused(
     exported: Path, encoder: FastViT, images: list[np.ndarray], reference: EncoderReference, tmp_path: Path
 ) -> None:
     folder = changed(exported, tmp_path, "network.0.0.layer_scale", lambda t: t[..., :8])
-    with pytest.raises(WeightsError, match="network.0.0.layer_scale should be"):
+    with pytest.raises(WeightsError, match="network.0.0.layer_scale must be"):
         verify_mlx_encoder(folder, images, reference, encoder, "bf16")
 
 

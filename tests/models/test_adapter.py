@@ -156,22 +156,22 @@ def test_head_that_was_trained_unties_the_embeddings(write_adapter: Callable[...
 @pytest.mark.parametrize(
     ("tensors", "settings", "message"),
     [
-        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 128)}, {}, "1 tensors"),
-        ({f"base_model.model.{QUERY}.lora_magnitude_vector": torch.zeros(128)}, {}, "belong to nothing"),
-        ({f"base_model.model.{QUERY}.lora_B.bias": torch.zeros(128)}, {}, "belong to nothing"),
+        ({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 128)}, {}, "1 tensors do not"),
+        ({f"base_model.model.{QUERY}.lora_magnitude_vector": torch.zeros(128)}, {}, "do not belong to random:tiny"),
+        ({f"base_model.model.{QUERY}.lora_B.bias": torch.zeros(128)}, {}, "do not belong to random:tiny"),
         ({f"base_model.model.{QUERY}.lora_A.weight": torch.zeros(4, 128)}, {}, "one of two factors"),
-        (factors(QUERY, 8), {}, r"says r=4 for model.layers.1.self_attn.q_proj, but its factors have rank 8"),
-        (factors(QUERY, 4), {"lora_alpha": None}, "lora_alpha should be a positive number"),
-        (factors(QUERY, 4), {"lora_alpha": float(2**80) * -1}, "lora_alpha should be a positive number"),
-        (factors(QUERY, 4), {"peft_type": "IA3"}, "peft_type should be 'LORA'"),
-        (factors(QUERY, 4), {"use_dora": True}, "use_dora, which is not merged here"),
-        (factors(QUERY, 4), {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights, which is not merged"),
-        (factors(QUERY, 4), {"rank_pattern": {".*q_proj": 4}}, "only the ends of names"),
-        (factors(QUERY, 4), {"rank_pattern": [4]}, "rank_pattern should be an object"),
+        (factors(QUERY, 8), {}, r"has r=4 for model.layers.1.self_attn.q_proj, but its factors have rank 8"),
+        (factors(QUERY, 4), {"lora_alpha": None}, "lora_alpha must be a positive number"),
+        (factors(QUERY, 4), {"lora_alpha": float(2**80) * -1}, "lora_alpha must be a positive number"),
+        (factors(QUERY, 4), {"peft_type": "IA3"}, "peft_type must be 'LORA'"),
+        (factors(QUERY, 4), {"use_dora": True}, "use_dora is not supported"),
+        (factors(QUERY, 4), {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is not supported"),
+        (factors(QUERY, 4), {"rank_pattern": {".*q_proj": 4}}, "must have ends of module names, got the regex"),
+        (factors(QUERY, 4), {"rank_pattern": [4]}, "rank_pattern must be an object"),
         ({}, {}, "nothing to merge"),
-        ({"base_model.model.model.norm.weight": torch.zeros(5)}, {}, r"shape \[5\], the checkpoint's \[128\]"),
+        ({"base_model.model.model.norm.weight": torch.zeros(5)}, {}, r"the checkpoint's shape \[128\], got \[5\]"),
         ({f"base_model.model.{QUERY}.lora_A.weight": torch.zeros(4, 99),
-          f"base_model.model.{QUERY}.lora_B.weight": torch.zeros(128, 4)}, {}, r"do not make .*\[128, 128\]"),
+          f"base_model.model.{QUERY}.lora_B.weight": torch.zeros(128, 4)}, {}, r"must multiply to shape \[128, 128\]"),
         ({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 128),
           "base_model.model.lm_head.lora_B.weight": torch.zeros(1024, 4)}, {}, "ties to its embeddings"),
     ],
@@ -189,7 +189,7 @@ def test_pickles_and_other_folders_are_refused(write_adapter: Callable[..., Path
     (folder / "non_lora_trainables.bin").write_bytes(b"pickle")
     with pytest.raises(AdapterError, match=r"non_lora_trainables.bin is a pickle.*save_file.*safetensors"):
         merged(folder)
-    with pytest.raises(AdapterError, match="holds no adapter_config.json"):
+    with pytest.raises(AdapterError, match="has no adapter_config.json"):
         merged(tmp_path)
 
 

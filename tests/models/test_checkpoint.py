@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fastvlm.models.checkpoint import FolderCheckpoint, check_tensors, read_header
+from fastvlm.models.checkpoint import FolderCheckpoint, check_tensors
 from fastvlm.models.errors import CheckpointError, ConfigError, FastVLMError, ModelReferenceError, WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
+from fastvlm.models.safetensors_files import read_header
 
 WriteCheckpoint = Callable[..., Path]
 
@@ -121,7 +122,7 @@ def test_missing_and_unexpected_tensors_are_listed(write_checkpoint: WriteCheckp
     message = str(caught.value)
     assert "1 missing: conv_exp.se.reduce.bias" in message
     assert "1 unexpected: network.0.0.extra" in message
-    assert "network.0.0.layer_scale should be [16, 1, 1], is [3, 1, 1]" in message
+    assert "network.0.0.layer_scale must be [16, 1, 1], got [3, 1, 1]" in message
 
 
 def test_long_lists_of_names_are_cut() -> None:
@@ -136,7 +137,7 @@ def test_encoder_weights_that_are_not_finite_are_refused(write_checkpoint: Write
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[5] = value
 
-    with pytest.raises(WeightsError, match=r"network.0.0.convffn.fc1.weight holds NaN"):
+    with pytest.raises(WeightsError, match=r"network.0.0.convffn.fc1.weight has NaN"):
         FastViT.from_checkpoint(FolderCheckpoint(write_checkpoint(change=change)))
 
 
@@ -153,7 +154,7 @@ def test_head_and_step_counters_are_no_surprise(write_checkpoint: WriteCheckpoin
 def test_width_that_contradicts_the_config_is_refused(write_checkpoint: WriteCheckpoint) -> None:
     folder = write_checkpoint()
     edit_config(folder, mm_hidden_size=768)
-    with pytest.raises(WeightsError, match=r"mm_hidden_size=768, but the encoder gives 512"):
+    with pytest.raises(WeightsError, match=r"mm_hidden_size=768, but the encoder has 512"):
         FastViT.from_checkpoint(FolderCheckpoint(folder))
 
 
@@ -199,37 +200,39 @@ def test_folders_that_are_no_checkpoints_are_told_apart(tmp_path: Path, write_ch
 def test_config_of_another_layout_is_told(tmp_path: Path, tensor: str, layout: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=f"model_type should be .*{layout}.*found None"):
+    with pytest.raises(ConfigError, match=f"model_type must be .*{layout}.*got None"):
         FolderCheckpoint(tmp_path)
 
 
 def test_unknown_layout_is_named_with_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.layers.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors .*model.layers.0"):
+    with pytest.raises(
+        CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors such as model.layers.0"
+    ):
         FolderCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": ...}, "lacks 'hidden_size'"),
-        ({"hidden_size": "64"}, "'hidden_size' should be of type int"),
-        ({"hidden_size": True}, "'hidden_size' should be of type int"),
-        ({"hidden_size": 10**9}, "hidden_size should be between"),
-        ({"hidden_size": -4}, "hidden_size should be between"),
+        ({"hidden_size": ...}, "'hidden_size' is missing"),
+        ({"hidden_size": "64"}, "'hidden_size' must be of type int"),
+        ({"hidden_size": True}, "'hidden_size' must be of type int"),
+        ({"hidden_size": 10**9}, "hidden_size must be between"),
+        ({"hidden_size": -4}, "hidden_size must be between"),
         ({"num_attention_heads": 7}, "does not divide"),
-        ({"num_key_value_heads": 3}, "no multiple of"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps should be a positive"),
-        ({"hidden_act": "gelu"}, "should be 'silu'"),
+        ({"num_key_value_heads": 3}, "not a multiple of"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive"),
+        ({"hidden_act": "gelu"}, "must be 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "'yarn' RoPE"),
-        ({"mm_vision_tower": "clip"}, "mm_vision_tower should end in the image size"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "default rope_type, got 'yarn'"),
+        ({"mm_vision_tower": "clip"}, "mm_vision_tower must end in the image size"),
         ({"mm_vision_tower": "mobileclip_l_100"}, "multiple of 64"),
         ({"mm_projector_type": "linear"}, "mlp2x_gelu"),
         ({"image_aspect_ratio": "anyres"}, "'pad' or 'crop'"),
-        ({"eos_token_id": "stop"}, "eos_token_id should be"),
-        ({"model_type": "llama"}, "model_type should be 'llava_qwen2'"),
+        ({"eos_token_id": "stop"}, "eos_token_id must be"),
+        ({"model_type": "llama"}, "model_type must be 'llava_qwen2'"),
     ],
 )
 def test_contradictory_configs_are_refused(

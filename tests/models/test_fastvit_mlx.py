@@ -11,18 +11,17 @@ import torch
 from safetensors.numpy import load_file
 
 from fastvlm.models._mlx import mx
-from fastvlm.models.apple_layout import APPLE_ENCODER_PREFIX
 from fastvlm.models.errors import WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.fastvit_mlx import FastViTMLX, convolve, depthwise
-from fastvlm.models.mlx_layout import ENCODER_PREFIX, mlx_name, to_mlx_axes
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.tensor_names import APPLE_ENCODER_PREFIX, MLX_ENCODER_PREFIX, renamed, to_mlx_axes
 
 
 def mlx_tensors(apple: dict[str, np.ndarray]) -> dict[str, mx.array]:
     """Apple's tensors, their names without the tower's prefix, as mlx-vlm's."""
     return {
-        mlx_name(APPLE_ENCODER_PREFIX + name).removeprefix(ENCODER_PREFIX): mx.array(
+        renamed(APPLE_ENCODER_PREFIX + name, "apple", "mlx").removeprefix(MLX_ENCODER_PREFIX): mx.array(
             values.transpose(to_mlx_axes(values.shape))
         )
         for name, values in apple.items()
@@ -91,13 +90,13 @@ def test_bfloat16_weights_are_run_in_float32(tensors: dict[str, mx.array]) -> No
         (lambda t: t.update({"network.0.0.extra": mx.zeros(3)}), "1 unexpected: network.0.0.extra"),
         (
             lambda t: t.update({"patch_embed.blocks.0.reparam_conv.weight": mx.zeros((16, 3, 3, 3, 1))}),
-            "should be .16, 3, 3, 3., is .16, 3, 3, 3, 1.",
+            "must be .16, 3, 3, 3., got .16, 3, 3, 3, 1.",
         ),
         (
             lambda t: t.update({"network.7.0.norm.bias": t["network.7.0.norm.bias"] * float("nan")}),
             "network.7.0.norm.bias holds NaN",
         ),
-        (lambda t: t.pop("conv_exp.se.expand.weight"), "no whole FastViT"),
+        (lambda t: t.pop("conv_exp.se.expand.weight"), "not a whole FastViT"),
     ],
 )
 def test_tensors_that_are_no_encoder_are_named(

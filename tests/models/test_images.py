@@ -163,21 +163,21 @@ def png_header(width: int, height: int) -> bytes:
     ("source", "message"),
     [
         (b"", "0 bytes"),
-        (b"hello, this is text", "no image in a format"),
+        (b"hello, this is text", "not an image in a format"),
         (encoded(noise(64, 64))[:300], "cannot be (read|decoded)"),
         (encoded(noise(64, 64), "JPEG")[:300], "cannot be (read|decoded)"),
         (png_header(30000, 30000), "too large: .*900000000 pixels"),
-        (png_header(100_000, 1), "too large: 100000 x 1"),
+        (png_header(100_000, 1), "too large: .*got 100000 x 1"),
         ("/nonexistent/image.png", "/nonexistent/image.png does not exist"),
         ("a\nb", "does not exist"),
         (Path("/"), "is a folder"),
-        ("/dev/null", "no regular file"),
+        ("/dev/null", "not a regular file"),
         (7, "an image of int is not supported"),
         (None, "an image of NoneType is not supported"),
         (np.zeros((4, 4, 3), np.float32), r"float32 of shape \(4, 4, 3\)"),
         (np.zeros((4, 4, 2), np.uint8), r"uint8 of shape \(4, 4, 2\)"),
         (np.zeros((3,), np.uint8), r"uint8 of shape \(3,\)"),
-        (np.zeros((0, 4, 3), np.uint8), r"found shape \(0, 4, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"got shape \(0, 4, 3\)"),
         (Image.new("F", (4, 4)), "32 bits per pixel"),
         (Image.new("I", (4, 4)), "32 bits per pixel"),
     ],
@@ -201,7 +201,7 @@ def test_image_error_when_a_decoder_fails_in_its_own_way(failure: Exception, mon
 
 def test_own_limit_holds_when_pillows_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(ImageError, match="too large: 13500 x 13500"):
+    with pytest.raises(ImageError, match="too large: .*got 13500 x 13500"):
         open_image(png_header(13500, 13500))
 
 
@@ -274,7 +274,7 @@ def test_images_together_may_be_as_large_as_one(monkeypatch: pytest.MonkeyPatch)
     small, large = np.zeros((6, 6), np.uint8), np.zeros((9, 9), np.uint8)
     assert [image.size for image in images.open_images([small, small])] == [(6, 6), (6, 6)]
     assert images.open_images([]) == ()
-    with pytest.raises(ImageError, match=r"\(9 x 9 pixels\) is too large beside the other images"):
+    with pytest.raises(ImageError, match=r"\(9 x 9 pixels\) is too large together with the other images"):
         images.open_images([small, large])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm.models.errors import ConfigError, UsageError
-from fastvlm.models.json_file import MAX_DEPTH, MAX_JSON_BYTES, parse_json_object, read_json_object
+from fastvlm.models.files import MAX_DEPTH, MAX_JSON_BYTES, parse_json_object, read_json_object
 
 
 def test_what_real_files_hold_is_read() -> None:
@@ -24,15 +24,15 @@ def test_what_real_files_hold_is_read() -> None:
     ("content", "message"),
     [
         (b"", "not valid JSON"),
-        (b"[1]", "should hold a JSON object; found list"),
+        (b"[1]", "must be a JSON object, got list"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
         (b'{"a": 1e999}', "1e999 is not a JSON number"),
         (b'{"a": ' + b"9" * 100 + b"}", "a number has 100 digits"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "a number has 10000 digits"),
-        (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' comes twice"),
-        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"\\uDFFF": 1}', "half of a surrogate pair"),
+        (b'{"a": 1, "b": 2, "a": 3}', "duplicate key 'a'"),
+        (b'{"a": "\\ud800"}', "contains a lone surrogate"),
+        (b'{"\\uDFFF": 1}', "contains a lone surrogate"),
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"\xef\xbb\xbf{}", "not valid JSON"),
         (b'{"a": {"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}}", "nested more than"),
@@ -46,7 +46,7 @@ def test_config_error_when_json_cannot_be_trusted(content: bytes, message: str) 
 
 def test_many_keys_that_come_twice_take_no_time() -> None:
     content = b"{" + b",".join(b'"%d": 0' % k for k in range(200_000)) + b',"199999": 0}'
-    with pytest.raises(ConfigError, match="'199999' comes twice"):
+    with pytest.raises(ConfigError, match="duplicate key '199999'"):
         parse_json_object(content, "f")
 
 
@@ -54,10 +54,10 @@ def test_error_when_a_file_is_too_large_or_no_file(tmp_path: Path) -> None:
     large = tmp_path / "large.json"
     with large.open("wb") as stream:
         stream.truncate(MAX_JSON_BYTES + 1)
-    with pytest.raises(ConfigError, match=f"has {MAX_JSON_BYTES + 1} bytes; a file of this kind stays under"):
+    with pytest.raises(ConfigError, match=f"must be at most {MAX_JSON_BYTES} bytes, got {MAX_JSON_BYTES + 1}"):
         read_json_object(large)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="is no regular file"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         read_json_object(tmp_path / "pipe", UsageError)
     with pytest.raises(UsageError, match="does not exist"):
         read_json_object(tmp_path / "absent", UsageError)

@@ -105,10 +105,10 @@ def test_parameters_are_named_as_they_are_saved(config: FastVLMConfig) -> None:
             lambda w: w.update({"language_model.model.layers.2.mlp.up_proj.weight": mx.zeros(1)}),
             "1 unexpected: .*2.mlp",
         ),
-        (lambda w: w.update({f"{Q_PROJ}.bias": mx.zeros(63)}), r"q_proj\.bias should be \[64\], is \[63\]"),
+        (lambda w: w.update({f"{Q_PROJ}.bias": mx.zeros(63)}), r"q_proj\.bias must be \[64\], got \[63\]"),
         (
             lambda w: w.update({EMBEDDING: mx.zeros((96, 60))}),
-            r"embed_tokens\.weight should be \[96, 64\], is \[96, 60\]",
+            r"embed_tokens\.weight must be \[96, 64\], got \[96, 60\]",
         ),
         (lambda w: w.update({f"{Q_PROJ}.weight": mx.zeros((64, 64), mx.int8)}), "q_proj.weight holds int8"),
         (lambda w: w.update({f"{Q_PROJ}.scales": mx.zeros((64, 1))}), "names no 'quantization'"),
@@ -126,10 +126,10 @@ def test_loading_is_refused_when_a_tensor_is_wrong(change: Callable, message: st
     ("change", "message"),
     [
         (lambda w: w.pop(f"{Q_PROJ}.biases"), rf"1 missing: {Q_PROJ}\.biases"),
-        (lambda w: w.pop(f"{Q_PROJ}.scales"), "1 unexpected: .*biases; 1 of a wrong shape: .*q_proj.weight should be"),
+        (lambda w: w.pop(f"{Q_PROJ}.scales"), "1 unexpected: .*biases; 1 of a wrong shape: .*q_proj.weight must be"),
         (
             lambda w: w.update({f"{Q_PROJ}.scales": mx.zeros((64, 4))}),
-            r"q_proj\.scales should be \[64, 2\], is \[64, 4\]",
+            r"q_proj\.scales must be \[64, 2\], got \[64, 4\]",
         ),
         (lambda w: w.update({f"{Q_PROJ}.weight": mx.zeros((64, 8))}), "q_proj.weight holds float32"),
     ],

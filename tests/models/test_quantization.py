@@ -30,12 +30,12 @@ def test_bits_per_weight_count_scales_and_biases() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"group_size": 64}, "lacks 'bits'"),
-        ({"group_size": 64, "bits": 7}, r"found 64 and 7"),
-        ({"group_size": 48, "bits": 4}, r"found 48 and 4"),
-        ({"group_size": 64, "bits": 4, HEAD: {"bits": 4}}, "lacks 'group_size'"),
-        ({"group_size": 64, "bits": 4, HEAD: 8}, "'language_model.lm_head' should be an object; found 8"),
-        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mode should be 'affine'; found 'mxfp4'"),
+        ({"group_size": 64}, "'bits' is missing"),
+        ({"group_size": 64, "bits": 7}, r"got 64 and 7"),
+        ({"group_size": 48, "bits": 4}, r"got 48 and 4"),
+        ({"group_size": 64, "bits": 4, HEAD: {"bits": 4}}, "'group_size' is missing"),
+        ({"group_size": 64, "bits": 4, HEAD: 8}, "'language_model.lm_head' must be an object, got 8"),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mode must be 'affine', got 'mxfp4'"),
     ],
 )
 def test_others_are_one_line(values: dict, message: str) -> None:

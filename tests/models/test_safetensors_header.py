@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fastvlm.models.errors import WeightsError
-from fastvlm.models.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
+from fastvlm.models.safetensors_files import MAX_HEADER_BYTES, TensorInfo, read_header
 
 WHOLE = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -46,32 +46,32 @@ def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
-        (WHOLE, {"data": 31}, r"take 32 bytes, and 31 are there"),
-        (WHOLE, {"data": 33}, r"take 32 bytes, and 33 are there"),
-        (WHOLE, {"length": 2**63}, r"header should have 9223372036854775808 bytes"),
-        (WHOLE, {"length": 0}, "no JSON object"),
-        (b" " * 20, {}, "no JSON object"),
+        (WHOLE, {"data": 31}, r"take 32 bytes, but the data has 31"),
+        (WHOLE, {"data": 33}, r"take 32 bytes, but the data has 33"),
+        (WHOLE, {"length": 2**63}, r"header must have 9223372036854775808 bytes, got"),
+        (WHOLE, {"length": 0}, "not a JSON object"),
+        (b" " * 20, {}, "not a JSON object"),
         (b'{"a": 1', {}, "not valid JSON"),
         (b'{"a": NaN}', {}, "NaN is not a JSON number"),
         (b"{" * 5000, {}, "not valid JSON"),
-        (json.dumps(WHOLE).encode()[:-1] + b', "a": {}}', {}, "the key 'a' comes twice"),
-        (changed(data_offsets=[20, 28]), {}, "'b' begins at byte 20 of the data instead of 24"),
-        (changed(data_offsets=[25, 33]), {"data": 33}, "begins at byte 25"),
+        (json.dumps(WHOLE).encode()[:-1] + b', "a": {}}', {}, "duplicate key 'a'"),
+        (changed(data_offsets=[20, 28]), {}, "'b' must begin at byte 24 of the data, got 20"),
+        (changed(data_offsets=[25, 33]), {"data": 33}, "must begin at byte 24 of the data, got 25"),
         (changed(data_offsets=[-8, 0]), {}, "data_offsets"),
         (changed(data_offsets=[32, 24]), {}, "data_offsets"),
         (changed(data_offsets=[24]), {}, "data_offsets"),
         (changed(data_offsets=[24, 10**30]), {}, "data_offsets"),
-        (changed(dtype="F32"), {}, r"'b' of F32 \[4\] takes 16 bytes; it has 8"),
-        (changed(dtype="object"), {}, "has the dtype 'object'"),
-        (changed(dtype=["F32"]), {}, "has the dtype"),
-        (changed(shape=[2, 2, 2]), {}, "takes 16 bytes; it has 8"),
-        (changed(shape=[-2, -2]), {}, r"has the shape \[-2, -2\]"),
-        (changed(shape=[4.0]), {}, "has the shape"),
-        (changed(shape=[True, 4]), {}, "has the shape"),
-        (changed(shape=[1] * 9), {}, "has the shape"),
-        (changed(shape="4"), {}, "has the shape"),
-        (changed(more=1), {}, "should have dtype, shape and data_offsets"),
-        ({**WHOLE, "c": None}, {}, "should have dtype"),
+        (changed(dtype="F32"), {}, r"'b' of F32 \[4\] must take 16 bytes, got 8"),
+        (changed(dtype="object"), {}, "has the unsupported dtype 'object'"),
+        (changed(dtype=["F32"]), {}, "has the unsupported dtype"),
+        (changed(shape=[2, 2, 2]), {}, "must take 16 bytes, got 8"),
+        (changed(shape=[-2, -2]), {}, r"has the invalid shape \[-2, -2\]"),
+        (changed(shape=[4.0]), {}, "has the invalid shape"),
+        (changed(shape=[True, 4]), {}, "has the invalid shape"),
+        (changed(shape=[1] * 9), {}, "has the invalid shape"),
+        (changed(shape="4"), {}, "has the invalid shape"),
+        (changed(more=1), {}, "must have dtype, shape and data_offsets"),
+        ({**WHOLE, "c": None}, {}, "must have dtype"),
         ({**WHOLE, "__metadata__": {"format": 1}}, {}, "__metadata__"),
     ],
 )
@@ -93,7 +93,7 @@ def test_weights_error_when_a_header_is_huge_before_it_is_read(tmp_path: Path) -
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 100_000_000))
         stream.truncate(200_000_000)  # sparse: takes no disk
-    with pytest.raises(WeightsError, match=f"100000000 bytes, where {MAX_HEADER_BYTES} are the most"):
+    with pytest.raises(WeightsError, match=f"at most {MAX_HEADER_BYTES} bytes, got 100000000"):
         read_header(file)
 
 

@@ -39,7 +39,7 @@ def test_images_are_squared_as_for_answering_and_sorted_by_name(folder: Path, fi
 
 def test_broken_images_are_named_without_their_path(folder: Path) -> None:
     (note,) = folder_images(folder, 128, "pad").notes
-    assert note.startswith("images left out: c.png is no image")
+    assert note.startswith("images left out: c.png is not an image")
     assert str(folder) not in note
     for index in range(10):
         (folder / f"d{index}.png").write_bytes(b"")
@@ -57,7 +57,7 @@ def test_images_past_the_limit_are_counted(folder: Path, monkeypatch: pytest.Mon
 def test_folder_without_images_is_an_error(folder: Path) -> None:
     for name in ("a.png", "b.JPG"):
         (folder / name).unlink()
-    with pytest.raises(ImageError, match=r"holds no image that can be read: c.png is no image"):
+    with pytest.raises(ImageError, match=r"holds no image that can be read: c.png is not an image"):
         folder_images(folder, 128, "pad")
     with pytest.raises(ImageError, match=r"sub holds no image that can be read \(.avif, .*\)"):
         folder_images(folder / "sub", 128, "pad")

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fastvlm.models._mlx import mx, nn
-from fastvlm.models.apple_layout import saved_name
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.errors import UsageError, WeightsError
 from fastvlm.models.layerwise import LayerwiseDecoder, Prompt, checkpoint_reader, run_layerwise, saved_reader
 from fastvlm.models.quantization import Affine, Quantization
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.tensor_names import saved_name
 from fastvlm.quant.decoder import check_language_tensors, saved_tensors
 from fastvlm.quant.decoder_scheme import DecoderScheme
 from fastvlm.quant.metrics import compare

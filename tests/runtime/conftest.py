@@ -16,7 +16,7 @@ from fastvlm.models._mlx import mx
 from fastvlm.models.config import FastVLMConfig
 from fastvlm.models.language import expected_shapes, load_language
 from fastvlm.models.random_checkpoint import RandomCheckpoint
-from fastvlm.models.tokenizer_json import added_token
+from fastvlm.models.tokenizer_files import added_token
 from fastvlm.runtime import fastvlm as fastvlm_module
 from fastvlm.runtime import request as request_module
 from fastvlm.runtime import start as start_module

@@ -10,7 +10,7 @@ import pytest
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ConfigError, ModelFolderError, WeightsError
-from fastvlm.models.file_digest import sample_sha256
+from fastvlm.models.files import sample_sha256
 from fastvlm.runtime.folder import NO_MANIFEST_NOTE, UNTRAINED_NOTE, open_folder
 
 Write = Callable[..., Path]
@@ -116,7 +116,7 @@ def test_folder_is_refused_when_weights_of_another_export_were_added(write_folde
 def test_folder_is_refused_when_its_manifest_is_no_json(write_folder: Write) -> None:
     path = write_folder()
     (path / "fastvlm.json").write_text("[]")
-    with pytest.raises(ModelFolderError, match="should hold a JSON object"):
+    with pytest.raises(ModelFolderError, match="must be a JSON object"):
         open_folder(path)
 
 

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.errors import ConfigError, PromptError
-from fastvlm.models.random_checkpoint import CHAT_TEMPLATE
-from fastvlm.models.tokenizer_json import added_token
+from fastvlm.models.tokenizer_files import CHAT_TEMPLATE, added_token
 from fastvlm.runtime.prompt import Message, Prompt, PromptEncoder
 from fastvlm.runtime.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.errors import ConfigError, PromptError
-from fastvlm.models.tokenizer_json import added_token
+from fastvlm.models.tokenizer_files import added_token
 from fastvlm.runtime.tokenizer import TextStream, Tokenizer
 
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -138,9 +138,9 @@ def test_truncation_and_padding_in_the_file_are_ignored(write_tokenizer: Callabl
     ("content", "message"),
     [
         (None, r"tokenizer\.json does not exist"),
-        ("", "is no tokenizer"),
-        ("{}", "is no tokenizer"),
-        ('{"version": "1.0"}', "is no tokenizer"),
+        ("", "is not a tokenizer"),
+        ("{}", "is not a tokenizer"),
+        ('{"version": "1.0"}', "is not a tokenizer"),
     ],
 )
 def test_config_error_when_there_is_no_tokenizer(

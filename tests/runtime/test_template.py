@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fastvlm.models.errors import ConfigError, PromptError
-from fastvlm.models.synthetic_tokenizer import CHAT_TEMPLATE
+from fastvlm.models.tokenizer_files import CHAT_TEMPLATE
 from fastvlm.runtime.template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]

@@ -40,15 +40,16 @@ def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[P
 
 def make_checkpoints(extra: Path) -> None:
     """`random:tiny` in the other layouts and in shards, and an adapter for it."""
+    import checkpoint_writer
     from safetensors.numpy import save_file
 
-    from fastvlm.models import checkpoint_writer
+    from fastvlm.models import safetensors_files
     from fastvlm.models.random_checkpoint import RandomCheckpoint
 
     source = RandomCheckpoint("tiny")
     checkpoint_writer.write_checkpoint(source, extra / "hf", "hf")
     checkpoint_writer.write_checkpoint(source, extra / "mlx", "mlx")
-    with mock.patch.object(checkpoint_writer, "MAX_SHARD_BYTES", SHARD_BYTES):
+    with mock.patch.object(safetensors_files, "MAX_SHARD_BYTES", SHARD_BYTES):
         checkpoint_writer.write_checkpoint(source, extra / "shards", "apple")
     rows, columns = source.tensors[f"{QUERY}.weight"].shape
     name, adapter = f"base_model.model.{QUERY}", extra / "adapter"

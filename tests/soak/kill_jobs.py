@@ -64,7 +64,7 @@ def whole_folder(folder: Path) -> None:
 def whole_bundle(folder: Path) -> None:
     from fastvlm.export.bundle.check import check_bundle
     from fastvlm.export.bundle.place import earlier_files
-    from fastvlm.models.file_digest import sha256
+    from fastvlm.models.files import sha256
 
     faults = check_bundle(folder, "mlx-swift-lm").faults
     assert not faults, faults

@@ -23,15 +23,16 @@ ROOM = (96, 128, 3)
 def read_weights(folder: Path) -> None:
     from fastvlm.models._mlx import mx
     from fastvlm.models.checkpoint import load_lazily
-    from fastvlm.models.safetensors_header import read_header
+    from fastvlm.models.safetensors_files import read_header
 
     read_header(folder / "model.safetensors")
     mx.eval(list(load_lazily(folder / "model.safetensors").values()))
 
 
 def read_checkpoint(folder: Path) -> None:
-    from fastvlm.models.checkpoint import APPLE_ENCODER_PREFIX, FolderCheckpoint, shapes, tensors_under
+    from fastvlm.models.checkpoint import FolderCheckpoint, shapes, tensors_under
     from fastvlm.models.fastvit_config import FastViTConfig
+    from fastvlm.models.tensor_names import APPLE_ENCODER_PREFIX
 
     checkpoint = FolderCheckpoint(folder)
     FastViTConfig.from_shapes(shapes(tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX)))

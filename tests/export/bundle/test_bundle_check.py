@@ -13,10 +13,10 @@ import pytest
 
 from fastvlm.export.bundle.check import check_bundle
 from fastvlm.export.bundle.contract import KINDS, Rule
-from fastvlm.export.safetensors_file import write_safetensors
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ModelFolderError, UsageError
 from fastvlm.models.mlprogram import model_class
+from fastvlm.models.safetensors_files import write_safetensors
 
 TOWER = "vision_tower.vision_model."
 Change = Callable[[Path], None]

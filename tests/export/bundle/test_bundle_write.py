@@ -22,8 +22,7 @@ from fastvlm.export.bundle.swift_packages import CHOSEN, RESOLVED, VERSIONS_NOTE
 from fastvlm.export.bundle.targets import APPLE_APP, MLX_SWIFT_LM, MLX_VLM, TARGETS
 from fastvlm.export.bundle.write import LICENCE_NOTE, bundle
 from fastvlm.models.errors import ModelFolderError, OutputError, UsageError, VerificationError
-from fastvlm.models.file_digest import sha256
-from fastvlm.models.json_file import read_json_object
+from fastvlm.models.files import read_json_object, sha256
 
 
 def contents(folder: Path) -> dict[str, bytes]:

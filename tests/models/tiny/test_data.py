@@ -25,7 +25,8 @@ from fastvlm.models.tiny.scenes import COLOURS, PLACES, SHAPES, draw_scene
 def test_packed_tokens_equal_those_of_generate(tokenizer_json: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="training needs the dev extra's transformers")
     from fastvlm.export.tokenizer import export_tokenizer
-    from fastvlm.runtime.prompt import DEFAULT_SYSTEM, Message, PromptEncoder
+    from fastvlm.models.tokenizer_files import DEFAULT_SYSTEM
+    from fastvlm.runtime.prompt import Message, PromptEncoder
     from fastvlm.runtime.tokenizer import Tokenizer
 
     write_checkpoint(TinyFastVLM(), tokenizer_json, tmp_path)
