@@ -207,9 +207,7 @@ def test_config_of_another_layout_is_told(tmp_path: Path, tensor: str, layout: s
 def test_unknown_layout_is_named_with_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.layers.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors .*model.layers.0"
-    ):
+    with pytest.raises(CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors .*model.layers.0"):
         FolderCheckpoint(tmp_path)
 
 

@@ -159,5 +159,5 @@ def test_config_error_when_a_tokenizer_is_not_byte_level(
     folder = write_tokenizer()
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**content, "decoder": decoder}))
-    with pytest.raises(ConfigError, match="should hold a byte-level tokenizer"):
+    with pytest.raises(ConfigError, match="must be a byte-level tokenizer"):
         Tokenizer(folder)
