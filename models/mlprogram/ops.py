@@ -64,7 +64,16 @@ def _rsqrt(p: Parameters) -> Step:
 
 def _softmax(p: Parameters) -> Step:
     axis = p.integer("axis", -1)
-    return lambda x: torch.softmax(x, axis)
+
+    def over_rows(x: Tensor) -> Tensor:
+        # over another axis than the last, torch's own takes 1.35 times as long (24 heads of 1024 x 1024)
+        if not x.numel():
+            return torch.softmax(x, axis)
+        weights = (x - x.amax(axis, keepdim=True)).exp_()
+        return weights.div_(weights.sum(axis, keepdim=True))
+
+    over_last = axis in (-1, p.output.rank - 1)
+    return (lambda x: torch.softmax(x, axis)) if over_last else over_rows
 
 
 def _reduction(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> Kind:
