@@ -116,8 +116,8 @@ def unpack(archive: Path, folder: Path, is_needed: Callable[[str], bool]) -> lis
     Returns their paths.
 
     Raises:
-        DownloadError: the zip archive is incomplete, or has absolute paths, `..`, links, passwords, two files of one
-            name, or more content than its size allows. The content of `folder` is then untrusted.
+        DownloadError: the zip archive is incomplete, or has absolute paths, `..`, links, passwords, duplicate names or
+            too much content for its size. The content of `folder` is then untrusted.
     """
     try:
         with zipfile.ZipFile(archive) as opened:

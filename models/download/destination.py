@@ -116,7 +116,7 @@ def missing_files(destination: Path, sizes: Mapping[str, int]) -> list[str]:
     """Returns the names of the downloaded files that are missing now.
 
     Raises:
-        OutputError: a file has another size now. It may be somebody's work, so it is not overwritten.
+        OutputError: a file has another size now. It may be the user's work, so it is not overwritten.
     """
     missing = [name for name in sizes if not (destination / name).exists()]
     for name in sizes.keys() - missing:

@@ -1,9 +1,9 @@
-"""Chains of operations that run faster as one: found in a program that is about to be lowered.
+"""Finds chains of operations in a program that run faster as one fused operation.
 
-A chain becomes one operation of a kind that only exists here (`ops_fused`). What passes inside it is never whole:
-chains are for runs that ask neither for those values nor for their rounding.
+A chain is replaced by one operation of a kind in `ops_fused`. Its intermediate values are never complete in
+memory, so fusion is only for runs that neither read nor round them.
 
-Measured at FastViTHD's shapes: two 1x1 convolutions around a GELU take 0.7 to 0.9 of the time, attention a quarter.
+With FastViTHD's shapes, two 1x1 convolutions around a GELU take 0.7 to 0.9 of the unfused time, attention a quarter.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from .ops_fused import ATTENTION, FEED_FORWARD, FEED_FORWARD_ADD
 from .program import Argument, Operation, Program, Value
 
 PAD_TYPES = ("valid", "custom", "same", "same_lower")
-"""Known ones; a 1x1 kernel that does not stride is padded by `custom` alone."""
+"""The supported values of pad_type. Only `custom` pads a 1x1 kernel with stride 1."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Operations, each of which alone reads the one before; as one they are of `kind` and read `operands`."""
+    """Operations in which each is the only reader of the one before, with the fused operation's kind and operands."""
 
     kind: str
     operations: tuple[Operation, ...]
     operands: dict[str, Argument]
 
     def as_operation(self) -> Operation:
+        """Returns the fused operation."""
         last = self.operations[-1]
         return Operation(self.kind, last.name, {name: (a,) for name, a in self.operands.items()}, {}, last.outputs)
 
 
-def fused(program: Program, operations: Sequence[Operation], outputs: Collection[str]) -> list[Operation]:
-    """`operations` with each chain replaced, at the place of its last operation; nothing of `outputs` is lost."""
+def fuse_chains(program: Program, operations: Sequence[Operation], outputs: Collection[str]) -> list[Operation]:
+    """Returns `operations` with each chain replaced by one operation at its end. All `outputs` are still computed."""
     finder = _Finder(program, operations, outputs)
     replaced: dict[Operation, Operation | None] = {}
     for operation in operations:
@@ -48,13 +49,15 @@ def fused(program: Program, operations: Sequence[Operation], outputs: Collection
 
 
 class _Finder:
+    """Matches chains by their first operation."""
+
     def __init__(self, program: Program, operations: Sequence[Operation], outputs: Collection[str]) -> None:
         self.types, self.constants, self.outputs = program.types, Constants(program), outputs
         self.uses = Counter(name for operation in operations for name in operation.references)
         self.readers = {name: operation for operation in operations for name in operation.references}
 
     def feed_forward(self, first: Operation) -> Chain | None:
-        """1x1 convolution, exact GELU, 1x1 convolution, and the addition behind it, if there is one."""
+        """Matches a 1x1 convolution, exact GELU, 1x1 convolution, and an optional addition after it."""
         gelu = self._next(first, "gelu") if self._is_pointwise(first) else None
         second = self._next(gelu, "conv") if gelu and self._parameters(gelu).text("mode", "EXACT") == "EXACT" else None
         if gelu is None or second is None or not self._is_pointwise(second):
@@ -71,19 +74,19 @@ class _Finder:
         return Chain(FEED_FORWARD_ADD, (first, gelu, second, added), {**operands, "y": other})
 
     def attention(self, first: Operation) -> Chain | None:
-        """Attention over (B, heads, head_dim, N): scores, softmax over the keys, and value times the weights.
+        """Matches attention over (B, heads, head_dim, N): scores, softmax over the keys, and value times the weights.
 
-        The scores have keys in front of queries, or queries in front of keys where the last product turns them.
+        The scores are keys by queries, or queries by keys if the last product transposes the weights.
         """
-        softmax = self._next(first, "softmax") if self._is_product(first, turned=(1, 0)) else None
+        softmax = self._next(first, "softmax") if self._is_product(first, transposed=(1, 0)) else None
         last = self._next(softmax, "matmul") if softmax else None
         if softmax is None or last is None or last.inputs.get("y") != (softmax.outputs[0].name,):
             return None
         rank = softmax.outputs[0].rank
         axis = self._parameters(softmax).integer("axis", -1) % max(rank, 1)
-        if axis == rank - 2 and self._is_product(last, turned=(0, 0)):
+        if axis == rank - 2 and self._is_product(last, transposed=(0, 0)):
             key, query = "x", "y"
-        elif axis == rank - 1 and self._is_product(last, turned=(0, 1)):
+        elif axis == rank - 1 and self._is_product(last, transposed=(0, 1)):
             query, key = "x", "y"
         else:
             return None
@@ -91,7 +94,7 @@ class _Finder:
         return Chain(ATTENTION, (first, softmax, last), operands)
 
     def _next(self, operation: Operation, kind: str) -> Operation | None:
-        """What reads the result, if that is one operation of `kind`, and nobody else sees the result."""
+        """Returns the only reader of the result if it is of `kind` and the result is not an output."""
         results = [output.name for output in operation.outputs]
         if len(results) != 1 or self.uses[results[0]] != 1 or results[0] in self.outputs:
             return None
@@ -114,18 +117,18 @@ class _Finder:
             and not any(given.integers("pad", (0,)))
         )
 
-    def _is_product(self, operation: Operation, turned: tuple[int, int]) -> bool:
-        """Whether it multiplies two computed matrices (B, heads, ., .), turned as given."""
+    def _is_product(self, operation: Operation, transposed: tuple[int, int]) -> bool:
+        """Returns True for a product of two computed matrices (B, heads, ., .) with these transpose_x, transpose_y."""
         operands = [a for name in ("x", "y") for a in operation.inputs.get(name, ())]
         if operation.kind != "matmul" or len(operands) != 2:
             return False
         given = self._parameters(operation)
-        return (given.integer("transpose_x", 0), given.integer("transpose_y", 0)) == turned and all(
+        return (given.integer("transpose_x", 0), given.integer("transpose_y", 0)) == transposed and all(
             isinstance(a, str) and a not in self.constants and self.types[a].rank == 4 for a in operands
         )
 
     def _other(self, added: Operation, second: Operation) -> str | None:
-        """The other operand of an addition, if it is a computed value of the same shape."""
+        """Returns the other operand of an addition if it is a computed value of the same shape."""
         (result,) = second.outputs
         for argument in (a for name in ("x", "y") for a in added.inputs.get(name, ())):
             if isinstance(argument, str) and argument != result.name and argument not in self.constants:

@@ -117,7 +117,7 @@ def _pool(p: Parameters, shapes: Shapes) -> list[Shape]:
 
 
 def _grids(p: Parameters, grid: Sequence[int], kernel: Sequence[int]) -> list[Shape]:
-    """Returns the output grids with the last window whole and cut off (`ceil_mode`), or none if binding will fail."""
+    """Returns the output grids without and with a partial last window (`ceil_mode`), or none if binding will fail."""
     axes = len(kernel)
     strides, dilations = p.integers("strides", [1] * axes), p.integers("dilations", [1] * axes)
     kind = p.text("pad_type", "valid").lower()

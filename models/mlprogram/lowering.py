@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import PackageError
 from .binding import TORCH_TYPES, Kind, Parameters, Step, to_tensor
 from .constexpr import Constants
-from .fusion import fused
+from .fusion import fuse_chains
 from .limits import check_memory, check_results
 from .ops import KINDS
 from .ops_fused import FUSED_KINDS
@@ -60,7 +60,7 @@ def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
     live = _live(program, outputs)
     check_results(program, live)
     if fuse:
-        live = fused(program, live, outputs)
+        live = fuse_chains(program, live, outputs)
     lowering = _Lowering(program, live, outputs)
     working_bytes = _working_bytes(program, live, lowering.dying)
     check_memory(program, live, working_bytes)

@@ -150,7 +150,7 @@ class Text:
 class Scene:
     """The content of a scene, which determines its image.
 
-    Each of the nine places has at most one thing, and the patch of an image token has at most one centre of a shape.
+    Each of the nine places has at most one thing. The patch of an image token has at most one centre of a shape.
     """
 
     seed: int

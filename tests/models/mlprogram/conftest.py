@@ -1,4 +1,4 @@
-"""Small ML Programs made with coremltools, once per session, and the means to damage them."""
+"""Small ML Programs made with coremltools once per session, and a fixture that damages them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Builder = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def save_program(ct: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`save_program(build, {"x": (1, 4)}, target="iOS17", half=False, ...)`: the saved package's path.
+    """Returns `save_program(build, {"x": (1, 4)}, target="iOS17", half=False, ...)`, which returns a package's path.
 
-    `build(mb, **inputs)` returns the outputs; without `half` nothing is optimized or rounded.
+    `build(mb, **inputs)` returns the outputs. Without `half` nothing is optimized or rounded.
     """
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, types
@@ -63,7 +63,7 @@ def save_program(ct: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.fixture(scope="session")
 def small_package(save_program: Callable[..., Path]) -> Path:
-    """Two convolutions and a GELU, float16 inside, all weights in the blob file. Input `x` (1, 8, 6, 6)."""
+    """A package of two convolutions and a GELU in float16, all weights in the blob file. Input `x` (1, 8, 6, 6)."""
     rng = np.random.default_rng(0)
 
     def build(mb: Any, x: Any) -> Any:
@@ -76,7 +76,7 @@ def small_package(save_program: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def edit(tmp_path: Path) -> Callable[[Path, Callable[[Any], None]], Path]:
-    """`edit(package, change)`: a copy whose protobuf went through `change(model)`."""
+    """Returns `edit(package, change)`, which returns a copy whose protobuf was changed by `change(model)`."""
 
     def apply(package: Path, change: Callable[[Any], None]) -> Path:
         copy = tmp_path / "edited.mlpackage"

@@ -31,7 +31,7 @@ def sample(dtype: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def blobs(ct: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """A file with one entry of every type, written by coremltools, and where each is."""
+    """A file with one entry of every type, written by coremltools, and the offset of each."""
     from coremltools.libmilstoragepython import _BlobStorageWriter
 
     path = tmp_path_factory.mktemp("blob") / "weight.bin"
@@ -124,13 +124,13 @@ def test_file_without_a_valid_header_is_refused(tmp_path: Path, content: bytes) 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_file_gives_values_or_one_error(
+def test_damaged_file_is_read_or_raises_one_error(
     blobs: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     source, offsets = blobs
     content = bytearray(source.read_bytes())
     dtype = data.draw(st.sampled_from(DTYPES))
-    for _ in range(data.draw(st.integers(1, 6))):  # mostly where it hurts: in the header and the metadata
+    for _ in range(data.draw(st.integers(1, 6))):  # mostly in the header and the metadata
         near = data.draw(st.sampled_from([0, offsets[dtype], data.draw(st.sampled_from(sorted(offsets.values())))]))
         content[near + data.draw(st.integers(0, 63))] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
     length = data.draw(st.sampled_from([len(content), data.draw(st.integers(0, len(content)))]))

@@ -1,4 +1,4 @@
-"""Compressed constants: each kind against its documented formula, and against coremltools' own decompression."""
+"""Compressed constants: each kind compared with its documented formula and with coremltools' decompression."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def only_constexpr(program: Program) -> np.ndarray:
 
 
 def packed(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack by the documented rule, with one big Python integer."""
+    """Packs by the documented rule, with one big Python integer."""
     number = sum(int(value) << (bits * i) for i, value in enumerate(values.reshape(-1)))
     return np.frombuffer(number.to_bytes((values.size * bits + 7) // 8, "little"), dtype=np.uint8)
 
@@ -229,7 +229,7 @@ def test_chain_of_constants_has_a_limit(length: int, decodes: bool) -> None:
         Constants(program).array(f"c{length}")
 
 
-def test_contradicting_parts_are_one_error(
+def test_contradicting_parameters_are_one_error(
     save_program: Callable[..., Path], edit: Callable[..., Path], block_of: Callable[[Any], Any]
 ) -> None:
     data, scale = np.ones((4, 3), np.int8), np.ones(4, np.float32)

@@ -27,7 +27,7 @@ def matmul(mb: Any, x: Any, y: Any) -> Any:
     return mb.matmul(x=x, y=y, transpose_x=True)
 
 
-def test_products_count_what_is_summed_over(save_program: Callable[..., Path]) -> None:
+def test_flops_count_the_summed_dimension(save_program: Callable[..., Path]) -> None:
     assert costs(save_program(matmul, {"x": (5, 2), "y": (5, 3)})) == {"matmul": (2 * 2 * 3 * 5, 10 + 15 + 6)}
 
     def conv(mb: Any, x: Any) -> Any:
@@ -37,7 +37,7 @@ def test_products_count_what_is_summed_over(save_program: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize("change", [lambda op: op.inputs.pop("x"), lambda op: op.inputs["x"].ClearField("arguments")])
-def test_missing_operand_is_told(
+def test_missing_operand_is_one_error(
     save_program: Callable[..., Path], edit: Callable[..., Path], block_of: Any, change: Callable[[Any], Any]
 ) -> None:
     package = save_program(matmul, {"x": (5, 2), "y": (5, 3)})

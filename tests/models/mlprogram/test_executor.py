@@ -1,4 +1,4 @@
-"""The executor: runs, precision, ranges, refused inputs, and a whole encoder."""
+"""The executor: runs, precision, ranges, refused inputs, and a small encoder converted from torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def only(result: dict[str, np.ndarray]) -> np.ndarray:
     return array
 
 
-def test_runs_repeat_exactly_and_leave_the_input_alone(small_package: Path, image: dict[str, np.ndarray]) -> None:
+def test_runs_repeat_exactly_and_do_not_change_the_input(small_package: Path, image: dict[str, np.ndarray]) -> None:
     executor = Executor(small_package)
     kept = image["x"].copy()
     image["x"].flags.writeable = False
@@ -43,7 +43,7 @@ def test_runs_repeat_exactly_and_leave_the_input_alone(small_package: Path, imag
     assert only(first).flags.owndata and only(first).flags.c_contiguous and only(first).dtype == np.float32
 
 
-def test_other_values_can_be_asked_for(small_package: Path, image: dict[str, np.ndarray]) -> None:
+def test_outputs_can_be_any_results(small_package: Path, image: dict[str, np.ndarray]) -> None:
     program = read_package(small_package)
     (name,) = [o.outputs[0].name for o in program.operations if o.kind == "gelu"]
     found = Executor(program, outputs=[name]).run(image)
@@ -65,13 +65,13 @@ def test_float16_rounds_each_result_as_numpy_does(save_program: Callable[..., Pa
     assert not np.array_equal(found, only(Executor(path).run({"x": x})))
 
 
-def test_float16_leaves_float32_results_alone(save_program: Callable[..., Path]) -> None:
+def test_float16_does_not_round_float32_results(save_program: Callable[..., Path]) -> None:
     path = save_program(lambda mb, x: mb.exp(x=x), {"x": (4, 50)}, half=False)
     x = {"x": np.random.default_rng(4).normal(size=(4, 50)).astype(np.float32)}
     np.testing.assert_array_equal(only(Executor(path, "float16").run(x)), only(Executor(path).run(x)))
 
 
-def test_float16_cast_leaves_its_source_alone(save_program: Callable[..., Path]) -> None:
+def test_float16_cast_does_not_change_its_source(save_program: Callable[..., Path]) -> None:
     def build(mb: Any, x: Any) -> Any:
         exact = mb.exp(x=x)
         rounded = mb.cast(x=mb.cast(x=exact, dtype="fp16"), dtype="fp32")
@@ -108,7 +108,7 @@ def test_first_overflow_is_named_with_its_true_size(save_program: Callable[..., 
     assert executor.first_overflow is None
 
 
-def test_overflow_needs_no_ranges_and_float32_has_none(save_program: Callable[..., Path]) -> None:
+def test_overflow_is_found_without_ranges_only_in_float16(save_program: Callable[..., Path]) -> None:
     path = save_program(overflowing, {"x": (2, 3)}, half=True)
     ones = {"x": np.ones((2, 3), np.float32)}
     executor = Executor(path, "float16")
@@ -119,7 +119,7 @@ def test_overflow_needs_no_ranges_and_float32_has_none(save_program: Callable[..
     assert plain.first_overflow is None
 
 
-def test_largest_float16_is_no_overflow(save_program: Callable[..., Path]) -> None:
+def test_largest_float16_is_not_an_overflow(save_program: Callable[..., Path]) -> None:
     path = save_program(lambda mb, x: mb.mul(x=x, y=np.float32(2.0)), {"x": (2,)}, half=True)
     executor = Executor(path, "float16")
     assert only(executor.run({"x": np.array([32752, -32752], np.float32)})).tolist() == [65504, -65504]
@@ -134,7 +134,7 @@ def test_ranges_are_maxima_over_all_runs(save_program: Callable[..., Path]) -> N
     assert executor.ranges == {"x": 5.0, "shifted": 6.0, "out": pytest.approx(np.e)}
 
 
-def test_max_abs_sees_every_element_in_any_layout() -> None:
+def test_max_abs_covers_every_element_in_any_layout() -> None:
     base = torch.zeros(1, 3, 4, 5)
     base[0, 1, 2, 3] = -7
     for tensor in (
@@ -220,7 +220,7 @@ def test_unknown_precision_is_refused(small_package: Path) -> None:
 def test_activations_are_channels_last_and_results_are_not(
     small_package: Path, image: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Channels-last makes convolutions twice as fast; the caller never sees it."""
+    """Channels-last makes convolutions twice as fast. The caller never sees it."""
     seen: list[bool] = []
 
     def bind(p: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -239,7 +239,7 @@ SIZE = 32
 
 
 class Attention(nn.Module):
-    """Channel-first attention with a channel norm, as the exporter writes it."""
+    """Channel-first attention with a channel norm, like in an export."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class Mixer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Every kind of operation of FastViTHD's export, in its order, at 1/1000 of the size."""
+    """An encoder with every kind of operation of FastViTHD's export, in its order, at 1/1000 of the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ def expected(encoder: Encoder, pixel_values: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def packages(ct: ModuleType, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """float32, float16 (with float32 and with float16 at the borders), int8."""
+    """The encoder's packages: float32, float16 (with float32 and with float16 inputs and outputs), int8."""
     folder = tmp_path_factory.mktemp("encoder")
     with torch.inference_mode():
         traced = torch.jit.trace(encoder, torch.zeros(1, 3, SIZE, SIZE))
@@ -347,7 +347,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
 
 
-def test_program_has_the_operations_of_an_export(packages: dict[str, Path]) -> None:
+def test_encoder_has_the_operations_of_an_export(packages: dict[str, Path]) -> None:
     program = read_package(packages["half"])
     assert set(census(program)) == {
         *("add", "cast", "conv", "gelu", "layer_norm", "matmul", "mul"),
@@ -356,20 +356,20 @@ def test_program_has_the_operations_of_an_export(packages: dict[str, Path]) -> N
     assert max_rank(program) == 4
 
 
-def test_float32_program_equals_torch(
+def test_float32_encoder_equals_torch(
     packages: dict[str, Path], pixel_values: np.ndarray, expected: np.ndarray, tolerance: Callable[[str], float]
 ) -> None:
     assert relative(features(packages["float32"], pixel_values), expected) <= tolerance("op_float32")
 
 
-def test_float16_weights_stay_near_torch(
+def test_float16_weights_are_close_to_torch(
     packages: dict[str, Path], pixel_values: np.ndarray, expected: np.ndarray, tolerance: Callable[[str], float]
 ) -> None:
     error = relative(features(packages["half"], pixel_values), expected)
     assert 0 < error <= tolerance("encoder_float16_weights")
 
 
-def test_float16_results_stay_near_torch(
+def test_float16_results_are_close_to_torch(
     packages: dict[str, Path], pixel_values: np.ndarray, expected: np.ndarray, tolerance: Callable[[str], float]
 ) -> None:
     found = features(packages["half"], pixel_values, "float16")
@@ -378,7 +378,7 @@ def test_float16_results_stay_near_torch(
     assert relative(found, expected) <= tolerance("encoder_float16_results")
 
 
-def test_float16_borders_give_float16(packages: dict[str, Path], pixel_values: np.ndarray) -> None:
+def test_float16_interface_returns_float16(packages: dict[str, Path], pixel_values: np.ndarray) -> None:
     half = pixel_values.astype(np.float16)
     found = features(packages["half_borders"], half, "float16")
     assert found.dtype == np.float16
@@ -386,10 +386,10 @@ def test_float16_borders_give_float16(packages: dict[str, Path], pixel_values: n
     np.testing.assert_array_equal(found.astype(np.float32), inside)
 
 
-def test_int8_program_equals_torch_with_the_same_rounded_weights(
+def test_int8_encoder_equals_torch_with_rounded_weights(
     packages: dict[str, Path], encoder: Encoder, pixel_values: np.ndarray, tolerance: Callable[[str], float]
 ) -> None:
-    """The weights are rounded here by the formula (symmetric, per channel), in float16 as coremltools does."""
+    """The expected weights are rounded by the formula (symmetric, per channel), in float16 like in coremltools."""
     rounded = copy.deepcopy(encoder)
     with torch.inference_mode():
         for module in rounded.modules():

@@ -21,37 +21,37 @@ SHAPE = (1, 16, 5, 7)
 
 
 def mlp(mb: Any, x: Any, name: str, up: np.ndarray = WIDE, mode: str = "EXACT", bias: bool = True) -> tuple[Any, Any]:
-    """(hidden values in front of the GELU, result)."""
+    """Returns the hidden values before the GELU, and the result."""
     biases = [{"bias": DRAW.normal(size=len(weight))} if bias else {} for weight in (up, NARROW)]
     hidden = mb.conv(x=x, weight=up, pad_type="same", name=f"{name}_up", **biases[0])
     return hidden, mb.conv(x=mb.gelu(x=hidden, mode=mode), weight=NARROW, name=f"{name}_down", **biases[1])
 
 
-def attention(mb: Any, x: Any, axis: int = -2, turn: bool = False) -> Any:
-    """Scores with keys in front of queries; with `turn` queries in front of keys."""
+def attention(mb: Any, x: Any, axis: int = -2, transpose: bool = False) -> Any:
+    """Builds attention with scores of keys by queries, or of queries by keys with `transpose`."""
     query, key, value = mb.split(x=mb.reshape(x=x, shape=[1, 6, 8, 10]), num_splits=3, axis=1)  # (1, 2, 8, 10) each
-    rows, columns = (query, key) if turn else (key, query)
+    rows, columns = (query, key) if transpose else (key, query)
     weights = mb.softmax(x=mb.matmul(x=rows, y=columns, transpose_x=True), axis=axis)
-    return mb.matmul(x=value, y=weights, transpose_y=turn)
+    return mb.matmul(x=value, y=weights, transpose_y=transpose)
 
 
 @pytest.fixture(scope="module")
 def chains(save_program: Callable[..., Path]) -> Path:
-    """Each chain as it is in an encoder, with a residual that is read again."""
+    """A program with each chain of an encoder, and a residual that is read again."""
 
     def build(mb: Any, x: Any, tokens: Any) -> Any:
         source = mb.exp(x=x)
         added = mb.add(x=source, y=mlp(mb, mb.tanh(x=source), "added")[1], name="sum")
         plain = mlp(mb, added, "plain", bias=False)[1]
-        turned = attention(mb, tokens, axis=-1, turn=True)
-        return [mb.mul(x=source, y=plain, name="out"), attention(mb, tokens), attention(mb, tokens, axis=2), turned]
+        transposed = attention(mb, tokens, axis=-1, transpose=True)
+        return [mb.mul(x=source, y=plain, name="out"), attention(mb, tokens), attention(mb, tokens, axis=2), transposed]
 
     return save_program(build, {"x": SHAPE, "tokens": (1, 48, 2, 5)})
 
 
 @pytest.fixture(scope="module")
 def lookalikes(save_program: Callable[..., Path]) -> Path:
-    """What only looks like a chain."""
+    """A program with operations that only look like chains."""
 
     def build(mb: Any, x: Any, tokens: Any) -> Any:
         seen, result = mlp(mb, x, "seen")
@@ -63,7 +63,7 @@ def lookalikes(save_program: Callable[..., Path]) -> Path:
             spread,
             other_gelu,
             attention(mb, tokens, axis=-1),
-            attention(mb, tokens, axis=-2, turn=True),
+            attention(mb, tokens, axis=-2, transpose=True),
         ]
 
     return save_program(build, {"x": SHAPE, "tokens": (1, 48, 2, 5)})
@@ -84,10 +84,10 @@ def kinds(package: Path, outputs: list[str] | None = None, fuse: bool = True) ->
 
 
 @pytest.mark.parametrize("rows", [1, 8, 1000])
-def test_chains_compute_what_their_operations_do(
+def test_fused_chains_compute_the_same(
     chains: Path, rows: int, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
 ) -> None:
-    monkeypatch.setattr(ops_fused, "ROWS_AT_ONCE", rows)  # of 35: with a rest, and all at once
+    monkeypatch.setattr(ops_fused, "ROWS_AT_ONCE", rows)  # of 35 positions
     found, expected = Executor(chains).run(inputs()), Executor(chains, record_ranges=True).run(inputs())
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=tolerance("op_float32") * np.abs(values).max(), rtol=0)
@@ -101,7 +101,7 @@ def test_chains_are_found_and_lookalikes_are_not(chains: Path, lookalikes: Path)
     assert not {FEED_FORWARD_ADD, FEED_FORWARD, ATTENTION} & kinds(chains, fuse=False).keys()
 
 
-def test_value_inside_a_chain_that_is_asked_for_is_computed(chains: Path) -> None:
+def test_output_inside_a_chain_is_computed(chains: Path) -> None:
     program = read_package(chains)
     hidden = next(o.outputs[0].name for o in program.operations if o.name == "added_up")
     assert kinds(chains, [hidden, "out"])[FEED_FORWARD_ADD] == 0
@@ -110,7 +110,7 @@ def test_value_inside_a_chain_that_is_asked_for_is_computed(chains: Path) -> Non
     np.testing.assert_allclose(found["out"], Executor(chains).run(inputs())["out"], rtol=1e-4, atol=1e-4)
 
 
-def test_rounding_and_ranges_see_every_operation(chains: Path) -> None:
+def test_rounding_and_ranges_cover_every_operation(chains: Path) -> None:
     for options in ({"precision": "float16"}, {"record_ranges": True}):
         executor = Executor(chains, **options)
         assert {i.operation.kind for i in executor._plan.instructions} >= {"conv", "gelu", "softmax", "matmul"}

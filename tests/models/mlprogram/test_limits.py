@@ -1,4 +1,4 @@
-"""Programs that ask for absurd memory are refused before any of it is taken."""
+"""Programs that need absurd memory are refused before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def operation(block: Any, kind: str) -> Any:
 
 
 def constant(block: Any, name: str) -> Any:
-    """The value of the constant that the first convolution has as `name`."""
+    """Returns the value of the first convolution's constant `name`."""
     wanted = operation(block, "conv").inputs[name].arguments[0].name
     made = next(item for item in block.operations if item.outputs and item.outputs[0].name == wanted)
     return made.attributes["val"]
 
 
-def test_whole_program_is_within_the_limits(small_package: Path) -> None:
+def test_small_program_is_accepted(small_package: Path) -> None:
     Executor(small_package).run({"x": np.zeros((1, 8, 6, 6), np.float32)})
 
 
@@ -47,7 +47,7 @@ def test_paddings_beyond_the_kernel_are_refused(save_program: Callable[..., Path
 
 
 @pytest.mark.parametrize("kind", ["add", "matmul", "concat"])
-def test_results_that_operands_do_not_make_are_refused(
+def test_results_larger_than_the_operands_are_refused(
     save_program: Callable[..., Path], edit: Edit, block_of: Any, kind: str
 ) -> None:
     def build(mb: Any, x: Any, y: Any) -> Any:
@@ -72,7 +72,7 @@ def test_values_of_absurd_size_are_refused(small_package: Path, edit: Edit, bloc
         Executor(edit(small_package, change))
 
 
-def test_open_shape_amid_fixed_ones_is_refused(small_package: Path, edit: Edit, block_of: Any) -> None:
+def test_open_shape_with_fixed_inputs_is_refused(small_package: Path, edit: Edit, block_of: Any) -> None:
     def change(model: Any) -> None:
         dimension = operation(block_of(model), "gelu").outputs[0].type.tensorType.dimensions[0]
         dimension.ClearField("constant")

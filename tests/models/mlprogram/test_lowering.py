@@ -22,7 +22,7 @@ SHAPE = (1, 8, 6, 6)
 def chain(length: int) -> Callable[..., Any]:
     def build(mb: Any, x: Any) -> Any:
         for i in range(length):
-            x = mb.softmax(x=x, axis=-1, name=f"link_{i}")  # has no form that works in place
+            x = mb.softmax(x=x, axis=-1, name=f"link_{i}")  # has no in-place form
         return x
 
     return build
@@ -33,8 +33,8 @@ def only(result: dict[str, np.ndarray]) -> np.ndarray:
     return array
 
 
-def test_buffers_that_others_still_see_are_not_overwritten(save_program: Callable[..., Path]) -> None:
-    """Each in-place form, on a value that is read again, that has a view, that is an input, and that dies."""
+def test_buffers_in_use_are_not_overwritten(save_program: Callable[..., Path]) -> None:
+    """Each in-place form of a value that is read again, has a view, is an input, or is not read again."""
 
     def build(mb: Any, x: Any) -> Any:
         fresh = mb.exp(x=x)
@@ -72,7 +72,7 @@ def test_buffers_that_others_still_see_are_not_overwritten(save_program: Callabl
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_broadcast_operand_is_not_the_place_for_a_larger_result(save_program: Callable[..., Path]) -> None:
+def test_broadcast_operand_is_not_reused_for_a_larger_result(save_program: Callable[..., Path]) -> None:
     def build(mb: Any, x: Any) -> Any:
         small = mb.reduce_mean(x=x, axes=[2, 3], keep_dims=True)
         return mb.add(x=small, y=mb.exp(x=x))
@@ -121,7 +121,7 @@ def test_dead_operations_are_dropped(save_program: Callable[..., Path]) -> None:
     assert set(executor.ranges) == {"x", "alive"}
 
 
-def test_unknown_operation_is_named_with_those_supported(
+def test_unknown_operation_is_listed_with_those_supported(
     small_package: Path, edit: Callable[..., Path], block_of: Callable[[Any], Any]
 ) -> None:
     def change(model: Any) -> None:

@@ -99,7 +99,7 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 NAN_MEAN = np.nanmean
 MEAN = np.mean
 Case = tuple[Callable[..., Any], Callable[..., np.ndarray]]
-# name: (how to build it, what it must give); a name is the kind, with a remark after "__"
+# name: (builder, expected values). A name is the kind, with a remark after "__".
 CASES: dict[str, Case] = {
     "conv": (lambda mb, x, **_: mb.conv(x=x, weight=WEIGHT), lambda x, **_: conv(x, WEIGHT, [(0, 0)] * 2)),
     "conv__bias_strides_custom": (
@@ -326,7 +326,7 @@ def test_every_kind_is_covered() -> None:
     assert {name.split("__")[0] for name in CASES} == set(KINDS)
 
 
-def test_ceil_mode_pool_counts_only_what_is_there(save_program: Callable[..., Path]) -> None:
+def test_ceil_mode_pool_averages_only_existing_values(save_program: Callable[..., Path]) -> None:
     path = save_program(
         lambda mb, x: mb.avg_pool(
             x=x, kernel_sizes=[2, 2], strides=[2, 2], pad_type="valid", ceil_mode=True, name="out"
@@ -340,14 +340,14 @@ def test_ceil_mode_pool_counts_only_what_is_there(save_program: Callable[..., Pa
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_integer_parameter_runs_or_is_one_error(
+def test_any_integer_parameter_runs_or_raises_one_error(
     package: Path,
     inputs: dict[str, np.ndarray],
     block_of: Callable[[Any], Any],
     tmp_path_factory: pytest.TempPathFactory,
     data: st.DataObject,
 ) -> None:
-    """Strides of 0, axes out of range, padding of 2^31: whatever a file says, no crash and no other exception."""
+    """Strides of 0, axes out of range and padding of 2^31 do not crash or raise another exception."""
     damaged = tmp_path_factory.getbasetemp() / "integers.mlpackage"
     shutil.copytree(package, damaged, dirs_exist_ok=True)
     path = damaged / "Data" / "com.apple.CoreML" / "model.mlmodel"

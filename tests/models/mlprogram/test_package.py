@@ -1,4 +1,4 @@
-"""Reading a package: the description of a valid one, and one clear error for anything else."""
+"""Reading a package: the contents of a valid one, and one clear error for anything else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def copy(small_package: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_package, tmp_path / "copy.mlpackage"))
 
 
-def test_program_is_described(small_package: Path) -> None:
+def test_program_has_the_contents_of_the_package(small_package: Path) -> None:
     program = read_package(small_package)
     assert [(t.name, t.dtype, t.shape) for t in program.inputs] == [("x", "fp32", (1, 8, 6, 6))]
     assert [(t.dtype, t.shape) for t in program.outputs] == [("fp32", (1, 16, 6, 6))]
@@ -41,7 +41,7 @@ def test_program_is_described(small_package: Path) -> None:
     assert stored_bytes(program) == {"fp16": 2 * (16 * 8 * 9 + 16 + 16 * 16 + 16)}
 
 
-def test_operations_hold_names_values_and_types(small_package: Path) -> None:
+def test_operations_have_names_values_and_types(small_package: Path) -> None:
     program = read_package(small_package)
     conv = next(o for o in program.operations if o.kind == "conv")
     assert conv.outputs[0].name.startswith("first")
@@ -54,12 +54,12 @@ def test_operations_hold_names_values_and_types(small_package: Path) -> None:
     assert not weight.flags.writeable and not weight.flags.owndata
 
 
-def test_path_may_be_a_string_or_a_link(small_package: Path, tmp_path: Path) -> None:
+def test_path_can_be_a_string_or_a_link(small_package: Path, tmp_path: Path) -> None:
     (tmp_path / "link.mlpackage").symlink_to(small_package)
     assert census(read_package(str(tmp_path / "link.mlpackage"))) == census(read_package(small_package))
 
 
-def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
+def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.mlmodel"
     file.write_bytes(b"")
     compiled = tmp_path / "model.mlmodelc"
@@ -85,9 +85,9 @@ def test_bad_manifest_is_refused(copy: Path, content: str) -> None:
         read_package(copy)
 
 
-def test_absurdly_large_manifest_is_not_read(copy: Path) -> None:
+def test_too_large_manifest_is_not_read(copy: Path) -> None:
     with (copy / "Manifest.json").open("r+b") as file:
-        file.truncate(1 << 40)  # a hole: takes no space
+        file.truncate(1 << 40)  # a sparse file, which takes no disk space
     with pytest.raises(PackageError, match="must have at most 1048576 bytes"):
         read_package(copy)
 
@@ -103,7 +103,7 @@ def test_manifest_path_outside_is_refused(copy: Path, target: Any) -> None:
         read_package(copy)
 
 
-def test_manifest_path_that_no_file_can_have_is_told(copy: Path) -> None:
+def test_too_long_manifest_path_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "Manifest.json").read_text())
     manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = "x" * 5000
     (copy / "Manifest.json").write_text(json.dumps(manifest))
@@ -112,7 +112,7 @@ def test_manifest_path_that_no_file_can_have_is_told(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("which", [MODEL, WEIGHTS])
-def test_link_out_of_the_package_is_refused(copy: Path, tmp_path: Path, which: Path) -> None:
+def test_link_that_leaves_the_package_is_refused(copy: Path, tmp_path: Path, which: Path) -> None:
     outside = tmp_path / "outside.bin"
     shutil.move(copy / which, outside)
     (copy / which).symlink_to(outside)
@@ -120,7 +120,7 @@ def test_link_out_of_the_package_is_refused(copy: Path, tmp_path: Path, which: P
         read_package(copy)
 
 
-def test_pipe_instead_of_weights_does_not_block(copy: Path) -> None:
+def test_named_pipe_as_weights_does_not_block(copy: Path) -> None:
     (copy / WEIGHTS).unlink()
     os.mkfifo(copy / WEIGHTS)
     with pytest.raises(PackageError, match="missing"):
@@ -166,7 +166,7 @@ def _two_functions(model: Any) -> None:
         (_rename_input, r"description has inputs \['pixels'\], the program \['x'\]"),
     ],
 )
-def test_other_model_is_refused(
+def test_other_model_type_is_refused(
     small_package: Path, edit: Callable[..., Path], change: Callable[[Any], None], message: str
 ) -> None:
     with pytest.raises(PackageError, match=message):
@@ -252,7 +252,7 @@ def test_broken_graph_is_refused(
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_package_gives_a_program_or_one_error(
+def test_damaged_package_is_read_or_raises_one_error(
     small_package: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     damaged = tmp_path_factory.getbasetemp() / "damaged.mlpackage"
