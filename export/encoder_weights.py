@@ -12,7 +12,7 @@ from ..quant.calibration import calibration_images, trial_images
 from ..quant.encoder import convolutions, stored_by_plan, stored_uniformly
 from ..quant.encoder_scheme import MIXED, EncoderScheme
 from ..quant.schemes import W8A8, StoredWeight
-from ..quant.search import Found, Images, measured_options, search, search_bytes
+from ..quant.search import Images, SearchResult, measured_options, search, search_bytes
 from .rewrite import EngineAttentionBlock, TokensLast
 
 PROBE_SIZE = 256
@@ -46,7 +46,7 @@ def searched(
     calibration: Sequence[np.ndarray],
     pixel_scale: float,
     on_stage: Callable[[str], None],
-) -> Found:
+) -> SearchResult:
     """The plan of a `mixed` export."""
     image_size = calibration[0].shape[-1]
     probe_size = min(PROBE_SIZE, image_size)
@@ -57,8 +57,8 @@ def searched(
     others = fixed_bytes(network, options)
     if scheme.max_bytes is None:
         assert scheme.min_snr is not None
-        return search(network, options, images, min_snr=scheme.min_snr, others=others, say=on_stage)
-    return search_bytes(network, options, images, max_bytes=scheme.max_bytes, others=others)
+        return search(network, options, images, min_snr=scheme.min_snr, fixed_bytes=others, on_stage=on_stage)
+    return search_bytes(network, options, images, max_bytes=scheme.max_bytes, fixed_bytes=others)
 
 
 @contextlib.contextmanager

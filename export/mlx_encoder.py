@@ -25,8 +25,7 @@ from ..models.tensor_names import (
 )
 from ..quant.calibration import ImageSet, verification_images
 from ..quant.encoder_scheme import EncoderScheme
-from ..quant.metrics import compare
-from ..quant.weight_audit import WeightAudit
+from ..quant.metrics import WeightAudit, compare
 from .recipe import Recipe
 from .verify_encoder import EncoderReference, EncoderVerification, encoder_reference, reference_features
 from .write_encoder import WrittenEncoder

@@ -27,9 +27,8 @@ from ..models.layerwise import (
     run_layerwise,
     saved_reader,
 )
-from ..quant.metrics import Agreement, compare, kl_divergence
+from ..quant.metrics import Agreement, WeightAudit, compare, kl_divergence
 from ..quant.prompts import probe_prompt
-from ..quant.weight_audit import WeightAudit
 
 CONTINUATION_TOKENS = 16
 

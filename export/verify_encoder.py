@@ -14,8 +14,7 @@ from ..models.mlprogram.constexpr import Constants
 from ..models.mlprogram.executor import Executor
 from ..models.mlprogram.package import read_package
 from ..models.mlprogram.program import Operation, Program, inputs_for, scheme
-from ..quant.metrics import Agreement, compare
-from ..quant.weight_audit import WeightAudit
+from ..quant.metrics import Agreement, WeightAudit, compare
 from .rewrite import STREAM_LIMIT
 
 if TYPE_CHECKING:

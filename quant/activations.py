@@ -1,8 +1,8 @@
-"""8-bit inputs for the encoder's convolutions, with ranges measured on calibration images: the A8 of w8a8.
+"""The A8 of w8a8: int8 inputs for the encoder's convolutions, with ranges measured on calibration images.
 
-Inputs are symmetric int8 with one scale per tensor, which is how coremltools' documents describe the engine's int8
-path; scales reach the largest magnitude seen. Measured: clipping for the least squared error gains nothing that lasts
-from network to network; zero points gain 1.4 dB on `tiny`, whose accuracy is that of fp16 without them.
+Inputs are symmetric int8 with one scale per tensor, as coremltools' documents describe the engine's int8 path. Scales
+reach the largest measured magnitude. Clipping for the least squared error showed no gain across networks. Zero points
+gained 1.4 dB on `tiny`, whose accuracy equals that of fp16 without them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from .encoder import convolutions
 PASS_NAME = "fastvlm::int8_inputs"
 
 INT8_MAX = 127
+"""The largest int8 level of a symmetric range."""
 
 MIN_SCALE = 2.0**-14
-"""The smallest scale that float16 keeps whole; inputs that would need a smaller one stay float16."""
+"""The smallest normal float16 number. Inputs that need a smaller scale stay float16."""
 
 
 def int8_scales(network: Any, names: Collection[str], images: Sequence[np.ndarray]) -> dict[str, np.float16]:
-    """The scale at which int8 reaches each convolution's largest input, by the convolution's name in `network`.
+    """Returns the scale at which int8 reaches each convolution's largest input, by the convolution's name.
 
-    `images` are what the network takes, (1, 3, S, S) float32. Inputs whose values are all tiny are left out.
+    `images` are inputs of `network`, (1, 3, S, S) float32. Inputs with only tiny values are left out.
     """
     maxima = input_maxima(network, names, images)
     scales = {name: np.float16(largest / INT8_MAX) for name, largest in maxima.items()}
@@ -35,7 +36,7 @@ def int8_scales(network: Any, names: Collection[str], images: Sequence[np.ndarra
 
 
 def input_maxima(network: Any, names: Collection[str], images: Sequence[np.ndarray]) -> dict[str, float]:
-    """The largest magnitude of each convolution's input, over `images`."""
+    """Returns the largest magnitude of each convolution's input over `images`."""
     import torch
 
     convs = convolutions(network)
@@ -59,10 +60,10 @@ def input_maxima(network: Any, names: Collection[str], images: Sequence[np.ndarr
 
 
 def with_int8_inputs(pipeline: Any, scales: Mapping[str, np.float16]) -> Any:
-    """`pipeline` (a coremltools `PassPipeline`) with a last pass that rounds those convolutions' inputs to int8.
+    """Adds a last pass to `pipeline`, a coremltools `PassPipeline`, that rounds convolutions' inputs to int8.
 
-    `scales` goes by the convolutions' names in the network that was traced. It has to come before a pass that gives
-    weights other names. The pass raises PackageError unless it finds each of them.
+    The keys of `scales` are the convolutions' names in the traced network. Passes that rename weights have to come
+    later. The pass raises PackageError unless it finds every convolution.
     """
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
@@ -86,10 +87,10 @@ def _register() -> None:
 
 
 def round_inputs(prog: Any, scales: Mapping[str, np.float16]) -> None:
-    """Puts `quantize` and `dequantize` in front of convolutions of a coremltools program.
+    """Inserts `quantize` and `dequantize` before convolutions of a coremltools program.
 
     Raises:
-        PackageError: one of `scales` is for a convolution that the program does not have.
+        PackageError: the program lacks a convolution of `scales`.
     """
     done = 0
     for function in prog.functions.values():
@@ -100,11 +101,14 @@ def round_inputs(prog: Any, scales: Mapping[str, np.float16]) -> None:
                     round_input(function, conv, f"{name}_input_{done}", scales[name])
                     done += 1
     if done != len(scales):
-        raise PackageError(f"{len(scales)} of the encoder's inputs should be int8; the program has {done} of them")
+        raise PackageError(
+            f"the program must have {len(scales)} int8 inputs, got {done}. Export with the pinned coremltools."
+        )
 
 
 def round_input(function: Any, conv: Any, name: str, scale: np.float16) -> None:
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - what its documents call it
+    """Inserts `quantize` and `dequantize` before one convolution."""
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813 - the name in its documents
 
     integers = mb.quantize(input=conv.x, scale=scale, output_dtype="int8", name=f"{name}_int8", before_op=conv)
     rounded = mb.dequantize(input=integers, scale=scale, name=name, before_op=conv)

@@ -1,4 +1,4 @@
-"""Weights in MLX's affine layout, with scales and biases chosen here: `weight ~ scale * code + bias` in each group."""
+"""Weights in MLX's affine layout with fitted scales and biases: `weight ~ scale * code + bias` in each group."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from torch import Tensor
 from ..models.quantization import Affine
 
 SHRINKS = (1.0, 0.9, 0.8)
-"""Parts of a group's range that are tried: at few bits, clipping the extremes pays (measured at 4 bits: 0.3 dB)."""
+"""The shares of a group's range that are tried. Clipping the extremes gains 0.3 dB at 4 bits (measured)."""
 
 REFITS = 1
-"""Least-squares fits of scale and bias to the codes found, each followed by rounding anew (measured: 0.3 dB)."""
+"""The number of least-squares fits of scale and bias to the codes, each with new codes. One gains 0.3 dB (measured)."""
 
 ROWS_AT_ONCE = 512
+"""The rows that are fitted together, which bounds memory."""
 
 
 class Packed(NamedTuple):
     """A quantized matrix as MLX and safetensors store it."""
 
     weight: np.ndarray
-    """Codes, `bits` each from the lowest bit up, (rows, columns * bits / 32) uint32."""
+    """The codes, `bits` each from the lowest bit up, (rows, columns * bits / 32) uint32."""
     scales: np.ndarray
-    """(rows, columns / group_size) float16; `biases` too."""
+    """(rows, columns / group_size) float16, as `biases`."""
     biases: np.ndarray
 
 
 def fitted(weight: np.ndarray, affine: Affine) -> Packed:
-    """(rows, columns) float32 rounded to the nearest code, scales and biases fitted to each group."""
+    """Rounds (rows, columns) float32 to the nearest codes, with scales and biases fitted to each group."""
     parts = [_fitted(torch.from_numpy(rows), affine) for rows in _row_blocks(weight)]
     return Packed(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def fit_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and bias, (..., 1) each, float16 values in float32, for groups (..., group_size)."""
+    """Fits scale and bias, (..., 1) each, float16 values in float32, to groups (..., group_size)."""
     levels = 2**bits - 1
     low, high = groups.aminmax(dim=-1, keepdim=True)
     best: tuple[Tensor, Tensor, Tensor] | None = None
@@ -61,18 +62,18 @@ def fit_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def as_stored(scale: Tensor) -> Tensor:
-    """Rounded to float16; 1 where that gives 0, so that a group of equal numbers has code 0 throughout."""
+    """Returns the scale rounded to float16, or 1 where that is 0, so that equal numbers have code 0."""
     scale = scale.half().float()
     return torch.where(scale == 0, 1.0, scale)
 
 
 def rounded(values: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
-    """The nearest codes, as floats."""
+    """Returns the nearest codes as floats."""
     return ((values - bias) / scale).round_().clamp_(0, 2**bits - 1)
 
 
 def pack(codes: Tensor, bits: int) -> np.ndarray:
-    """(rows, columns) codes -> (rows, columns * bits / 32) uint32: eight codes make `bits` bytes, lowest bits first."""
+    """Packs (rows, columns) codes into (rows, columns * bits / 32) uint32. Eight codes make `bits` bytes."""
     rows = codes.shape[0]
     eights = codes.to(torch.int64).reshape(rows, -1, 8).numpy().astype(np.uint64)
     words = np.zeros(eights.shape[:2], dtype="<u8")
@@ -90,11 +91,12 @@ def _fitted(weight: Tensor, affine: Affine) -> Packed:
 
 
 def packed(codes: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Packed:
+    """Returns codes, scales and biases as they are stored."""
     return Packed(pack(codes, bits), scales.half().numpy(), biases.half().numpy())
 
 
 def _least_squares(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and bias with the least squared error for these codes; where all codes are equal, `scale` stays."""
+    """Fits scale and bias to these codes by least squares. Where all codes are equal, `scale` stays."""
     mean_code, mean = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
     centred = codes - mean_code
     variance = centred.square().sum(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Images to calibrate exports on, and others to verify them on: embedded ones, or a folder of the user's.
+"""The images for calibrating and verifying exports: embedded sets, or a folder of the user.
 
-The embedded images are drawn, seeded, the same on every machine: each set has a scene of the kind that `tiny` was
-trained on, and a busier picture. They are not photographs, but hold what photographs do: smooth shading, hard edges,
-fine texture, dark and bright, print.
+The embedded images are drawn with fixed seeds and equal on every machine. Each set has a scene like those that `tiny`
+was trained on, and a busier image. They are not photographs, but have the same content: smooth shading, hard edges,
+fine texture, dark and bright areas, and print.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from ..models.images import SUFFIXES, Fit, open_image, preprocess, to_pixel_valu
 from ..models.tiny.scenes import draw_scene, scene_seeds
 
 SEEDS = {"calibration": 0, "trial": 50, "verification": 100}
-"""Of the embedded sets; they share no picture."""
+"""The seeds of the embedded sets, which share no image."""
 
 MAX_FOLDER_IMAGES = 32
-"""Read from a folder at most: each is run two or three times, at seconds apiece for FastViTHD at 1024 pixels."""
+"""The most images read from a folder. Each is run two or three times, and FastViTHD at 1024 px takes seconds."""
 
 MAX_LISTED = 4
+"""The most file names in a note."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Sequence[np.ndarray]):
-    """Images as `pixel_values` (1, 3, S, S) float32 RGB in 0..1, NCHW; held as bytes, made when asked for."""
+    """Images as `pixel_values` (1, 3, S, S) float32 RGB in 0..1, NCHW. They are kept as bytes."""
 
     pixels: tuple[np.ndarray, ...]
     """(3, S, S) uint8 each."""
     source: str
     """`embedded` or `folder`."""
     notes: tuple[str, ...] = ()
-    """What a user should know of files that were left out."""
+    """Remarks for the user about skipped files."""
     scale: float = 1.0
-    """What each number is multiplied by."""
+    """The factor of all pixel values."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -54,27 +55,27 @@ class ImageSet(Sequence[np.ndarray]):
         return to_pixel_values(self.pixels[index]) * np.float32(self.scale)
 
     def scaled(self, scale: float) -> ImageSet:
-        """The same images, every number times `scale`."""
+        """Returns the same images with pixel values times `scale`."""
         return replace(self, scale=scale)
 
     def as_dict(self) -> dict[str, str | int]:
-        """What a manifest says of them: no names, no paths."""
+        """Returns the manifest's entry, which has no names and no paths."""
         digest = hashlib.sha256(b"".join(pixels.tobytes() for pixels in self.pixels)).hexdigest()
         return {"source": self.source, "images": len(self), "sha256": digest}
 
 
 def calibration_images(image_size: int) -> ImageSet:
-    """The embedded images to measure ranges and means on."""
+    """Returns the embedded images for measuring ranges and means."""
     return _embedded("calibration", image_size)
 
 
 def trial_images(image_size: int) -> ImageSet:
-    """The embedded images that a search tries its plans on: others than those that biases are corrected on."""
+    """Returns the embedded images for the trials of a search. Biases are corrected on other images."""
     return _embedded("trial", image_size)
 
 
 def verification_images(image_size: int) -> ImageSet:
-    """The embedded images to judge an export by, which no calibration has seen."""
+    """Returns the embedded images for verification, which no calibration uses."""
     return _embedded("verification", image_size)
 
 
@@ -85,37 +86,37 @@ def _embedded(name: str, image_size: int) -> ImageSet:
 
 
 def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
-    """The first MAX_FOLDER_IMAGES of a folder by name, made square as for answering (`fit`: `pad` or `crop`).
+    """Reads the first `MAX_FOLDER_IMAGES` of a folder by name, made square as for answers (`fit`: `pad` or `crop`).
 
-    Files that cannot be read as images are left out, and named in `notes`.
+    Files that cannot be read are skipped and named in `notes`.
 
     Raises:
-        ImageError: there is no such folder, or no image in it.
+        ImageError: there is no such folder, or it has no readable image.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ImageError(f"{folder} is no folder; name one that holds images")
+        raise ImageError(f"{folder} is not a folder. Pass a folder of images.")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     pixels: list[np.ndarray] = []
     broken: list[str] = []
     for index, file in enumerate(files):
         if len(pixels) == MAX_FOLDER_IMAGES:
-            broken.append(f"{len(files) - index} more than the {MAX_FOLDER_IMAGES} that are read")
+            broken.append(f"{len(files) - index} files beyond the limit of {MAX_FOLDER_IMAGES}")
             break
         try:
             pixels.append(preprocess(open_image(file), image_size, cast("Fit", fit)))
         except ImageError as reason:
-            broken.append(str(reason).replace(str(file), file.name))  # a manifest tells it: no paths
+            broken.append(str(reason).replace(str(file), file.name))  # without paths, as it goes into a manifest
     if not pixels:
-        found = f": {broken[0]}" if broken else f" ({', '.join(SUFFIXES)})"
-        raise ImageError(f"{folder} holds no image that can be read{found}")
+        found = broken[0] if broken else f"none of {', '.join(SUFFIXES)}"
+        raise ImageError(f"{folder} has no readable image ({found}).")
     more = [f"and {len(broken) - MAX_LISTED} more"] if len(broken) > MAX_LISTED else []
-    notes = (f"images left out: {'; '.join(broken[:MAX_LISTED] + more)}",) if broken else ()
+    notes = (f"images skipped: {', '.join(broken[:MAX_LISTED] + more)}",) if broken else ()
     return ImageSet(tuple(pixels), "folder", notes)
 
 
 def _busy_picture(size: int, seed: int) -> np.ndarray:
-    """(3, S, S) uint8: a shaded background, discs and boxes of flat colour, a textured quarter."""
+    """Draws (3, S, S) uint8: a shaded background, discs and boxes of flat colour, a textured quarter."""
     draw = np.random.Generator(np.random.PCG64(seed))
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size  # (S, S) each
     light, dark = draw.random((2, 3, 1, 1), dtype=np.float32)

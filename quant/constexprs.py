@@ -1,8 +1,8 @@
-"""Weights that were stored in fewer bits, put into a program while coremltools converts it.
+"""The pass that stores weights in fewer bits while coremltools converts a program.
 
-coremltools' own compressors read a finished package, choose the rounding themselves and write it again. Here the
-network that is traced holds the rounded weights already; a last pass over the program swaps each for the operation that
-makes the same numbers from the stored ones. Nothing is decided twice, and a package in memory once.
+coremltools' own compressors read a finished package, choose the rounding and write the package again. Here the traced
+network has the rounded weights already. A last pass replaces each by the operation that computes the same numbers from
+the stored form. So no rounding is chosen twice, and a package is in memory once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .schemes import LinearWeight, PaletteWeight, StoredWeight
 
 PASS_NAME = "fastvlm::store_weights"
 WEIGHT_SUFFIXES = ("_to_fp16", ".weight")
-"""What coremltools makes of the name of a convolution's module."""
+"""The suffixes that coremltools adds to the name of a convolution's module."""
 
 
 def with_stored_weights(pipeline: Any, stored: Mapping[str, StoredWeight]) -> Any:
-    """`pipeline` (a coremltools `PassPipeline`) with a last pass that stores the convolutions' weights as given.
+    """Adds a last pass to `pipeline`, a coremltools `PassPipeline`, that stores the convolutions' weights as given.
 
-    `stored` goes by the convolutions' names in the network that was traced.
-    The pass raises PackageError unless it finds each of them, with the numbers that its stored form stands for.
+    The keys of `stored` are the convolutions' names in the traced network. The pass raises PackageError unless it
+    finds every convolution, with the numbers of its stored form.
     """
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
@@ -49,7 +49,7 @@ def _register() -> None:
 
 
 def store_weights(prog: Any, stored: Mapping[str, StoredWeight]) -> None:
-    """Swaps weights of a coremltools program. Raises PackageError when one of `stored` is not there, or is another."""
+    """Replaces weights of a coremltools program. Raises PackageError if one of `stored` is missing or differs."""
     done = 0
     for function in prog.functions.values():
         with function:
@@ -60,24 +60,29 @@ def store_weights(prog: Any, stored: Mapping[str, StoredWeight]) -> None:
                     replace_weight(function, conv, f"{name}_{done}_{stored[name].scheme}", stored[name])
                     done += 1
     if done != len(stored):
-        raise PackageError(f"{len(stored)} of the encoder's weights should be compressed; the program has {done}")
+        raise PackageError(
+            f"the program must have {len(stored)} compressed weights, got {done}. Export with the pinned coremltools."
+        )
 
 
 def conv_name(weight_name: str) -> str:
+    """Returns the name of a convolution's module from its weight's name in a program."""
     for suffix in WEIGHT_SUFFIXES:
         weight_name = weight_name.removesuffix(suffix)
     return weight_name
 
 
 def check_numbers(name: str, found: np.ndarray | None, stored: StoredWeight) -> None:
+    """Raises PackageError unless the program's weight equals the stored one."""
     if found is None or not np.array_equal(found, stored.dense().astype(np.float16)):
         raise PackageError(
-            f"{name}: the program holds another weight than the one that was stored as {stored.scheme}; "
-            "export again with the pinned coremltools"
+            f"{name}: the weight in the program differs from the one stored as {stored.scheme}. "
+            "Export with the pinned coremltools."
         )
 
 
 def replace_weight(function: Any, conv: Any, name: str, stored: StoredWeight) -> None:
+    """Replaces the weight of one convolution by its stored form."""
     old = conv.weight
     function.replace_uses_of_var_after_op(
         anchor_op=old.op,
@@ -91,7 +96,7 @@ def replace_weight(function: Any, conv: Any, name: str, stored: StoredWeight) ->
 
 
 def constexpr(stored: StoredWeight, name: str, before: Any) -> Any:
-    """The operation that makes the weight: iOS 16's kinds, or iOS 18's in a program for that."""
+    """Builds the operation that computes the weight: an iOS 18 one in a program for iOS 18, else an iOS 16 one."""
     from coremltools.converters.mil._deployment_compatibility import AvailableTarget
     from coremltools.converters.mil.mil import Builder
     from coremltools.converters.mil.mil.block import is_current_opset_version_compatible_with
@@ -107,6 +112,7 @@ def constexpr(stored: StoredWeight, name: str, before: Any) -> Any:
 
 
 def palette_parts(stored: PaletteWeight, ios18: bool) -> dict[str, Any]:
+    """Returns the arguments of `constexpr_lut_to_dense`."""
     if not ios18:
         indices = pack_bits(stored.indices, stored.bits)
         return {"indices": indices, "lut": stored.lut, "shape": np.array(stored.indices.shape, np.uint32)}
@@ -115,10 +121,12 @@ def palette_parts(stored: PaletteWeight, ios18: bool) -> dict[str, Any]:
 
 
 def blockwise_parts(stored: LinearWeight) -> dict[str, Any]:
+    """Returns the arguments of `constexpr_blockwise_shift_scale`."""
     return {"data": stored.data.astype(_subbyte_type(stored.scheme)), "scale": stored.scale}
 
 
 def affine_parts(stored: LinearWeight) -> dict[str, Any]:
+    """Returns the arguments of `constexpr_affine_dequantize`."""
     scale = stored.scale.reshape(-1)
     return {
         "quantized_data": stored.data,
@@ -129,7 +137,7 @@ def affine_parts(stored: LinearWeight) -> dict[str, Any]:
 
 
 def _subbyte_type(name: str) -> Any:
-    """coremltools' numpy type of that name; small integers are bytes with a mark."""
+    """Returns coremltools' numpy type of that name. Small integers are bytes with a mark."""
     from coremltools.converters.mil.mil import types
 
     return types.nptype_from_builtin(types.string_to_builtin(name))

@@ -1,4 +1,4 @@
-"""Decoder and projector as the exported folder stores them: float16, or affine in groups."""
+"""The decoder and projector weights of an exported folder: float16, or affine in groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .decoder_scheme import DecoderScheme
 
 
 def check_language_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the decoder's and projector's tensors, after a strict comparison with the config.
+    """Compares the decoder's and projector's tensors with the config, and returns their names and shapes.
 
     Raises:
         WeightsError: tensors are missing, unexpected or of a wrong shape.
@@ -33,10 +33,10 @@ def check_language_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]
 def saved_tensors(
     checkpoint: Checkpoint, scheme: DecoderScheme, prompts: Sequence[Prompt] = ()
 ) -> Iterator[tuple[str, mx.array]]:
-    """(name, array) of everything that `model.safetensors` holds, in the order of the computation, one at a time.
+    """Yields (name, array) of every tensor of `model.safetensors`, one at a time in the order of the computation.
 
-    Quantized matrices come as three: `.weight` (uint32, packed), `.scales` and `.biases` (float16, one per group).
-    `prompts` are what a scheme that `needs_calibration` is calibrated on.
+    A quantized matrix becomes three tensors: `.weight` (uint32, packed), `.scales` and `.biases` (float16, one per
+    group). `prompts` are the calibration prompts of a scheme that `needs_calibration`.
 
     Raises:
         WeightsError: a tensor is not finite, or does not fit into float16.
@@ -61,9 +61,11 @@ def saved_tensors(
 
 
 def _read(checkpoint: Checkpoint, name: str) -> mx.array:
-    """The tensor in float32. Raises WeightsError when float16 cannot hold it."""
+    """Reads a tensor in float32. Raises WeightsError if float16 cannot represent it."""
     ((_, values),) = iter_float_tensors(checkpoint, [name], "mlx")
     weight = mx.array(values)
     if not mx.isfinite(weight.astype(mx.float16)).all().item():
-        raise WeightsError(f"{name} holds NaN, infinite values or numbers beyond float16's 65,504")
+        raise WeightsError(
+            f"{name} holds NaN, infinite values or numbers beyond float16's 65,504. Check the checkpoint."
+        )
     return weight.astype(mx.float32)

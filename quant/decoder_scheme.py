@@ -1,4 +1,4 @@
-"""What is asked of the decoder's weights: bits, groups, and the way to round."""
+"""The scheme of the decoder's weights: bits, groups, and rounding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ..models.quantization import GROUP_SIZES, Affine, Quantization
 DECODER_BITS = (4, 5, 6, 8, 16)
 MIXED = "mixed"
 MIXED_BITS = (4, 5, 6, 8)
-"""What a mixed decoder's matrices choose from. (3 and 2 bits: MLX has them, but rounded to the nearest they reach 15
-and 9 dB, too little for any matrix.)"""
+"""The bits that matrices of a mixed decoder may have. With MLX's 3 and 2 bits they would keep only 15 and 9 dB."""
 
 QUANTIZERS = ("rtn", "gptq")
 DEFAULT_BITS = 8
@@ -23,84 +22,90 @@ DEFAULT_AVG_BITS = 5.0
 
 @dataclass(frozen=True)
 class DecoderScheme:
-    """How the decoder's weights are stored. 16 bits: float16, nothing is grouped.
+    """The storage of the decoder's weights. 16 bits are float16 without groups.
 
     Raises:
-        UsageError: an option has an unknown value, or options contradict each other.
+        UsageError: an argument has an unknown value, or arguments exclude each other.
     """
 
     bits: int | str = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     quantize_embeddings: bool = True
-    """As mlx-lm does; off, the embedding table (and with it a tied head) stays float16."""
+    """True to quantize the embedding table, and a tied head with it, as mlx-lm does."""
     quantizer: str = "rtn"
-    """`rtn`: each weight to the nearest level, as mlx-lm does; `gptq`: errors made up for, on calibration prompts."""
+    """`rtn` rounds to the nearest level, as mlx-lm does. `gptq` compensates errors, on calibration prompts."""
     avg_bits: float | None = None
-    """Of a mixed decoder: bits per quantized weight, with scales and biases, as mlx-lm counts."""
+    """The average bits per quantized weight of a mixed decoder, with scales and biases as in mlx-lm."""
     layers: Mapping[str, int] = field(default_factory=dict)
-    """Of a mixed decoder, once measured: bits by saved layer name."""
+    """The measured bits of a mixed decoder, by saved layer name."""
 
     def __post_init__(self) -> None:
         if self.bits not in (*DECODER_BITS, MIXED):
             known = ", ".join(map(str, (*DECODER_BITS, MIXED)))
-            raise UsageError(f"--decoder-bits should be one of {known}; found {self.bits!r:.20}")
+            raise UsageError(f"decoder_bits must be one of {known} (got {self.bits!r:.20}).", "decoder_bits")
         if self.group_size not in GROUP_SIZES:
             raise UsageError(
-                f"--group-size should be one of {', '.join(map(str, GROUP_SIZES))}; found {self.group_size}"
+                f"group_size must be one of {', '.join(map(str, GROUP_SIZES))} (got {self.group_size}).", "group_size"
             )
         if self.quantizer not in QUANTIZERS:
             raise UsageError(
-                f"--decoder-quantizer should be one of {', '.join(QUANTIZERS)}; found {self.quantizer!r:.20}"
+                f"decoder_quantizer must be one of {', '.join(QUANTIZERS)} (got {self.quantizer!r:.20}).",
+                "decoder_quantizer",
             )
         if (self.avg_bits is not None) != self.is_mixed:
-            raise UsageError(f"--decoder-avg-bits goes with --decoder-bits {MIXED}, and only with it")
+            raise UsageError(
+                f"decoder_avg_bits and decoder_bits={MIXED!r} need each other.", "decoder_avg_bits", "decoder_bits"
+            )
         if self.avg_bits is not None:
             self._check_avg_bits(self.avg_bits)
         odd = [name for name, bits in self.layers.items() if bits not in MIXED_BITS]
         if odd:
-            raise UsageError(f"{odd[0]} should have bits of {MIXED_BITS}; found {self.layers[odd[0]]!r:.20}")
+            raise UsageError(f"{odd[0]} must have bits of {MIXED_BITS} (got {self.layers[odd[0]]!r:.20}).")
 
     def _check_avg_bits(self, avg_bits: float) -> None:
         least, most = (Affine(self.group_size, bits).bits_per_weight for bits in (MIXED_BITS[0], MIXED_BITS[-1]))
         if not least <= avg_bits <= most:
             raise UsageError(
-                f"--decoder-avg-bits should be between {least:g} and {most:g} in groups of {self.group_size}, scales "
-                f"and biases included; found {avg_bits:g}"
+                f"decoder_avg_bits must be between {least:g} and {most:g} in groups of {self.group_size}, with scales "
+                f"and biases (got {avg_bits:g}).",
+                "decoder_avg_bits",
             )
 
     @property
     def is_mixed(self) -> bool:
+        """True if each matrix has its own bits."""
         return self.bits == MIXED
 
     @property
     def is_quantized(self) -> bool:
+        """True if weights have fewer than 16 bits."""
         return self.is_mixed or int(self.bits) < 16
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether calibration prompts are looked at."""
+        """True if the scheme uses calibration prompts."""
         return self.is_quantized and (self.is_unsettled or self.quantizer == "gptq")
 
     @property
     def is_unsettled(self) -> bool:
-        """Whether bits are still to be chosen."""
+        """True if the bits of a mixed decoder are not chosen yet."""
         return self.is_mixed and not self.layers
 
     @property
     def bits_per_weight(self) -> float:
-        """On average, scales and biases included."""
+        """The average bits per weight, with scales and biases."""
         if self.avg_bits is not None:
             return self.avg_bits
         return Affine(self.group_size, int(self.bits)).bits_per_weight if self.is_quantized else 16.0
 
     def with_layers(self, layers: Mapping[str, int]) -> DecoderScheme:
-        """A mixed scheme with the bits that were chosen for each layer."""
+        """Returns the mixed scheme with the chosen bits of each layer."""
         return replace(self, layers=dict(layers))
 
     def applies_to(self, saved: str, shape: tuple[int, ...]) -> bool:
-        """Whether the tensor is quantized: the decoder's matrices whose rows divide into groups.
+        """Returns True if the tensor is quantized: a decoder matrix whose rows divide into groups.
 
-        The projector stays float16: it has 1 % of the weights and every image token goes through it.
+        The projector stays float16, as it has 1 % of the weights and every image token passes through it.
         """
         if not self.is_quantized or len(shape) != 2 or not saved.startswith("language_model."):
             return False
@@ -109,15 +114,15 @@ class DecoderScheme:
         return shape[1] % self.group_size == 0
 
     def affine(self, layer: str) -> Affine:
-        """How the layer of that saved name is stored, if it is quantized at all."""
+        """Returns the storage of a quantized layer by its saved name. Raises UsageError if its bits are unknown."""
         if not self.is_mixed:
             return Affine(self.group_size, int(self.bits))
         if layer not in self.layers:
-            raise UsageError(f"the recipe names no bits for {layer}: it is for another decoder")
+            raise UsageError(f"recipe: there are no bits for {layer}. Pass a recipe for this decoder.")
         return Affine(self.group_size, self.layers[layer])
 
     def quantization(self) -> Quantization | None:
-        """As `config.json` says it: for a mixed scheme the commonest bits hold but for the layers that are named."""
+        """Returns the entry of `config.json`. A mixed scheme has the most common bits, and lists the other layers."""
         if not self.is_quantized:
             return None
         if not self.is_mixed:
@@ -134,10 +139,10 @@ def decoder_scheme(
     group_size: int | None = None,
     quantize_embeddings: bool | None = None,
 ) -> DecoderScheme:
-    """The scheme for what was asked; `bits` may be digits, and what is None is as by default.
+    """Returns the scheme for the arguments of an export, where None is the default. `bits` may be a string of digits.
 
-    Without a quantizer it is GPTQ where that is worth its minutes: below 8 bits. A mixed decoder has `DEFAULT_AVG_BITS`
-    unless others are asked for.
+    The default quantizer is GPTQ below 8 bits, where its gain is worth its minutes. A mixed decoder has
+    `DEFAULT_AVG_BITS` by default.
     """
     bits = DEFAULT_BITS if bits is None else bits
     if isinstance(bits, str) and bits.isdecimal():

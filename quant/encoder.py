@@ -1,4 +1,4 @@
-"""The encoder's convolutions in fewer bits: which weight takes which scheme, and biases that make up for it."""
+"""The encoder's convolutions in fewer bits: a scheme per weight, and corrected biases."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Plan = Mapping[str, str]
-"""The scheme of each convolution's weight, by the convolution's name in the rewritten network; none is left out."""
+"""The scheme of every convolution's weight, by the convolution's name in the rewritten network."""
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """Every convolution of `network` by its name there, in the order of the computation."""
+    """Returns every convolution of `network` by its name, in the order of the computation."""
     from torch import nn
 
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def stored_uniformly(network: nn.Module, scheme: str) -> dict[str, StoredWeight]:
-    """The weights that `scheme` keeps well, stored in it; the others stay float16 and are left out."""
+    """Returns the weights that `scheme` keeps well, stored in it. The others stay float16 and are left out."""
     found = {name: stored_if_kept(conv.weight.numpy(), scheme) for name, conv in convolutions(network).items()}
     return {name: stored for name, stored in found.items() if stored is not None}
 
 
 def stored_by_plan(network: nn.Module, plan: Plan) -> dict[str, StoredWeight]:
-    """The weights that `plan` compresses, each stored in its scheme."""
+    """Returns the weights that `plan` compresses, each stored in its scheme."""
     convs = convolutions(network)
     return {name: store(convs[name].weight.numpy(), scheme) for name, scheme in plan.items() if scheme != "fp16"}
 
 
 def plan_of(network: nn.Module, stored: Mapping[str, StoredWeight]) -> dict[str, str]:
+    """Returns the plan of stored weights, with float16 for the other convolutions."""
     return {name: stored[name].scheme if name in stored else "fp16" for name in convolutions(network)}
 
 
 def quantize(network: nn.Module, stored: Mapping[str, StoredWeight], images: Sequence[np.ndarray]) -> None:
-    """Gives `network` the weights that are stored, and moves biases by what that shifts mean outputs, in place.
+    """Puts the stored weights into `network`, and corrects biases by the shift of the mean outputs, in place.
 
-    Inputs behind a GELU have means far from zero, so rounding errors add up to a constant per channel: most of int8's
-    noise (arXiv 1906.04721, section 4.2). The means are taken over `images`, each (1, 3, S, S); without, biases stay.
+    Inputs after a GELU have means far from zero, so rounding errors add up to a constant per channel. That is most of
+    int8's noise (arXiv 1906.04721, section 4.2). The means are taken over `images`, each (1, 3, S, S). Without images,
+    biases stay.
     """
     apply_weights(network, stored, input_means(network, stored, images))
 
 
 def apply_weights(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mapping[str, Tensor]) -> None:
-    """`quantize`, with the mean inputs (in,) of the convolutions at hand."""
+    """Quantizes as `quantize` does, with given mean inputs (in,) of the convolutions."""
     import torch
 
     from ..models.fastvit import bias_of
@@ -60,12 +62,14 @@ def apply_weights(network: nn.Module, stored: Mapping[str, StoredWeight], means:
         dense = torch.from_numpy(weight.dense())
         if name in means:
             shift = (conv.weight.data - dense).sum((2, 3)) @ means[name]  # (out, in) @ (in,)
-            bias_of(conv).data = bias_of(conv).data + shift  # not in place: the tensor may be the open file's own
+            bias_of(conv).data = (
+                bias_of(conv).data + shift
+            )  # not in place, as the tensor may be a view of the open file
         conv.weight.data = dense
 
 
 def input_means(network: nn.Module, names: Collection[str], images: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """The mean of each input channel (in,) of the convolutions `names`, over `images` and positions."""
+    """Returns the mean of each input channel (in,) of the convolutions `names`, over `images` and positions."""
     import torch
 
     convs = convolutions(network)

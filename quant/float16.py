@@ -1,7 +1,7 @@
-"""A torch network run as the engine runs its package: results, weights and biases rounded to float16.
+"""The float16 simulation of a torch network: results, weights and biases are rounded as in its package.
 
-Sums inside an operation stay float32, as in the executor's float16 mode. Unlike that one it needs no package: a search
-tries plans with it that have not been converted.
+Sums inside an operation stay float32, as in the executor's float16 mode. Unlike the executor it needs no package, so a
+search can try plans before conversion.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ATEN = torch.ops.aten
 CONVOLUTIONS = frozenset((ATEN.conv2d, ATEN.convolution))
 ROUNDED = CONVOLUTIONS | {ATEN.gelu, ATEN.matmul, ATEN.bmm, ATEN.softmax, ATEN._softmax, ATEN.relu, ATEN.sigmoid}
-"""By both names where torch has two: which one comes depends on whether it records gradients."""
+"""The operations whose results are rounded. Where torch has two names, the one used depends on gradient recording."""
 
 ROUNDED_OF_TWO = frozenset((ATEN.add, ATEN.mul))
-"""Rounded where two different tensors meet. A square, or an epsilon added, is the inside of a layer norm, which is one
-operation of the package."""
+"""The operations that are rounded if their two inputs are different tensors.
+
+A square, or an added epsilon, is inside a layer norm, which is one operation of the package.
+"""
 
 
 class Float16Results(TorchDispatchMode):
-    """Within, float32 networks compute as their float16 packages do."""
+    """The mode in which float32 networks compute like their float16 packages."""
 
     def __torch_dispatch__(
         self,
@@ -44,11 +46,11 @@ class Float16Results(TorchDispatchMode):
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """float32 rounded to float16, in the same layout."""
+    """Returns float32 values rounded to float16, in the same layout."""
     return tensor.to(torch.float16).to(torch.float32)
 
 
 def float16_outputs(network: nn.Module, image: np.ndarray) -> np.ndarray:
-    """What the network's package computes of `image` (1, 3, S, S) float32, near enough."""
+    """Computes `image`, (1, 3, S, S) float32, approximately as the network's package does."""
     with torch.inference_mode(), Float16Results():
         return network(rounded(torch.from_numpy(image))).numpy()

@@ -1,7 +1,7 @@
-"""GPTQ (arXiv 2210.17323): rounding column by column, each column's error made up for by those that follow.
+"""GPTQ (arXiv 2210.17323): rounding column by column, where later columns compensate the error of earlier ones.
 
-What counts is not the weights' error but that of their products with real inputs: correlated inputs let later columns
-cancel what earlier ones lost. Scales and biases are fitted to each group when its turn comes, errors included.
+The error that counts is that of products with real inputs, not that of weights. With correlated inputs, later columns
+can cancel the error of earlier ones. Scales and biases are fitted when a group is reached, with the compensation.
 """
 
 from __future__ import annotations
@@ -18,45 +18,48 @@ from ..models.quantization import Affine
 from .affine_groups import Packed, fit_groups, packed, rounded
 
 DAMPING = 0.05
-"""Added to the Hessian's diagonal, as a share of its mean (measured: 0.01 to 0.1 are alike)."""
+"""The damping of the Hessian's diagonal, as a share of its mean. 0.01 to 0.1 give similar errors (measured)."""
 
 MAX_SPAN = 2048
-"""Columns whose correlations are used. Wider matrices are cut: a Hessian costs memory by the square and time by the
-cube of its width, and a few hundred tokens tell nothing of more correlations."""
+"""The most columns whose correlations are used. Wider matrices are split into spans.
+
+A Hessian takes memory by the square and time by the cube of its width. A few hundred tokens do not determine more
+correlations.
+"""
 
 ROWS_AT_ONCE = 8192
-"""Rows know nothing of each other: a head of any height is done in the memory of so many."""
+"""The rows that are rounded together, which bounds memory. Rows are independent."""
 
 
 class Hessian:
-    """Products of a matrix's input columns, summed over tokens: blocks along the diagonal, `MAX_SPAN` wide at most."""
+    """The products of input columns, summed over tokens, in diagonal blocks of at most `MAX_SPAN` columns."""
 
     def __init__(self, columns: int, group_size: int) -> None:
         self.spans = list(spans(columns, group_size))
         self._sums = [torch.zeros(stop - start, stop - start) for start, stop in self.spans]
 
     def add(self, inputs: np.ndarray) -> None:
-        """Counts inputs (tokens, columns), float32."""
+        """Adds inputs (tokens, columns), float32."""
         tokens = torch.from_numpy(inputs)
         for (start, stop), total in zip(self.spans, self._sums, strict=True):
             part = tokens[:, start:stop]
             total.addmm_(part.mT, part)
 
     def feedback(self) -> Feedback:
-        """What `gptq` needs to know of the inputs; for all matrices that read them."""
+        """Returns the factors for `gptq`, for all matrices with these inputs."""
         return Feedback(self.spans, [_feedback(total) for total in self._sums])
 
 
 class Feedback(NamedTuple):
-    """How errors pass on from column to column."""
+    """The factors by which errors pass from column to column."""
 
     spans: list[tuple[int, int]]
     factors: list[Tensor]
-    """Per span the upper Cholesky factor of the inverse Hessian: row k tells the columns behind k."""
+    """The upper Cholesky factor of the inverse Hessian per span. Row k has the weights of the columns after k."""
 
 
 def spans(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """`columns` in parts of about one width, each of whole groups."""
+    """Yields (start, stop) of spans of similar width, each of whole groups."""
     groups = columns // group_size
     count = -(-columns // MAX_SPAN)
     bounds = [group_size * (groups * k // count) for k in range(count + 1)]
@@ -64,7 +67,7 @@ def spans(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
 
 
 def gptq(weight: np.ndarray, feedback: Feedback, affine: Affine) -> Packed:
-    """(rows, columns) float32 in `affine`."""
+    """Quantizes (rows, columns) float32 to `affine` with the feedback of its inputs."""
     parts = [
         _gptq(torch.from_numpy(weight[start : start + ROWS_AT_ONCE]), feedback, affine)
         for start in range(0, len(weight), ROWS_AT_ONCE)
@@ -82,7 +85,7 @@ def _gptq(weight: Tensor, feedback: Feedback, affine: Affine) -> Packed:
 
 
 def _span(columns: Tensor, factor: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and biases of a span, transposed: (columns, rows), (groups, rows) twice. `columns` is used up."""
+    """Returns transposed codes (columns, rows), scales and biases (groups, rows) of a span. Overwrites `columns`."""
     size, codes, scales, biases = affine.group_size, torch.empty_like(columns), [], []
     for start in range(0, len(columns), size):
         group = columns[start : start + size]  # (size, rows)

@@ -1,7 +1,7 @@
 """Palettes: a weight as indices into the 2^n values that represent it best.
 
-In one dimension k-means needs no samples: float16 knows 65,536 numbers, so a weight of any size is a histogram, and
-with sums over its sorted values each of Lloyd's steps costs a few thousand operations.
+In one dimension k-means needs no sampling. float16 has 65,536 numbers, so a weight of any size is a histogram. With
+prefix sums over its sorted values, each of Lloyd's steps takes a few thousand operations.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from functools import cache
 import numpy as np
 
 MAX_STEPS = 400
-"""Lloyd's steps. From the start below trained weights settle within 100, to six digits of their error."""
+"""The most of Lloyd's steps. Trained weights settle within 100, to six digits of their error."""
 
 MAX_EXCHANGES = 64
+"""The most exchanges of cells after Lloyd's steps have settled."""
 SPLIT_GAIN = 0.75
-"""What splitting a cell of even density takes off its error."""
+"""The share of a cell's error that a split removes at uniform density."""
 
 START_BLOCKS = 8
-"""The density is estimated over this many blocks of weights for each cluster."""
+"""The blocks of weights per cluster over which the density is estimated."""
 
 
 def fit_palette(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """(lut, indices): 2^bits float16 values in ascending order, and for each weight the nearest one's index, uint8.
+    """Returns (lut, indices): 2^bits ascending float16 values, and the index of the nearest for each weight, uint8.
 
-    `weight` is finite and fits float16. The same weight gives the same palette on every machine.
+    `weight` is finite and fits float16. A weight has the same palette on every machine.
     """
     codes = weight.astype(np.float16).view(np.uint16)
     counts = np.bincount(codes.reshape(-1), minlength=1 << 16)
@@ -39,17 +40,17 @@ def fit_palette(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def float16_order() -> np.ndarray:
-    """The bit patterns of all finite float16 numbers, in the order of their values; uint16."""
+    """Returns the bit patterns of all finite float16 numbers in the order of their values, uint16."""
     patterns = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
     patterns = patterns[np.isfinite(patterns.view(np.float16))]
     return patterns[np.argsort(patterns.view(np.float16), kind="stable")]
 
 
 def kmeans(values: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
-    """`clusters` centres, ascending, of values that ascend and occur `counts` times: least squared error.
+    """Returns `clusters` ascending centres of least squared error, for ascending values that occur `counts` times.
 
-    Lloyd's steps, and whenever they settle one exchange: two neighbours that are as good as one become one, and the
-    cell that gains most is split, for as long as that lowers the error.
+    Lloyd's steps run until they settle. Then one exchange merges the two neighbours that lose least and splits the
+    cell that gains most. Both repeat while the error falls.
     """
     if len(values) <= clusters:
         return np.concatenate([values, np.repeat(values[-1], clusters - len(values))])
@@ -67,7 +68,7 @@ def kmeans(values: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def settled(values: np.ndarray, sums: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, float]:
-    """The centres after Lloyd's steps, and the squared error that is left."""
+    """Returns the centres after Lloyd's steps, and the remaining squared error."""
     previous = np.empty(0)
     for _ in range(MAX_STEPS):
         edges = cell_edges(values, centres)
@@ -79,7 +80,7 @@ def settled(values: np.ndarray, sums: np.ndarray, centres: np.ndarray) -> tuple[
 
 
 def exchanged(centres: np.ndarray, totals: np.ndarray) -> np.ndarray | None:
-    """The centres with one merger and one split that should lower the error, or None."""
+    """Returns the centres after one merger and one split that should lower the error, or None."""
     number, total, _ = totals
     weights = number[1:] * number[:-1] / np.maximum(number[1:] + number[:-1], 1)
     merging = weights * np.diff(centres) ** 2
@@ -94,24 +95,24 @@ def exchanged(centres: np.ndarray, totals: np.ndarray) -> np.ndarray | None:
 
 
 def cell_totals(values: np.ndarray, sums: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """(3, clusters): weights, sum and sum of squares of each centre's values."""
+    """Returns (3, clusters): weights, sum and sum of squares of each centre's values."""
     return np.diff(sums[:, cell_edges(values, centres)])
 
 
 def cell_noise(totals: np.ndarray) -> np.ndarray:
-    """Each cell's squared error about its mean."""
+    """Returns each cell's squared error about its mean."""
     number, total, squares = totals
     return np.maximum(squares - total**2 / np.maximum(number, 1), 0)
 
 
 def prefix_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(3, n + 1): how many weights, their sum and their sum of squares, before each value."""
+    """Returns (3, n + 1): the number of weights before each value, their sum and their sum of squares."""
     rows = np.stack([counts, counts * values, counts * values**2]).astype(np.float64)
     return np.concatenate([np.zeros((3, 1)), rows.cumsum(1)], axis=1)
 
 
 def starting_centres(values: np.ndarray, counts: np.ndarray, clusters: int) -> np.ndarray:
-    """As dense as the cube root of the weights' density: the best there is for many clusters (Panter and Dite)."""
+    """Returns centres with the cube root of the weights' density, the optimum for many clusters (Panter and Dite)."""
     blocks = START_BLOCKS * clusters
     edges = np.searchsorted(counts.cumsum(), np.linspace(0, counts.sum(), blocks + 1)[1:-1])
     edges = np.unique(np.concatenate([[0], edges, [len(values) - 1]]))
@@ -121,18 +122,18 @@ def starting_centres(values: np.ndarray, counts: np.ndarray, clusters: int) -> n
 
 
 def cell_edges(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Where each centre's values begin, and the end: those nearer to it than to any other."""
+    """Returns the index of the first value nearest to each centre, and the end."""
     middles = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[0], np.searchsorted(values, middles), [len(values)]])
 
 
 def cells(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The nearest centre's index of each value."""
+    """Returns the index of the nearest centre for each value."""
     return np.repeat(np.arange(len(centres)), np.diff(cell_edges(values, centres)))
 
 
 def move_centres(centres: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Each centre goes to the mean of its cell; one whose cell is empty goes where it helps most.
+    """Moves each centre to the mean of its cell. A centre with an empty cell goes to a cell of large error.
 
     `totals` (3, clusters): weights, sum and sum of squares of each cell.
     """

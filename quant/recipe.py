@@ -1,4 +1,4 @@
-"""Recipes: what an export decided, read again so that another can do the same."""
+"""Saved recipes: the decisions of an earlier export, read so that another export can repeat them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .schemes import WEIGHT_SCHEMES
 
 @dataclass(frozen=True)
 class SavedRecipe:
-    """What an earlier export did."""
+    """The decisions of an earlier export."""
 
     file: Path
     encoder: EncoderScheme
     decoder: DecoderScheme | None
     image_size: int | None
     calibration: Mapping[str, Any]
-    """What the manifest says of the images that were measured on; empty where it says nothing."""
+    """The manifest's entry about the calibration images. Empty if there is none."""
     settings: Mapping[str, Any]
-    """All that the recipe says, as it was read."""
+    """The whole recipe as it was read."""
 
 
 def read_recipe(path: str | Path) -> SavedRecipe:
-    """The recipe in an exported folder, in its `fastvlm.json`, or in a file that holds nothing else.
+    """Reads the recipe of an exported folder, of its `fastvlm.json`, or of a file with only a recipe.
 
     Raises:
-        UsageError: it cannot be read, lacks the encoder's weights, or a value is of a wrong type or unknown.
+        UsageError: the recipe cannot be read, lacks the encoder's weights, or has an invalid value.
     """
     file = Path(path).expanduser()
     file = file / MANIFEST_NAME if file.is_dir() else file
@@ -62,14 +62,13 @@ def read_recipe(path: str | Path) -> SavedRecipe:
 
 def _check_kind(settings: object) -> None:
     if not isinstance(settings, Mapping):
-        raise UsageError(f"'recipe' should be a JSON object; found {type(settings).__name__}")
+        raise UsageError(f"'recipe' must be a JSON object (got {type(settings).__name__}).")
     if settings.get("layout") == "mlx":
-        raise UsageError(
-            "an export of layout mlx, which has no recipe of an encoder; give its options again with --layout mlx"
-        )
+        raise UsageError("this export has the layout mlx, without a recipe for an encoder. Pass its arguments again.")
 
 
 REQUIRED = object()
+"""The default of values that a recipe must have."""
 
 DECODER_FIELDS: Mapping[str, tuple[type, ...]] = {
     "bits": (int, str),
@@ -79,7 +78,7 @@ DECODER_FIELDS: Mapping[str, tuple[type, ...]] = {
     "avg_bits": (int, float, NoneType),
     "layers": (dict,),
 }
-"""Of `DecoderScheme`, as JSON has them; bits of single layers are whole numbers."""
+"""The JSON types of the fields of `DecoderScheme`. Bits of single layers are whole numbers."""
 
 
 def _typed(settings: Mapping[str, Any], key: str, kind: type, default: Any = REQUIRED) -> Any:
@@ -87,25 +86,25 @@ def _typed(settings: Mapping[str, Any], key: str, kind: type, default: Any = REQ
     if value is None and default is not REQUIRED:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise UsageError(f"{key!r} should be of type {kind.__name__}; found {value!r:.40}")
+        raise UsageError(f"{key!r} must be of type {kind.__name__} (got {value!r:.40}).")
     return kind(value)
 
 
 def _weights(settings: Mapping[str, Any]) -> dict[str, str]:
     weights = settings.get("weights")
     if not isinstance(weights, Mapping) or not weights:
-        raise UsageError(f"'weights' should name the scheme of each convolution; found {str(weights)!r:.40}")
+        raise UsageError(f"'weights' must have the scheme of each convolution (got {str(weights)!r:.40}).")
     for name, scheme in weights.items():
         if not isinstance(scheme, str) or scheme not in WEIGHT_SCHEMES:
             known = ", ".join(WEIGHT_SCHEMES)
-            raise UsageError(f"the scheme of {name!r:.80} should be one of {known}; found {scheme!r:.40}")
+            raise UsageError(f"the scheme of {name!r:.80} must be one of {known} (got {scheme!r:.40}).")
     return dict(weights)
 
 
 def _calibration(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = settings.get("calibration")
     if found is not None and not isinstance(found, Mapping):
-        raise UsageError(f"'calibration' should be an object with source, images, sha256; found {found!r:.40}")
+        raise UsageError(f"'calibration' must be an object with source, images, sha256 (got {found!r:.40}).")
     return dict(found or {})
 
 
@@ -115,9 +114,9 @@ def _decoder(settings: Mapping[str, Any]) -> DecoderScheme | None:
         return None
     if not isinstance(saved, Mapping) or not DECODER_FIELDS.keys() >= saved.keys():
         known = ", ".join(sorted(DECODER_FIELDS))
-        raise UsageError(f"'decoder' should be an object with {known}; found {str(saved)!r:.80}")
+        raise UsageError(f"'decoder' must be an object with {known} (got {str(saved)!r:.80}).")
     layers = saved.get("layers")
     for name, value in {**(layers if isinstance(layers, dict) else {}), **saved}.items():
         if type(value) not in DECODER_FIELDS.get(name, (int,)):
-            raise UsageError(f"'decoder' holds a value of a wrong type: {name} is {value!r:.80}")
+            raise UsageError(f"'decoder' has a value of a wrong type ({name} is {value!r:.80}).")
     return DecoderScheme(**saved)

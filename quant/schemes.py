@@ -1,4 +1,4 @@
-"""How a convolution's weight is stored in fewer bits: the schemes, what each keeps, and what it costs."""
+"""The schemes that store a convolution's weight in fewer bits: rounding, error and size."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .palettes import fit_palette
 
 WEIGHT_SCHEMES = ("fp16", "int8", "int4", "pal8", "pal6", "pal4")
 W8A8 = "w8a8"
-"""int8 weights, and inputs of convolutions in int8: see `activations`."""
+"""The scheme with int8 weights and int8 inputs of convolutions, which `activations` rounds."""
 ENCODER_SCHEMES = (*WEIGHT_SCHEMES, "mixed", W8A8)
 
 MIN_ELEMENTS = 2048
-"""Weights of this many numbers or fewer stay float16: together they are a ten-thousandth of the bytes."""
+"""The largest number of elements of weights that stay float16. Together they are a ten-thousandth of the bytes."""
 
 MIN_INPUTS = 16
-"""Fewer input channels than this (depthwise weights have one, the image three), and a weight stays float16."""
+"""The fewest input channels of weights in fewer bits. Depthwise weights have one, and the first has three."""
 
 MIN_WEIGHT_SNR_DB = {"int8": 30.0, "pal8": 30.0, "pal6": 20.0, "int4": 12.0, "pal4": 12.0}
-"""Weights that a scheme keeps less well than this stay float16; trained ones reach 8 dB more or better."""
+"""The least SNR of a stored weight, by scheme. Trained weights exceed it by 8 dB, and worse ones stay float16."""
 
 PALETTE_BITS = {"pal8": 8, "pal6": 6, "pal4": 4}
 INT8_MAX = 127
@@ -31,27 +31,28 @@ INT4_MIN, INT4_MAX = -8, 7
 BLOCKWISE = "int4"
 """The scheme with a scale per block of inputs."""
 INT4_BLOCK = 32
-"""Input channels that share an int4 scale."""
+"""The number of input channels that share an int4 scale."""
 
 INT4_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Tried for each int4 block: parts of the scale that reaches its largest weight. A little clipping pays."""
+"""The shares of the full scale that are tried for each int4 block. Slight clipping lowers the error."""
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """`data * scale`: int8 or int4 in the weight's shape; one float16 scale per output channel or block of inputs."""
+    """A weight `data * scale`: int8 or int4 data, and a float16 scale per output channel or block of inputs."""
 
     scheme: str
     data: np.ndarray
     scale: np.ndarray
-    """Of the weight's rank; its sizes divide the weight's."""
+    """The scales, with the weight's rank and with sizes that divide the weight's."""
 
     @property
     def nbytes(self) -> int:
+        """The stored size."""
         return self.data.size * (4 if self.scheme == "int4" else 8) // 8 + self.scale.nbytes
 
     def dense(self) -> np.ndarray:
-        """The weight as the engine sees it, rounded to float16; float32."""
+        """Returns the weight as the engine computes it, float32 values rounded to float16."""
         blocks = [part for size, count in zip(self.data.shape, self.scale.shape, strict=True)
                   for part in (count, size // count)]  # fmt: skip
         ones = [part for count in self.scale.shape for part in (count, 1)]
@@ -61,7 +62,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class PaletteWeight:
-    """`lut[indices]`: 2^bits float16 values, and an index of that many bits for each weight."""
+    """A weight `lut[indices]`: 2^bits float16 values, and an index of `bits` bits per element."""
 
     scheme: str
     indices: np.ndarray
@@ -70,14 +71,16 @@ class PaletteWeight:
 
     @property
     def bits(self) -> int:
+        """The bits of an index."""
         return PALETTE_BITS[self.scheme]
 
     @property
     def nbytes(self) -> int:
+        """The stored size."""
         return (self.indices.size * self.bits + 7) // 8 + self.lut.nbytes
 
     def dense(self) -> np.ndarray:
-        """The weight as the engine sees it; float32."""
+        """Returns the weight as the engine computes it, float32."""
         return self.lut.astype(np.float32)[self.indices]
 
 
@@ -87,28 +90,28 @@ StoredWeight = LinearWeight | PaletteWeight
 def check_scheme(scheme: str) -> None:
     """Raises UsageError unless `scheme` is one of `ENCODER_SCHEMES`."""
     if scheme not in ENCODER_SCHEMES:
-        raise UsageError(f"--quant should be one of {', '.join(ENCODER_SCHEMES)}; found {scheme!r:.40}")
+        raise UsageError(f"quant must be one of {', '.join(ENCODER_SCHEMES)} (got {scheme!r:.40}).", "quant")
 
 
 def is_candidate(weight: np.ndarray) -> bool:
-    """Whether a convolution's weight (out, in / groups, K, K) is large enough to be worth fewer bits.
+    """Returns True if a convolution's weight (out, in / groups, K, K) is large enough for fewer bits.
 
-    Depthwise weights stay float16: they are 1 % of FastViTHD's bytes and would cause 5 dB of int8's noise, because each
-    output rests on few numbers whose errors cannot average out.
+    Depthwise weights stay float16. They are 1 % of FastViTHD's bytes, and would cause 5 dB of int8's noise, because
+    each output is a sum of few products, whose errors do not average out.
     """
     return weight.ndim == 4 and weight.shape[1] >= MIN_INPUTS and weight.size > MIN_ELEMENTS
 
 
 def store(weight: np.ndarray, scheme: str) -> StoredWeight:
-    """`weight` (out, in, K, K) float32 in `scheme`, which is not fp16."""
+    """Stores `weight` (out, in, K, K) float32 in `scheme`, which is not fp16."""
     return _WAYS[scheme](weight)
 
 
 def stored_if_kept(weight: np.ndarray, scheme: str) -> StoredWeight | None:
-    """`weight` in `scheme`, or None where it should stay float16.
+    """Stores `weight` in `scheme`, or returns None if it has to stay float16.
 
-    Besides small and depthwise ones these are weights that the scheme would spoil: with small layer scales folded into
-    them, int8's scales, which are float16 themselves, underflow.
+    Small and depthwise weights stay float16, and so do weights with a low SNR in `scheme`. Folded layer scales can be
+    so small that int8's scales, which are float16, underflow.
     """
     if scheme == "fp16" or not is_candidate(weight):
         return None
@@ -117,14 +120,14 @@ def stored_if_kept(weight: np.ndarray, scheme: str) -> StoredWeight | None:
 
 
 def weight_snr_db(weight: np.ndarray, kept: np.ndarray) -> float:
-    """How well `kept` keeps `weight`: 10 log10(sum of squares / of the differences); 0 for a weight of zeros."""
+    """Returns 10 log10(sum of squares of `weight` / of the differences from `kept`), or 0 for a weight of zeros."""
     signal = float(np.vdot(weight, weight))
     noise = kept - weight
     return 10 * np.log10(signal / max(float(np.vdot(noise, noise)), signal * 1e-20)) if signal else 0.0
 
 
 def stored_int8(weight: np.ndarray) -> LinearWeight:
-    """Linear, symmetric, one scale per output channel."""
+    """Stores a weight linearly and symmetrically, with a scale per output channel."""
     largest = np.abs(weight).max((1, 2, 3), keepdims=True)
     scale = (2 * largest.astype(np.float16) / np.float16(2 * INT8_MAX)).astype(np.float16)
     data = steps(weight, scale.astype(np.float32), -INT8_MAX, INT8_MAX)
@@ -132,7 +135,7 @@ def stored_int8(weight: np.ndarray) -> LinearWeight:
 
 
 def stored_int4(weight: np.ndarray) -> LinearWeight:
-    """Linear, symmetric, one scale per `INT4_BLOCK` input channels of an output channel, or per output channel."""
+    """Stores a weight linearly, with a scale per `INT4_BLOCK` input channels, or per output channel."""
     out, inputs = weight.shape[:2]
     count = inputs // INT4_BLOCK if inputs % INT4_BLOCK == 0 else 1
     blocks = weight.reshape(out, count, -1)
@@ -150,6 +153,8 @@ def stored_int4(weight: np.ndarray) -> LinearWeight:
 
 
 def stored_palette(scheme: str) -> Callable[[np.ndarray], PaletteWeight]:
+    """Returns the function that stores a weight as a palette."""
+
     def way(weight: np.ndarray) -> PaletteWeight:
         lut, indices = fit_palette(weight, PALETTE_BITS[scheme])
         return PaletteWeight(scheme, indices, lut)
@@ -158,7 +163,7 @@ def stored_palette(scheme: str) -> Callable[[np.ndarray], PaletteWeight]:
 
 
 def steps(weight: np.ndarray, scale: np.ndarray, least: int, most: int) -> np.ndarray:
-    """`weight / scale` rounded and clipped, int8; a scale of 0 (all weights of its block underflow) gives 0."""
+    """Returns `weight / scale` rounded and clipped, int8. A scale of 0, from underflow, gives 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         found = weight / scale
     np.nan_to_num(found, copy=False, posinf=0, neginf=0)
@@ -167,7 +172,7 @@ def steps(weight: np.ndarray, scale: np.ndarray, least: int, most: int) -> np.nd
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 values rounded to float16."""
+    """Returns float32 values rounded to float16."""
     return values.astype(np.float16).astype(np.float32)
 
 
@@ -179,13 +184,13 @@ _WAYS: dict[str, Callable[[np.ndarray], StoredWeight]] = {
 
 
 def stored_bytes(shape: tuple[int, ...], scheme: str) -> int:
-    """What a weight of `shape` takes up in `scheme`, before any is made."""
+    """Returns the size of a weight of `shape` in `scheme`."""
     size = prod(shape)
     if scheme in PALETTE_BITS:
         bits = PALETTE_BITS[scheme]
         return (size * bits + 7) // 8 + (2 << bits)
     if scheme == "int8":
-        return size + 3 * shape[0]  # with its zero point
+        return size + 3 * shape[0]  # with zero points
     if scheme == "int4":
         return size // 2 + 2 * shape[0] * (shape[1] // INT4_BLOCK if shape[1] % INT4_BLOCK == 0 else 1)
     return 2 * size

@@ -1,16 +1,16 @@
-"""`mixed`: for each weight as few bits as the output can bear, measured.
+"""The search of `mixed`: for each weight the fewest bits that the output can bear, by measurement.
 
-What rounding one weight adds to the output's noise is, near enough, the weight's own rounding noise times a gain of
-that weight alone; and the noises of different weights add up. (On small encoders: gains mostly within 3 dB from 4 bits
-to 8, sums within 1.5 dB of whole plans.) So two runs of the network per weight tell every scheme's noise there, the
-choice is a walk along the best trades of noise for bytes, and the whole plan is then run, and corrected until it holds.
-Whole plans are run with every result rounded to float16: what that alone costs is measured first.
+Rounding one weight adds noise to the output. This noise is close to the weight's own rounding noise times a gain of
+that weight, and the noises of different weights add up. On small encoders, gains were mostly within 3 dB from 4 bits
+to 8, and sums within 1.5 dB of whole plans. So two runs of the network per weight predict the noise of every scheme,
+and the choice follows the best trades of noise for bytes. The whole plan is then run, and corrected until it passes.
+Whole plans run with every result rounded to float16, and the noise of that rounding alone is measured first.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,38 +20,52 @@ from ..models.errors import UsageError
 from .encoder import apply_weights, convolutions, input_means, stored_by_plan
 from .float16 import float16_outputs
 from .schemes import StoredWeight, is_candidate, store, stored_bytes
-from .trades import Option, Options, best_trades, plan_bytes, within_bytes, within_noise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PROBES = {"int8": "int8", "pal8": "pal6", "pal6": "pal6", "pal4": "pal6"}
-"""The choices besides float16, and the scheme that each one's gain is measured with.
+"""The schemes to choose from besides float16, each with the scheme that its gain is measured with.
 
-Palettes spread their noise evenly over a weight's channels, int8 by their scales: gains differ. Of pal8 and int8, which
-take about the same bytes, either may be the better, by 8 dB on some weights.
+Palettes spread their noise evenly over a weight's channels, and int8 by their scales, so gains differ. pal8 and int8
+take about the same bytes. Either can be better than the other, by 8 dB on some weights.
 """
 
 MARGIN_DB = 1.0
-"""Plans are made to pass the floor by this on the images that they are tried on; other images differ by 0.5 dB."""
+"""The margin above the floor, in dB, that plans reach on the trial images. Other images differ by 0.5 dB."""
 
 SLACK_DB = 0.4
-"""A plan that passes its target by less than this is not improved further."""
+"""The excess over the target, in dB, below which a plan is not improved further."""
 
 LEAST_SHARE = 1e-3
-"""Of float16's own noise: what weights add is taken to be this much at least, for it may even cancel some."""
+"""The smallest noise that weights are taken to add, as a share of float16's noise. Noises may cancel each other."""
 
 MAX_TRIALS = 6
+"""The number of whole plans that are run at most. Each run costs a forward pass per trial image."""
 
 ON_IMAGES = "on the search's images"
-"""In progress: an export is judged on others, which gives other figures."""
+"""The end of progress lines. The export is verified on other images, so its figures differ."""
 
-Say = Callable[[str], None]
+OnStage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A plan, and the SNR of `image_features` that it reached in torch, with results rounded to float16."""
+class Option:
+    """One way to store one weight."""
+
+    scheme: str
+    nbytes: int
+    noise: float
+    """The noise that it adds to the output, relative to the output's energy."""
+
+
+Options = Mapping[str, Sequence[Option]]
+"""The useful options of each weight, from float16 to the fewest bytes."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A plan, with the SNR of its `image_features` in torch, where results are rounded to float16."""
 
     plan: Mapping[str, str]
     snr_db: float
@@ -59,35 +73,35 @@ class Found:
 
 @dataclass(frozen=True)
 class Images:
-    """What a search looks at: `probes` through a network that takes small images, the others at their full size."""
+    """The images of a search, at the size of the encoder's input."""
 
     calibration: Sequence[np.ndarray]
     trial: Sequence[np.ndarray]
 
 
 def search(
-    network: nn.Sequential, options: Options, images: Images, *, min_snr: float, others: int = 0, say: Say
-) -> Found:
-    """The smallest plan found that reaches `min_snr` (dB) by `MARGIN_DB` on the trial images.
+    network: nn.Sequential, options: Options, images: Images, *, min_snr: float, fixed_bytes: int = 0, on_stage: OnStage
+) -> SearchResult:
+    """Searches the smallest plan that exceeds `min_snr` (dB) by `MARGIN_DB` on the trial images.
 
-    Where float16 itself passes by less than that, or no plan does, everything stays float16. `others` are the bytes of
-    what no plan changes, which `say` counts too, as `search_bytes` does.
+    If neither float16 nor any plan has that margin, everything stays float16. `fixed_bytes` is the size of all
+    weights that no plan changes. It is included in the sizes that `on_stage` reports.
 
     Raises:
-        UsageError: float16 itself does not reach `min_snr`.
+        UsageError: float16 does not reach `min_snr`.
     """
-    trial = Trial(network, options, images)
-    base = trial.noise({})
-    best = Found(filled(network, {}), decibels(base))
+    runner = TrialRunner(network, options, images)
+    base = runner.noise({})
+    best = SearchResult(filled(network, {}), decibels(base))
     check_attainable(min_snr, best.snr_db)
-    say(f"float16 itself keeps {best.snr_db:.1f} dB {ON_IMAGES}")
+    on_stage(f"float16 alone keeps {best.snr_db:.1f} dB {ON_IMAGES}")
     room = 10 ** (-(min_snr + MARGIN_DB) / 10) - base  # for the noise of weights in fewer bits
     passed, failed, budget = 0.0, np.inf, room  # the largest budget that passed, the smallest that failed
     for turn in range(MAX_TRIALS if room > 0 else 0):
         plan = within_noise(options, budget)
-        found = Found(filled(network, plan), decibels(trial.noise(plan)))
-        size = (plan_bytes(options, plan) + others) / 1e6
-        say(f"try plan {turn + 1}: encoder at most {size:.1f} MB, {found.snr_db:.1f} dB {ON_IMAGES}")
+        found = SearchResult(filled(network, plan), decibels(runner.noise(plan)))
+        size = (plan_bytes(options, plan) + fixed_bytes) / 1e6
+        on_stage(f"try plan {turn + 1}: encoder at most {size:.1f} MB, {found.snr_db:.1f} dB {ON_IMAGES}")
         noise = max(10 ** (-found.snr_db / 10) - base, base * LEAST_SHARE)
         if noise <= room:
             best, passed = found, budget
@@ -100,34 +114,38 @@ def search(
 
 
 def check_attainable(min_snr: float, float16_db: float) -> None:
-    """Raises UsageError when float16 itself, which reaches `float16_db`, does not reach `min_snr`."""
+    """Raises UsageError if the SNR of float16, `float16_db`, is below `min_snr`."""
     if min_snr > float16_db:
         raise UsageError(
-            f"--min-snr {min_snr:g} is more than float16 itself keeps of this encoder, {float16_db:.1f} dB: ask for "
-            f"{np.floor(float16_db - MARGIN_DB):g} or less, or take --quant fp16"
+            f"min_snr must be below the {float16_db:.1f} dB that float16 keeps of this encoder (got {min_snr:g}). "
+            f"Pass {np.floor(float16_db - MARGIN_DB):g} or less, or quant='fp16'.",
+            "min_snr",
+            "quant",
         )
 
 
 def next_budget(passed: float, failed: float, proposed: float) -> float:
-    """`proposed` if it lies between the budgets that are known to pass and to fail, else their geometric mean."""
+    """Returns `proposed` if it is between the budgets that passed and failed, else their geometric mean."""
     return proposed if passed < proposed < failed else float(np.sqrt(passed * failed))
 
 
-def search_bytes(network: nn.Sequential, options: Options, images: Images, *, max_bytes: int, others: int) -> Found:
-    """The best plan whose weights take `max_bytes` at most, of which `others` bytes are for what no plan changes.
+def search_bytes(
+    network: nn.Sequential, options: Options, images: Images, *, max_bytes: int, fixed_bytes: int
+) -> SearchResult:
+    """Returns the best plan of at most `max_bytes`, with `fixed_bytes` for weights that no plan changes.
 
     Raises:
-        UsageError: even the fewest bits take more.
+        UsageError: the plan with the fewest bits takes more.
     """
-    plan = within_bytes(options, max_bytes - others)
+    plan = within_bytes(options, max_bytes - fixed_bytes)
     if plan is None:
-        least = others + sum(choices[-1].nbytes for choices in options.values())
-        raise UsageError(f"--max-bytes {max_bytes} is too few: the encoder takes {least} bytes at least")
-    return Found(filled(network, plan), decibels(Trial(network, options, images).noise(plan)))
+        least = fixed_bytes + sum(choices[-1].nbytes for choices in options.values())
+        raise UsageError(f"max_bytes must be at least {least} for this encoder (got {max_bytes}).", "max_bytes")
+    return SearchResult(filled(network, plan), decibels(TrialRunner(network, options, images).noise(plan)))
 
 
-class Trial:
-    """Runs whole plans as the engine would, at full size; the network is left as it was."""
+class TrialRunner:
+    """A runner of whole plans, in float16 and at full size. It restores the network after each run."""
 
     def __init__(self, network: nn.Sequential, options: Options, images: Images) -> None:
         self.network, self.images = network, images.trial
@@ -135,15 +153,16 @@ class Trial:
         self.expected = [outputs(network, image) for image in images.trial]
 
     def noise(self, plan: Mapping[str, str]) -> float:
-        """Of the output, relative to its energy."""
+        """Returns the noise of the output under `plan`, relative to the output's energy."""
         with applied(self.network, stored_by_plan(self.network, plan), self.means):
             return noise_of(self.expected, [float16_outputs(self.network, image) for image in self.images])
 
 
 def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> dict[str, list[Option]]:
-    """For each convolution that can take fewer bits its options, from two runs of what follows it per image.
+    """Measures the options of each convolution that can take fewer bits.
 
-    `images` may be smaller than those that the encoder is for: gains hardly depend on the size.
+    Each takes two runs per image of the layers from the convolution on. `images` may be smaller than the encoder's
+    input, as gains hardly depend on the size.
     """
     candidates = {name: conv for name, conv in convolutions(network).items() if is_candidate(conv.weight.numpy())}
     means = input_means(network, list(candidates), images)
@@ -167,8 +186,62 @@ def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> di
     return options
 
 
+def best_trades(options: Iterable[Option]) -> list[Option]:
+    """Returns the options on the convex hull, by falling bytes, so that noise per saved byte only grows."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (-option.nbytes, -option.noise)):
+        while hull and option.noise <= hull[-1].noise:
+            hull.pop()
+        while len(hull) > 1 and price(hull[-2], option) <= price(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def price(more: Option, fewer: Option) -> float:
+    """Returns the added noise per saved byte."""
+    return (fewer.noise - more.noise) / (more.nbytes - fewer.nbytes)
+
+
+def trades(options: Options) -> list[tuple[float, str, int]]:
+    """Returns (price, name, step) of every step from an option to the next, the best first."""
+    return sorted(
+        (price(choices[step - 1], choices[step]), name, step)
+        for name, choices in options.items()
+        for step in range(1, len(choices))
+    )
+
+
+def within_noise(options: Options, budget: float) -> dict[str, str]:
+    """Returns a scheme per weight, by the best trades whose noises add up to at most `budget`."""
+    level = dict.fromkeys(options, 0)
+    spent = sum(choices[0].noise for choices in options.values())
+    for _, name, step in trades(options):
+        added = options[name][step].noise - options[name][step - 1].noise
+        if level[name] == step - 1 and spent + added <= budget:
+            level[name], spent = step, spent + added
+    return {name: options[name][step].scheme for name, step in level.items()}
+
+
+def within_bytes(options: Options, budget: int) -> dict[str, str] | None:
+    """Returns a scheme per weight, by the best trades into at most `budget` bytes, or None if none fits."""
+    level = dict.fromkeys(options, 0)
+    size = sum(choices[0].nbytes for choices in options.values())
+    for _, name, step in trades(options):
+        if size <= budget:
+            break
+        size -= options[name][step - 1].nbytes - options[name][step].nbytes
+        level[name] = step
+    return {name: options[name][step].scheme for name, step in level.items()} if size <= budget else None
+
+
+def plan_bytes(options: Options, plan: Mapping[str, str]) -> int:
+    """Returns the size of the weights that `plan` covers."""
+    return sum(option.nbytes for name, choices in options.items() for option in choices if option.scheme == plan[name])
+
+
 def partial_outputs(network: nn.Sequential, image: np.ndarray) -> Iterator[Tensor]:
-    """The input of each part of the network, and last its output."""
+    """Yields the input of each part of the network, and last its output."""
     import torch
 
     with torch.inference_mode():
@@ -180,6 +253,7 @@ def partial_outputs(network: nn.Sequential, image: np.ndarray) -> Iterator[Tenso
 
 
 def outputs(network: nn.Module, image: np.ndarray | Tensor) -> np.ndarray:
+    """Returns the network's output in float32."""
     import torch
 
     with torch.inference_mode():
@@ -187,19 +261,19 @@ def outputs(network: nn.Module, image: np.ndarray | Tensor) -> np.ndarray:
 
 
 def noise_of(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """Energy of the differences relative to that of `expected`."""
+    """Returns the energy of the differences relative to that of `expected`."""
     noise = sum(float(np.square(b.astype(np.float64) - a).sum()) for a, b in zip(expected, found, strict=True))
     return noise / sum(float(np.square(a.astype(np.float64)).sum()) for a in expected)
 
 
 def decibels(noise: float) -> float:
-    """The SNR of a noise that is relative to the signal."""
+    """Returns the SNR of a noise that is relative to the signal."""
     return float(-10 * np.log10(noise))
 
 
 @contextlib.contextmanager
 def applied(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mapping[str, Tensor]) -> Iterator[None]:
-    """`apply_weights`, taken back at the end."""
+    """Applies weights as `apply_weights` does, and restores the network at the end."""
     from ..models.fastvit import bias_of
 
     convs = convolutions(network)
@@ -214,5 +288,5 @@ def applied(network: nn.Module, stored: Mapping[str, StoredWeight], means: Mappi
 
 
 def filled(network: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """`plan` with float16 for the convolutions that it leaves out."""
+    """Returns `plan` with float16 for the convolutions that it omits."""
     return {name: plan.get(name, "fp16") for name in convolutions(network)}

@@ -106,7 +106,7 @@ def test_weight_that_the_program_lacks_is_an_error(tmp_path: Path) -> None:
     stored = stored_uniformly(network, "int8")
     quantize(network, stored, ())
     renamed = {f"no.{name}" if name == "19.qkv" else name: weight for name, weight in stored.items()}
-    with pytest.raises(PackageError, match="21 of the encoder's weights should be compressed; the program has 20"):
+    with pytest.raises(PackageError, match="the program must have 21 compressed weights, got 20"):
         convert_encoder(network, 256, renamed, tmp_path / "a.mlpackage", metadata={}, on_stage=lambda _: None)
 
 

@@ -306,9 +306,9 @@ def test_failed_verification_leaves_no_folder(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"quant": "int3"}, UsageError, "--quant should be one of fp16, int8"),
-        ({"decoder_bits": 3}, UsageError, "--decoder-bits should be one of 4, 5, 6, 8, 16, mixed"),
-        ({"group_size": 48}, UsageError, "--group-size should be one of 32, 64, 128"),
+        ({"quant": "int3"}, UsageError, "quant must be one of fp16, int8"),
+        ({"decoder_bits": 3}, UsageError, "decoder_bits must be one of 4, 5, 6, 8, 16, mixed"),
+        ({"group_size": 48}, UsageError, "group_size must be one of 32, 64, 128"),
         ({"image_size": 100}, ConfigError, "multiple of 64 from 128 to 2048"),
         ({"image_size": 4096}, ConfigError, "multiple of 64 from 128 to 2048"),
     ],

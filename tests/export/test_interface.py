@@ -178,6 +178,6 @@ def test_impossible_borders_are_refused_before_any_work(options: dict, message: 
 
 def test_calibration_folder_without_images_is_refused_before_any_work(tmp_path: Path) -> None:
     stages: list[str] = []
-    with pytest.raises(ImageError, match="holds no image"):
+    with pytest.raises(ImageError, match="has no readable image"):
         export("random:tiny", tmp_path / "model", calibrate=tmp_path, on_stage=stages.append)
     assert stages == []

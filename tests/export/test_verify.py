@@ -280,7 +280,7 @@ def test_every_stage_is_compared(exported: Path) -> None:
 
 
 def test_images_of_a_folder_are_verified_on(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is no folder"):
+    with pytest.raises(ImageError, match="is not a folder"):
         verify(copy, "random:tiny", images=tmp_path / "none")
     samples = Path(__file__).resolve().parents[2] / "runtime" / "samples"
     result = verify(copy, "random:tiny", images=samples)

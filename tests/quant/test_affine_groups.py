@@ -1,4 +1,4 @@
-"""Affine groups of our own making are read by MLX, and fit better than its own."""
+"""Fitted affine groups: MLX reads them, and their error is smaller than that of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise(weight: np.ndarray, other: mx.array) -> float:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), ALL)
-def test_codes_are_where_mlx_looks_for_them(bits: int, group_size: int) -> None:
+def test_mlx_reads_the_packed_codes(bits: int, group_size: int) -> None:
     codes = RNG.integers(0, 2**bits, (6, 256))
     ones, zeros = mx.ones((6, 256 // group_size)), mx.zeros((6, 256 // group_size))
     read = mx.dequantize(mx.array(pack(torch.from_numpy(codes), bits)), ones, zeros, group_size=group_size, bits=bits)
@@ -30,7 +30,7 @@ def test_codes_are_where_mlx_looks_for_them(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), ALL)
-def test_fitted_groups_lose_less_than_mlx_does(bits: int, group_size: int, tolerance: Callable[[str], float]) -> None:
+def test_fitted_groups_have_less_noise_than_mlx(bits: int, group_size: int, tolerance: Callable[[str], float]) -> None:
     weight = RNG.standard_normal((600, 256), dtype=np.float32)  # more rows than are fitted at once
     affine = Affine(group_size, bits)
     plain = mx.dequantize(*mx.quantize(mx.array(weight).astype(mx.float16), **affine.as_dict()), **affine.as_dict())
@@ -39,7 +39,7 @@ def test_fitted_groups_lose_less_than_mlx_does(bits: int, group_size: int, toler
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, -3.0, 60000.0])
-def test_equal_numbers_stay_what_they_are(value: float) -> None:
+def test_equal_numbers_are_kept(value: float) -> None:
     weight = np.full((2, 64), value, np.float32)
     read = np.array(dequantized(fitted(weight, Affine(64, 4)), Affine(64, 4)))
     np.testing.assert_allclose(read, weight, rtol=2**-11, atol=2**-25)

@@ -1,4 +1,4 @@
-"""Images from a folder: which are taken, in which order, and what is said of the others."""
+"""Calibration images: the embedded sets, and the files of a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 from fastvlm.models.errors import ImageError
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
 from fastvlm.quant import calibration
-from fastvlm.quant.calibration import calibration_images, folder_images
+from fastvlm.quant.calibration import calibration_images, folder_images, verification_images
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images of different sizes and formats, and what a folder holds besides."""
+    """Returns a folder with two images of different sizes and formats, and other files."""
     draw = np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "b.JPG", format="JPEG")
     Image.fromarray(draw.integers(0, 256, (64, 64, 4), dtype=np.uint8)).save(tmp_path / "a.png")
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_images_are_squared_as_for_answering_and_sorted_by_name(folder: Path, fit: str) -> None:
+def test_images_are_squared_and_sorted_by_name(folder: Path, fit: str) -> None:
     images = folder_images(folder, 128, fit)
     assert len(images) == 2
     for name, values in zip(("a.png", "b.JPG"), images, strict=True):
@@ -39,33 +39,33 @@ def test_images_are_squared_as_for_answering_and_sorted_by_name(folder: Path, fi
 
 def test_broken_images_are_named_without_their_path(folder: Path) -> None:
     (note,) = folder_images(folder, 128, "pad").notes
-    assert note.startswith("images left out: c.png is not an image")
+    assert note.startswith("images skipped: c.png is not an image")
     assert str(folder) not in note
     for index in range(10):
         (folder / f"d{index}.png").write_bytes(b"")
     (note,) = folder_images(folder, 128, "pad").notes
-    assert note.endswith("d2.png has 0 bytes; and 7 more")
+    assert note.endswith("d2.png has 0 bytes, and 7 more")
 
 
 def test_images_past_the_limit_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "MAX_FOLDER_IMAGES", 1)
     images = folder_images(folder, 128, "pad")
     assert len(images) == 1
-    assert images.notes == ("images left out: 2 more than the 1 that are read",)
+    assert images.notes == ("images skipped: 2 files beyond the limit of 1",)
 
 
 def test_folder_without_images_is_an_error(folder: Path) -> None:
     for name in ("a.png", "b.JPG"):
         (folder / name).unlink()
-    with pytest.raises(ImageError, match=r"holds no image that can be read: c.png is not an image"):
+    with pytest.raises(ImageError, match=r"has no readable image \(c.png is not an image"):
         folder_images(folder, 128, "pad")
-    with pytest.raises(ImageError, match=r"sub holds no image that can be read \(.avif, .*\)"):
+    with pytest.raises(ImageError, match=r"sub has no readable image \(none of .avif, .*\)"):
         folder_images(folder / "sub", 128, "pad")
-    with pytest.raises(ImageError, match="is no folder"):
+    with pytest.raises(ImageError, match="is not a folder"):
         folder_images(folder / "gone", 128, "pad")
 
 
-def test_set_tells_what_it_holds_by_content(folder: Path) -> None:
+def test_manifest_entry_depends_on_the_content(folder: Path) -> None:
     first, again = folder_images(folder, 128, "pad").as_dict(), folder_images(folder, 128, "pad").as_dict()
     assert first == again
     assert (first["source"], first["images"]) == ("folder", 2)
@@ -73,8 +73,20 @@ def test_set_tells_what_it_holds_by_content(folder: Path) -> None:
     assert calibration_images(128).as_dict()["source"] == "embedded"
 
 
-def test_slices_hold_images(folder: Path) -> None:
+def test_slice_is_a_list_of_images(folder: Path) -> None:
     images = folder_images(folder, 128, "pad")
     np.testing.assert_array_equal(images[1:][0], images[1])
     assert len(list(images)) == 2
     assert calibration.MAX_FOLDER_IMAGES > 2
+
+
+def test_embedded_sets_repeat_and_share_no_image() -> None:
+    for images in (calibration_images(128), verification_images(128)):
+        for image in images:
+            assert image.shape == (1, 3, 128, 128)
+            assert image.dtype == np.float32
+            assert image.std() > 0.05
+        assert 0 <= min(image.min() for image in images) < 0.2
+        assert 0.8 < max(image.max() for image in images) <= 1
+    assert all(np.array_equal(a, b) for a, b in zip(calibration_images(128), calibration_images(128), strict=True))
+    assert not any(np.array_equal(a, b) for a in calibration_images(128) for b in verification_images(128))

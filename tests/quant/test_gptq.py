@@ -1,4 +1,4 @@
-"""GPTQ: less error in the products with inputs like those it saw."""
+"""GPTQ: products with inputs like those of the calibration have less error."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ def noise_db(weight: np.ndarray) -> float:
     return 10 * np.log10(((x @ WEIGHT.T) ** 2).sum() / ((x @ (weight - WEIGHT).T) ** 2).sum())
 
 
-def test_products_keep_more_than_with_the_nearest_levels(tolerance: Callable[[str], float]) -> None:
+def test_products_have_less_error_than_nearest_levels(tolerance: Callable[[str], float]) -> None:
     nearest = np.array(dequantized(fitted(WEIGHT, AFFINE), AFFINE))
     found = np.array(dequantized(gptq(WEIGHT, hessian(400).feedback(), AFFINE), AFFINE))
     assert noise_db(found) > noise_db(nearest) + tolerance("gptq_products_gain_db")
 
 
 @pytest.mark.parametrize("rows", [1, 96])
-def test_source_is_left_as_it_is(rows: int) -> None:
+def test_source_is_unchanged(rows: int) -> None:
     weight = WEIGHT[:rows].copy()
     gptq(weight, hessian(50).feedback(), AFFINE)
     np.testing.assert_array_equal(weight, WEIGHT[:rows])
 
 
-def test_rows_are_the_same_however_many_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     feedback = hessian(400).feedback()
     whole = gptq(WEIGHT, feedback, AFFINE)
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 40)
     for left, right in zip(whole, gptq(WEIGHT, feedback, AFFINE), strict=True):
         assert left.shape == right.shape
-        assert (left == right).mean() > 0.99  # sums of other widths may round another way
+        assert (left == right).mean() > 0.99  # sums of other widths may round differently
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20])
-def test_few_tokens_do_no_harm(tokens: int) -> None:
-    """With no inputs at all, what is left is the fit of the groups."""
+def test_few_tokens_give_finite_weights(tokens: int) -> None:
+    """Without inputs the result is the fit of the groups."""
     found = gptq(WEIGHT, hessian(tokens).feedback(), AFFINE)
     assert np.isfinite(np.array(dequantized(found, AFFINE))).all()
     if tokens == 0:
@@ -68,7 +68,7 @@ def test_few_tokens_do_no_harm(tokens: int) -> None:
         np.testing.assert_array_equal(found.weight, nearest.weight)
 
 
-def test_wide_matrices_are_cut_between_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_matrices_are_split_between_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SPAN", 50)
     assert list(spans(128, 32)) == [(0, 32), (32, 64), (64, 128)]
     found = gptq(WEIGHT, hessian(400).feedback(), AFFINE)

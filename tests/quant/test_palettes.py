@@ -1,4 +1,4 @@
-"""Palettes from histograms, next to k-means on the numbers themselves."""
+"""Palettes from histograms, compared with k-means on samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inertia(weight: np.ndarray, kept: np.ndarray) -> float:
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_error_is_as_small_as_that_of_sampled_kmeans(kind: str, bits: int, tolerance: Callable[[str], float]) -> None:
+def test_error_is_as_small_as_with_sampled_kmeans(kind: str, bits: int, tolerance: Callable[[str], float]) -> None:
     cluster = pytest.importorskip("sklearn.cluster", reason="scikit-learn is not installed")
     weight = WEIGHTS[kind].astype(np.float16).astype(np.float32)
     lut, indices = fit_palette(weight, bits)
@@ -55,13 +55,13 @@ def test_zeros_are_kept() -> None:
     assert not lut[indices].any()
 
 
-def test_values_that_leave_cells_empty_still_use_every_entry() -> None:
+def test_empty_cells_are_filled() -> None:
     weight = np.concatenate([np.linspace(0, 1e-3, 4000), np.linspace(900, 1000, 96)]).reshape(64, 64, 1, 1)
     lut, _ = fit_palette(weight.astype(np.float32), 4)
     assert len(np.unique(lut)) == 16
 
 
-def test_order_holds_every_finite_number_once() -> None:
+def test_order_has_every_finite_number_once() -> None:
     values = float16_order().view(np.float16).astype(np.float64)
     assert len(values) == 2 * 31 * 1024
     assert (np.diff(values) >= 0).all()

@@ -1,4 +1,4 @@
-"""Each scheme's numbers: what is stored, what it stands for, what it costs."""
+"""The schemes: stored numbers, their error and their size."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WEIGHT = (
     np.random.default_rng(3).normal(size=(96, 64, 1, 1)) * np.geomspace(0.01, 0.02, 96)[:, None, None, None]
 ).astype(np.float32)
 NORMAL_SNR_DB = {"int8": 40.0, "pal8": 42.0, "pal6": 30.0, "int4": 19.0, "pal4": 19.0}
-"""Of normally distributed numbers, as rate-distortion tables have it, less 2 dB for channels of different scales."""
+"""The SNR of normally distributed numbers by rate-distortion tables, less 2 dB for different channel scales."""
 
 
 @pytest.mark.parametrize("scheme", MIN_WEIGHT_SNR_DB)
-def test_scheme_keeps_what_theory_says_and_counts_its_bytes(scheme: str) -> None:
+def test_scheme_reaches_the_theoretical_snr_and_size(scheme: str) -> None:
     stored = store(WEIGHT, scheme)
     dense = stored.dense()
     assert dense.shape == WEIGHT.shape
@@ -35,7 +35,7 @@ def test_scheme_keeps_what_theory_says_and_counts_its_bytes(scheme: str) -> None
     assert stored_bytes(WEIGHT.shape, scheme) == stored.nbytes + zero_points
 
 
-def test_int4_clips_a_little_where_that_pays() -> None:
+def test_int4_clips_where_that_lowers_the_error() -> None:
     weight = np.full((16, 32, 1, 1), 0.1, np.float32) * np.sign(WEIGHT[:16, :32])
     weight[:, 0] = 0.75
     reaching = np.rint(weight / (0.75 / 7)) * (0.75 / 7)
@@ -44,7 +44,7 @@ def test_int4_clips_a_little_where_that_pays() -> None:
     assert store(WEIGHT, "int4").data.max() <= 7
 
 
-def test_int4_of_channels_that_do_not_divide_into_blocks_has_one_scale_per_channel() -> None:
+def test_int4_without_whole_blocks_has_a_scale_per_channel() -> None:
     stored = store(WEIGHT[:, :40], "int4")
     assert stored.scale.shape == (96, 1, 1, 1)
     assert weight_snr_db(WEIGHT[:, :40], stored.dense()) > 15
@@ -64,7 +64,7 @@ def test_weights_that_int8_would_spoil_stay_float16() -> None:
     assert stored_if_kept(WEIGHT * np.float32(1e-6), "int8") is None  # scales that underflow
     spoiled = WEIGHT.copy()
     spoiled[:, 0] = 5.0
-    assert stored_if_kept(spoiled, "int8") is not None  # loud, so well kept in sum
+    assert stored_if_kept(spoiled, "int8") is not None  # large values, so the sum keeps its SNR
     assert stored_if_kept(np.zeros_like(WEIGHT), "pal4") is None
 
 
@@ -77,6 +77,6 @@ def test_packed_bits_are_unpacked_again(bits: int, count: int) -> None:
     np.testing.assert_array_equal(unpack_bits(packed, bits, count), values)
 
 
-def test_unknown_scheme_is_named_with_those_that_there_are() -> None:
-    with pytest.raises(UsageError, match=r"--quant should be one of fp16, int8, .*pal4.*; found 'int3'"):
+def test_unknown_scheme_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"quant must be one of fp16, int8, .*pal4.* \(got 'int3'\)"):
         check_scheme("int3")

@@ -1,4 +1,4 @@
-"""The search for mixed bits: its choices against all that there are, its promise against a network that runs."""
+"""The search of mixed bits: trades against all plans, and plans against a network that runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from fastvlm.quant.search import (
     MARGIN_DB,
     PROBES,
     Images,
+    Option,
     applied,
+    best_trades,
     decibels,
     measured_options,
     next_budget,
     noise_of,
     outputs,
+    plan_bytes,
     search,
     search_bytes,
+    within_bytes,
+    within_noise,
 )
-from fastvlm.quant.trades import Option, best_trades, plan_bytes, within_bytes, within_noise
 
 DRAW = np.random.default_rng(2)
 OPTIONS = {
@@ -69,14 +73,14 @@ def test_byte_budget_is_kept_with_noise_near_the_least(budget: int) -> None:
     assert within_bytes(OPTIONS, 199) is None
 
 
-def test_options_that_a_mixture_of_others_beats_are_left_out() -> None:
+def test_options_off_the_convex_hull_are_left_out() -> None:
     options = [Option("fp16", 160, 0.0), Option("pal8", 80, 0.9), Option("pal6", 60, 0.95), Option("pal4", 40, 1.0)]
     assert [option.scheme for option in best_trades(options)] == ["fp16", "pal4"]
     options[2] = Option("pal6", 60, 0.1)
     assert [option.scheme for option in best_trades(options)] == ["fp16", "pal6", "pal4"]
 
 
-def test_next_budget_stays_between_what_passed_and_what_failed() -> None:
+def test_next_budget_is_between_passed_and_failed() -> None:
     assert next_budget(0.0, np.inf, 0.3) == 0.3
     assert next_budget(0.1, 0.4, 0.3) == 0.3
     assert next_budget(0.1, 0.4, 0.5) == pytest.approx(0.2)
@@ -90,7 +94,7 @@ def network() -> nn.Sequential:
         parts += [nn.Sequential(nn.Conv2d(64, 96, 1), nn.GELU()), nn.Conv2d(96, 64, 1)]
     network = nn.Sequential(*parts).requires_grad_(False).eval()
     for conv in convolutions(network).values():
-        conv.weight.mul_(2.5)  # as drawn, biases would drown what the image does
+        conv.weight.mul_(2.5)  # as drawn, biases would be larger than the effect of the image
     return network
 
 
@@ -108,20 +112,20 @@ def snr_db(network: nn.Sequential, plan: Mapping[str, str], images: Images) -> f
 
 
 @pytest.mark.parametrize("above_pal4_db", [-3.0, 3.0, 10.0, 18.0, 26.0])
-def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme_for_all(
+def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme(
     network: nn.Sequential, images: Images, above_pal4_db: float
 ) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     options = measured_options(network, images.calibration)
     assert options.keys() == {name for name in convolutions(network) if name != "0"}
     floor = snr_db(network, dict.fromkeys(options, "pal4"), images) + above_pal4_db
-    found = search(network, options, images, min_snr=floor, say=lambda _: None)
+    found = search(network, options, images, min_snr=floor, on_stage=lambda _: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert found.plan.keys() == convolutions(network).keys()
     assert found.plan["0"] == "fp16"
     assert snr_db(network, found.plan, images) == pytest.approx(found.snr_db, abs=1e-6)
     assert found.snr_db >= floor + MARGIN_DB
-    assert found.snr_db < floor + MARGIN_DB + 3 or above_pal4_db < 0  # no bits beyond need
+    assert found.snr_db < floor + MARGIN_DB + 3 or above_pal4_db < 0  # not more bits than needed
     for scheme in PROBES:
         uniform = dict.fromkeys(options, scheme)
         if snr_db(network, uniform, images) >= floor + MARGIN_DB:
@@ -140,9 +144,7 @@ def test_gains_predict_the_noise_of_whole_plans(network: nn.Sequential, images: 
         assert decibels(predicted) == pytest.approx(measured, abs=2.0)
 
 
-def test_int8_is_chosen_where_channels_differ_in_size_and_a_palette_where_tails_are_long(
-    network: nn.Sequential, images: Images
-) -> None:
+def test_channel_scales_choose_int8_and_long_tails_a_palette(network: nn.Sequential, images: Images) -> None:
     convs = convolutions(network)
     convs["2"].weight.mul_(2.0 ** -torch.linspace(0, 4, 64)[:, None, None, None])
     convs["4"].weight.copy_(convs["4"].weight ** 5)
@@ -150,36 +152,36 @@ def test_int8_is_chosen_where_channels_differ_in_size_and_a_palette_where_tails_
     assert {name: options[name][1].scheme for name in ("2", "4")} == {"2": "int8", "4": "pal8"}
 
 
-def test_size_is_kept_and_an_impossible_one_refused(network: nn.Sequential, images: Images) -> None:
+def test_size_is_kept_and_a_smaller_one_refused(network: nn.Sequential, images: Images) -> None:
     options = measured_options(network, images.calibration)
-    found = search_bytes(network, options, images, max_bytes=40_000, others=5_000)
+    found = search_bytes(network, options, images, max_bytes=40_000, fixed_bytes=5_000)
     assert plan_bytes(options, found.plan) <= 35_000
-    with pytest.raises(UsageError, match=r"--max-bytes 20000 is too few: the encoder takes \d+ bytes at least"):
-        search_bytes(network, options, images, max_bytes=20_000, others=5_000)
+    with pytest.raises(UsageError, match=r"max_bytes must be at least \d+ for this encoder \(got 20000\)"):
+        search_bytes(network, options, images, max_bytes=20_000, fixed_bytes=5_000)
 
 
-def test_progress_counts_the_bytes_that_a_size_is_kept_in_and_says_what_was_measured_on(
-    network: nn.Sequential, images: Images
-) -> None:
-    said: list[str] = []
-    options, others = measured_options(network, images.calibration), 3_000_000
-    found = search(network, options, images, min_snr=30.0, others=others, say=said.append)
-    assert search_bytes(network, options, images, max_bytes=others + plan_bytes(options, found.plan), others=others)
-    assert f"encoder at most {(others + plan_bytes(options, found.plan)) / 1e6:.1f} MB, " in said[-1]
-    assert all(line.endswith(" dB on the search's images") for line in said)
+def test_progress_counts_fixed_bytes_and_names_the_images(network: nn.Sequential, images: Images) -> None:
+    lines: list[str] = []
+    options, fixed_bytes = measured_options(network, images.calibration), 3_000_000
+    found = search(network, options, images, min_snr=30.0, fixed_bytes=fixed_bytes, on_stage=lines.append)
+    assert search_bytes(
+        network, options, images, max_bytes=fixed_bytes + plan_bytes(options, found.plan), fixed_bytes=fixed_bytes
+    )
+    assert f"encoder at most {(fixed_bytes + plan_bytes(options, found.plan)) / 1e6:.1f} MB, " in lines[-1]
+    assert all(line.endswith(" dB on the search's images") for line in lines)
 
 
 def test_floor_that_no_plan_reaches_leaves_float16(network: nn.Sequential, images: Images) -> None:
-    options = {"1.0": [Option("fp16", 100, 0.0), Option("pal4", 10, 0.0)]}  # a measurement that promises too much
+    options = {"1.0": [Option("fp16", 100, 0.0), Option("pal4", 10, 0.0)]}  # a measurement that is too good
     float16 = snr_db(network, {}, images)
-    found = search(network, options, images, min_snr=float16 - MARGIN_DB - 0.1, say=lambda _: None)
+    found = search(network, options, images, min_snr=float16 - MARGIN_DB - 0.1, on_stage=lambda _: None)
     assert set(found.plan.values()) == {"fp16"}
-    found = search(network, options, images, min_snr=float16 - 0.1, say=lambda _: None)  # no plan is tried
+    found = search(network, options, images, min_snr=float16 - 0.1, on_stage=lambda _: None)  # no plan is tried
     assert set(found.plan.values()) == {"fp16"}
 
 
-def test_floor_above_what_float16_keeps_is_refused_with_what_can_be_had(network: nn.Sequential, images: Images) -> None:
+def test_floor_above_float16_is_refused_with_a_lower_one(network: nn.Sequential, images: Images) -> None:
     float16 = snr_db(network, {}, images)
-    wanted = rf"--min-snr 99 is more than float16 .* {float16:.1f} dB: ask for {int(float16 - MARGIN_DB)} or less"
+    wanted = rf"min_snr must be below the {float16:.1f} dB .* \(got 99\)\. Pass {int(float16 - MARGIN_DB)} or less"
     with pytest.raises(UsageError, match=wanted):
-        search(network, {}, images, min_snr=99.0, say=lambda _: None)
+        search(network, {}, images, min_snr=99.0, on_stage=lambda _: None)
