@@ -115,7 +115,7 @@ def test_weight_that_differs_from_its_stored_form_is_an_error(tmp_path: Path) ->
     stored = stored_uniformly(network, "int8")
     quantize(network, stored, ())
     network.get_submodule("19.qkv").weight.data[0, 0] += 0.1
-    with pytest.raises(PackageError, match="19.qkv: the program holds another weight than the one that was stored"):
+    with pytest.raises(PackageError, match="19.qkv: the weight in the program differs from the one stored"):
         convert_encoder(network, 256, stored, tmp_path / "a.mlpackage", metadata={}, on_stage=lambda _: None)
 
 
