@@ -6,16 +6,21 @@ import logging
 import warnings
 from types import ModuleType
 
-from .versions import require_tested
+from .versions import require_installed, require_tested
 
 
-def import_coremltools() -> ModuleType:
+def import_coremltools(conversion: bool = True) -> ModuleType:
     """The package. Its import takes seconds, and warns of versions that work and of parts that only a Mac has.
 
+    Conversion is known to fail with other versions than the tested ones; compiling and predicting take newer ones too.
+
     Raises:
-        MachineError: it is not installed, or its version or numpy's is known not to convert.
+        MachineError: it is not installed; for `conversion`, its version or numpy's is not one of the tested ones.
     """
-    require_tested("coremltools", "numpy")
+    if conversion:
+        require_tested("coremltools", "numpy")
+    else:
+        require_installed("coremltools")
     logging.getLogger("coremltools").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

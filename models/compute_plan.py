@@ -142,7 +142,7 @@ def read_placement(compiled: Path, compute_units: str) -> Placement:
         MachineError: coremltools is missing.
         PackageError: Core ML cannot plan for the package.
     """
-    ct = import_coremltools()
+    ct = import_coremltools(conversion=False)
     from coremltools.models.compute_plan import MLComputePlan
 
     try:

@@ -9,6 +9,7 @@
     │   └── AdapterError      a LoRA adapter cannot be merged into a checkpoint
     ├── DownloadError         a file cannot be downloaded, or is not the expected one
     ├── PackageError          a .mlpackage cannot be read or run
+    │   └── CrashError        the process that runs a package ended, or hung
     ├── ModelFolderError      an exported folder is incomplete or does not match its manifest
     ├── ImageError            an image cannot be opened
     ├── DataSetError          a data set for evaluation cannot be read
@@ -78,6 +79,22 @@ class DownloadError(FastVLMError):
 
 class PackageError(FastVLMError):
     """A `.mlpackage` cannot be read or run."""
+
+
+class CrashError(PackageError):
+    """The process that runs a package ended, or hung.
+
+    Attributes:
+        signal_number: the signal that ended it, if one did.
+        exit_code: what it exited with, if it did.
+    """
+
+    def __init__(
+        self, message: str, *arguments: str, signal_number: int | None = None, exit_code: int | None = None
+    ) -> None:
+        super().__init__(message, *arguments)
+        self.signal_number = signal_number
+        self.exit_code = exit_code
 
 
 class ModelFolderError(FastVLMError):

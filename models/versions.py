@@ -45,13 +45,19 @@ def is_tested(name: str, version: str) -> bool:
     return first <= release(version) < beyond
 
 
+def require_installed(name: str) -> str:
+    """The installed version of a package. Raises MachineError when it is missing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        install = f'pip install "{name}{tested_range(name)}"'
+        raise MachineError(f"{name} is needed for this and not installed: {install}") from None
+
+
 def require_tested(*names: str) -> None:
     """Raises MachineError for the first that is missing or of another version: for work that is known to fail then."""
     for name in names:
-        install = f'pip install "{name}{tested_range(name)}"'
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            raise MachineError(f"{name} is needed for this and not installed: {install}") from None
+        found = require_installed(name)
         if not is_tested(name, found):
+            install = f'pip install "{name}{tested_range(name)}"'
             raise MachineError(f"{name} {found} does not work for this, only {tested_range(name)} does: {install}")

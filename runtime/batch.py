@@ -15,7 +15,7 @@ from .generate import AnswerReader, Generation, decode_one_token, default_lookah
 from .request import Request, prepare
 from .reuse import Memory
 from .sampling import id_on_host, ids_on_host, pick
-from .start import Start
+from .start import Prepared, Start
 
 if TYPE_CHECKING:
     from .fastvlm import FastVLM
@@ -75,6 +75,51 @@ class Step:
     """(B,), of each of the rows."""
 
 
+class Upcoming:
+    """The next requests, in their order. An encoder that works beside the decoder has the images of a few of them."""
+
+    def __init__(self, model: FastVLM, requests: Iterable[Request | FastVLMError]) -> None:
+        self._model = model
+        self._waiting = enumerate(requests)
+        self._more = True
+        self._taken: deque[tuple[int, Request | Prepared | FastVLMError]] = deque()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._taken and not self._more
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next one need not wait for its images."""
+        request = self._taken[0][1]
+        return not isinstance(request, Prepared) or request.is_encoded
+
+    def take(self) -> tuple[int, Request | Prepared | FastVLMError]:
+        """The next one and its number."""
+        return self._taken.popleft()
+
+    def fill(self, count: int) -> None:
+        """Asks for requests until there are `count`, or no more come."""
+        while self._more and len(self._taken) < count:
+            number, request = next(self._waiting, (-1, None))
+            if request is None:
+                self._more = False
+            else:
+                self._taken.append((number, request))
+
+    def look_ahead(self) -> None:
+        """Gives the images of the next few to the encoder; returns at once."""
+        self.fill(self._model.ahead)
+        for place, (number, request) in enumerate(self._taken):
+            if place >= self._model.ahead:
+                break
+            if not isinstance(request, FastVLMError):
+                try:
+                    self._taken[place] = number, self._model.look_ahead(request)
+                except FastVLMError as reason:
+                    self._taken[place] = number, reason
+
+
 class Batch:
     """A run of answers, some of them at a time. A place that becomes free is taken by the next request.
 
@@ -97,36 +142,45 @@ class Batch:
 
     def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
         """See `FastVLM.answer_all`."""
-        waiting = enumerate(requests)
-        number, more = 0, True
-        while more or self._rows or self._done:
-            while more and len(self._rows) < self._size:
-                more = self._begin_next(waiting)
+        upcoming = Upcoming(self._model, requests)
+        number = 0
+        while True:
+            self._begin_ready(upcoming)
             if self._rows:
                 self._step()
             while number in self._done:
                 yield self._done.pop(number)
                 number += 1
+            if not self._rows and upcoming.is_empty:
+                return
 
-    def _begin_next(self, waiting: Iterator[tuple[int, Request | FastVLMError]]) -> bool:
-        """Begins one more answer; False when there is none."""
-        number, request = next(waiting, (-1, None))
-        if request is None:
-            return False
+    def _begin_ready(self, upcoming: Upcoming) -> None:
+        """Begins answers while there is room for them. It waits for an image only where no other answer can go on."""
+        while len(self._rows) < self._size:
+            upcoming.fill(1)
+            if upcoming.is_empty or (self._rows and not upcoming.is_ready):
+                break
+            number, request = upcoming.take()
+            upcoming.look_ahead()
+            self._begin(number, request)
+        upcoming.look_ahead()
+
+    def _begin(self, number: int, request: Request | Prepared | FastVLMError) -> None:
+        """Begins an answer."""
         if isinstance(request, FastVLMError):
             self._done[number] = request
-            return True
+            return
         try:
             start, cold = self._model.start(request, Memory())
         except FastVLMError as reason:
             self._done[number] = reason
-            return True
-        eos = () if request.options.ignore_eos else self._model.eos_token_ids
-        reader = AnswerReader(self._model.tokenizer, eos, request.options.stop)
-        row = Row(number, request, start, cold, reader, start.first)
+            return
+        asked = request.request if isinstance(request, Prepared) else request
+        eos = () if asked.options.ignore_eos else self._model.eos_token_ids
+        reader = AnswerReader(self._model.tokenizer, eos, asked.options.stop)
+        row = Row(number, asked, start, cold, reader, start.first)
         if self._goes_on(row, id_on_host(start.first)):
             self._rows.append(row)
-        return True
 
     def _step(self) -> None:
         """Reads one more token for every answer, with later steps launched; answers that end with it leave."""

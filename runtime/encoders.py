@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..models._coremltools import import_coremltools
 from ..models.blas import release_torch_threads
 from ..models.config import PATCH_SIZE, FastVLMConfig
-from ..models.coreml_errors import coreml_reason
 from ..models.errors import MachineError, PackageError, UsageError
 from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
 from ..models.mlprogram import Program, read_package
 from ..models.mlprogram.program import inputs_for
 from .compiled_cache import CompiledCache, Compiler, Predict
+from .timings import LapClock
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from ..models.mlprogram.executor import Precision
 
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_ONLY", "CPU_AND_GPU", "ALL")
 """What Core ML may run a package on: the engine first."""
+
+UNITS_VARIABLE = "FASTVLM_COMPUTE_UNITS"
+"""Names the compute units where none are asked for: one of COMPUTE_UNITS."""
+
+OnWait = Callable[[str, float], None]
+"""Hears what loading waits for, and for how many seconds so far."""
 
 VISION_NAMES = ("coreml", "reference", "mlx")
 
@@ -61,20 +67,64 @@ class VisionEncoder(Protocol):
         compile_ms: time of the first use of the package on this machine's engine; 0 when that was earlier.
     """
 
-    name: str
-    image_size: int
-    projected: bool
-    compile_ms: float
+    @property
+    def name(self) -> str: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def projected(self) -> bool: ...
+    @property
+    def compile_ms(self) -> float: ...
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """(1, 3, S, S) float32 in 0..1 -> (1, (S/64)^2, C or D) float32. Raises PackageError."""
 
 
-def open_encoder(package: Path, vision: str | None, shapes: Shapes, compute_units: str | None = None) -> VisionEncoder:
+class PendingFeatures(Protocol):
+    """An image on its way through an encoder."""
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would return, or raise, at once."""
+
+    def result(self) -> NDArray[np.float32]:
+        """What `encode` would return. Raises what it would raise."""
+
+
+@runtime_checkable
+class SeparateEncoder(Protocol):
+    """An encoder that works while this process does something else; a `VisionEncoder` too.
+
+    Attributes:
+        room: images that `submit` takes at once, without waiting for another.
+    """
+
+    @property
+    def room(self) -> int: ...
+
+    def submit(self, pixel_values: NDArray[np.float32]) -> PendingFeatures:
+        """Begins what `encode` does; see there."""
+
+    def wait_ready(self) -> None:
+        """Returns when it is loaded. Raises PackageError or MachineError when it cannot be."""
+
+    def close(self) -> None:
+        """Ends its process."""
+
+
+def open_encoder(
+    package: Path,
+    vision: str | None,
+    shapes: Shapes,
+    compute_units: str | None = None,
+    encoder_process: bool = False,
+    on_wait: OnWait | None = None,
+) -> VisionEncoder:
     """The package on the back end `vision`; None takes Core ML on a Mac and the reference executor elsewhere.
 
     Where there is no package, the folder holds the encoder in MLX, and `mlx` is the one back end. `compute_units` is
-    one of COMPUTE_UNITS, for Core ML alone; None takes the first.
+    one of COMPUTE_UNITS, for Core ML alone; None takes FASTVLM_COMPUTE_UNITS, else the first. Core ML runs in a process
+    of its own, which loads while this one does other work; with `encoder_process` the reference executor does too.
 
     Raises:
         UsageError: no such back end, or not for this folder; no such compute units, or not for this back end.
@@ -91,14 +141,49 @@ def open_encoder(package: Path, vision: str | None, shapes: Shapes, compute_unit
         vision = "mlx" if in_mlx else "coreml" if sys.platform == "darwin" else "reference"
     check_compute_units(vision, compute_units)
     if vision == "mlx":
+        if encoder_process:
+            raise UsageError(
+                f"encoder_process=True runs packages, and {package.parent} has none. Leave encoder_process out",
+                "encoder_process",
+            )
         from .mlx_encoder import MLXEncoder
 
         return MLXEncoder(package.parent, shapes)
     if vision == "coreml":
-        return CoreMLEncoder(package, shapes, CoreMLTools(compute_units or COMPUTE_UNITS[0]))
+        check_mac()
+        from .encoder_process import EncoderProcess
+
+        units = compute_units or default_compute_units()
+        return EncoderProcess(package, shapes, compute_units=units, on_wait=on_wait)
     if vision == "reference":
-        return ReferenceEncoder(package, shapes)
+        if not encoder_process:
+            return ReferenceEncoder(package, shapes)
+        from .encoder_process import EncoderProcess
+
+        return EncoderProcess(package, shapes, backend="reference", on_wait=on_wait)
     raise UsageError(f"vision should be 'coreml', 'reference' or 'mlx'; found {vision!r:.40}")
+
+
+def close_encoder(encoder: VisionEncoder) -> None:
+    """Ends the encoder's process, where it has one."""
+    if isinstance(encoder, SeparateEncoder):
+        encoder.close()
+
+
+def check_mac() -> None:
+    """Raises MachineError where Core ML cannot run."""
+    if sys.platform != "darwin":
+        raise MachineError("Core ML runs on macOS only; leave vision out, or use vision='reference'")
+
+
+def default_compute_units() -> str:
+    """What FASTVLM_COMPUTE_UNITS names, else the engine with the CPU. Raises UsageError."""
+    named = os.environ.get(UNITS_VARIABLE)
+    if not named:
+        return COMPUTE_UNITS[0]
+    if named not in COMPUTE_UNITS:
+        raise UsageError(f"{UNITS_VARIABLE} should be one of {', '.join(COMPUTE_UNITS)}; found {named!r:.40}")
+    return named
 
 
 def check_compute_units(vision: str, compute_units: str | None) -> None:
@@ -112,16 +197,16 @@ def check_compute_units(vision: str, compute_units: str | None) -> None:
 
 
 class ReferenceEncoder:
-    """The package in the reference executor, which runs ML Programs on torch, in float32."""
+    """The package in the reference executor, which runs ML Programs on torch, in float32 or as if in float16."""
 
     name = "reference"
     compile_ms = 0.0
 
-    def __init__(self, package: Path, shapes: Shapes) -> None:
+    def __init__(self, package: Path, shapes: Shapes, precision: Precision = "float32") -> None:
         from ..models.mlprogram.executor import Executor  # brings torch
 
         self._shapes = shapes
-        self._executor = Executor(package, precision="float32")
+        self._executor = Executor(package, precision=precision)
         release_torch_threads()
         self.image_size = shapes.image_size
         self.projected = is_projected(self._executor.program)
@@ -133,24 +218,59 @@ class ReferenceEncoder:
         return checked_features(outputs, self._shapes)
 
 
+PINNED_REFERENCES = 2**20
+"""References to the array that Core ML reads.
+
+coremltools' wheels up to 9.0 give theirs up about a second after `predict`, in a thread without the GIL: the count may
+drift by one for each image, and whoever brings it to zero crashes the process.
+"""
+
+
 class CoreMLEncoder:
-    """The package in Core ML, on the Neural Engine and the CPU; compiled once per machine."""
+    """The package in Core ML; compiled once per machine. It is run once here, so that the first image does not wait.
+
+    `on_stage` is called with `open` and `warm` as they begin.
+
+    Attributes:
+        open_ms: time of loading the compiled copy.
+        first_predict_ms: time of the first run, on zeros.
+        compiled: the copy of the package that Core ML has opened.
+    """
 
     name = "coreml"
 
-    def __init__(self, package: Path, shapes: Shapes, compiler: Compiler, cache: CompiledCache | None = None) -> None:
+    def __init__(
+        self,
+        package: Path,
+        shapes: Shapes,
+        compiler: Compiler,
+        cache: CompiledCache | None = None,
+        on_stage: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._shapes = shapes
         self._program = read_package(package)
         self.image_size = shapes.image_size
         self.projected = is_projected(self._program)
-        start = time.perf_counter()
+        self._pixels = np.zeros((1, 3, shapes.image_size, shapes.image_size), np.float32)
+        self._pinned = (self._pixels,) * PINNED_REFERENCES
+        on_stage("open")
+        clock = LapClock()
         opened = (cache or CompiledCache()).open(package, compiler)
         self._predict: Predict = opened.predict
-        self.compile_ms = 1000 * (time.perf_counter() - start) if opened.compiled_now else 0.0
+        self.compiled = opened.compiled
+        self.open_ms = clock.lap_ms()
+        on_stage("warm")
+        self._encoded()
+        self.first_predict_ms = clock.lap_ms()
+        self.compile_ms = self.open_ms + self.first_predict_ms if opened.compiled_now else 0.0
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         check_pixels(pixel_values, self._shapes)
-        inputs: dict[str, Any] = dict(inputs_for(self._program, pixel_values))
+        np.copyto(self._pixels, pixel_values)
+        return self._encoded()
+
+    def _encoded(self) -> NDArray[np.float32]:
+        inputs: dict[str, Any] = dict(inputs_for(self._program, self._pixels))
         for name in self._program.image_inputs:
             inputs[name] = picture(inputs[name])
         return checked_features(self._predict(inputs), self._shapes)
@@ -194,39 +314,3 @@ def checked_features(outputs: Mapping[str, Any], shapes: Shapes) -> NDArray[np.f
             "float16 overflows inside the package on this image; export it again"
         )
     return features
-
-
-class CoreMLTools:
-    """Core ML itself, through coremltools; the only code here that needs a Mac.
-
-    Raises:
-        MachineError: this is no Mac.
-    """
-
-    _ct: Any
-    _compute_units: str
-    version: str
-
-    def __init__(self, compute_units: str = COMPUTE_UNITS[0]) -> None:
-        if sys.platform != "darwin":
-            raise MachineError("Core ML runs on macOS only; leave vision out, or use vision='reference'")
-        import platform
-
-        self.version = f"macOS {platform.mac_ver()[0]}"
-        self._ct = import_coremltools()
-        self._compute_units = compute_units
-
-    def compile(self, package: Path, destination: Path) -> None:
-        self._ct.models.utils.compile_model(str(package), str(destination))
-
-    def open(self, compiled: Path) -> Predict:
-        units = self._ct.ComputeUnit[self._compute_units]
-        model = self._ct.models.CompiledMLModel(str(compiled), compute_units=units)
-
-        def predict(inputs: dict[str, Any]) -> dict[str, Any]:
-            try:
-                return model.predict(inputs)
-            except RuntimeError as reason:
-                raise PackageError(f"Core ML cannot run the package: {coreml_reason(reason)}") from reason
-
-        return predict

@@ -35,7 +35,7 @@ def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: Co
         PackageError: the package does not compile.
         OutputError: the cache folder cannot be written.
     """
-    from .encoders import CoreMLTools
+    from .coreml import CoreMLTools
 
     return (cache or CompiledCache()).compiled(package, CoreMLTools(compute_units))
 

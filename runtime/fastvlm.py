@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError
@@ -18,7 +19,7 @@ from ..models.tokenizer_files import IMAGE_TOKEN
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
 from .device_memory import bound_memory
-from .encoders import Shapes, VisionEncoder, open_encoder
+from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder, open_encoder
 from .folder import ModelFolder, open_folder
 from .generate import Ending, Generation, Stream, decode, read_answer
 from .prompt import PromptEncoder
@@ -26,7 +27,7 @@ from .request import Request, prepare
 from .reuse import Memory, Picture
 from .sampling import id_on_host
 from .shared_stream import SharedStream
-from .start import Start, Starter
+from .start import Prepared, Start, Starter
 from .timings import Timings
 from .tokenizer import Tokenizer
 
@@ -78,19 +79,23 @@ class FastVLM:
         compute_units: str | None = None,
         kv_bits: int | None = None,
         verify_hashes: bool = False,
+        encoder_process: bool = False,
+        on_wait: OnWait | None = None,
     ) -> FastVLM:
         """The model in an exported folder. What its chat template writes in front of every image is read here, once.
 
         `vision` is `coreml` (default on a Mac: Neural Engine and CPU), `reference` (default elsewhere, works anywhere)
         or `mlx` (for folders that hold the encoder in MLX). `compute_units` are Core ML's: `CPU_AND_NE` (default),
         `CPU_ONLY`, `CPU_AND_GPU` or `ALL`. `kv_bits=8` keeps keys and values in 8 bits: a third of what float32 takes.
-        `verify_hashes` compares every byte with the manifest, not only sizes and samples.
+        `verify_hashes` compares every byte with the manifest, not only sizes and samples. Core ML runs in a process of
+        its own; with `encoder_process` the reference executor does too. `on_wait` is called with what loading waits
+        for and the seconds so far, several times a second, where the first use on the engine takes more than 2 s.
 
         Raises:
             ModelFolderError: the folder is incomplete or does not match its manifest.
             CheckpointError: a config, tokenizer or weight file in it is malformed.
-            PackageError: the vision encoder cannot be read.
-            MachineError: this machine lacks the back end.
+            PackageError: the vision encoder cannot be read, or its process crashed.
+            MachineError: this machine lacks the back end, or space for the memory that it shares with the process.
             UsageError: `vision`, `compute_units` or `kv_bits` is none of these, or does not fit the model.
         """
         check_kv_bits(kv_bits)
@@ -98,13 +103,39 @@ class FastVLM:
         opened = open_folder(folder, verify_hashes=verify_hashes)
         config = opened.config
         tokenizer = Tokenizer(opened.path)
-        encoder = open_encoder(opened.package, vision, Shapes.of(config), compute_units)
-        language = load_language(opened.weights(), config, quantization=config.quantization)
-        model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)
-        model.notes += bound_memory(language)
-        model._starter.warm()
-        model.load_ms = 1000 * (time.perf_counter() - start) - encoder.compile_ms
+        encoder = open_encoder(opened.package, vision, Shapes.of(config), compute_units, encoder_process, on_wait)
+        try:
+            language = load_language(opened.weights(), config, quantization=config.quantization)
+            model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)
+            model.notes += bound_memory(language)
+            model._starter.warm()
+            before = time.perf_counter()
+            if isinstance(encoder, SeparateEncoder):
+                encoder.wait_ready()
+                waited_ms = 1000 * (time.perf_counter() - before)
+                compiling_ms = min(encoder.compile_ms, waited_ms)
+            else:
+                compiling_ms = encoder.compile_ms
+        except BaseException:
+            close_encoder(encoder)
+            raise
+        model.load_ms = 1000 * (time.perf_counter() - start) - compiling_ms
         return model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the encoder's process, where it has one, at once; else it ends with the last reference to this model.
+
+        No image can be encoded after that.
+        """
+        close_encoder(self.encoder)
 
     def generate(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Generation:
         """The whole answer; `options` are those of `prepare`."""
@@ -159,7 +190,8 @@ class FastVLM:
     ) -> Iterator[Generation | FastVLMError]:
         """The answer to each request, in their order, or why there is none. An error passes through.
 
-        Requests are taken one by one, when there is room for another in the batch. Raises UsageError for no batch size.
+        Requests are taken one by one, when there is room for another in the batch, and two more where the encoder has a
+        process of its own, which then encodes their images. Raises UsageError for no batch size.
         """
         return Batch(self, batch_size).outcomes(requests)
 
@@ -172,7 +204,20 @@ class FastVLM:
         ending = yield from read_answer(self._ids(start, memory), self.tokenizer, eos, request.options.stop)
         return self.generation(request, start, ending, cold)
 
-    def start(self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()) -> tuple[Start, bool]:
+    @property
+    def ahead(self) -> int:
+        """Requests whose images can be encoded before they begin; 0 where the encoder has no process of its own."""
+        return self._starter.ahead
+
+    def look_ahead(self, request: Request | Prepared) -> Prepared:
+        """Gives the images of a request to the encoder's process, as far as it has room; returns at once."""
+        prepared = request if isinstance(request, Prepared) else self._starter.prepare(request)
+        self._starter.submit(prepared)
+        return prepared
+
+    def start(
+        self, request: Request | Prepared, memory: Memory, pictures: Sequence[Picture] = ()
+    ) -> tuple[Start, bool]:
         """The first token of an answer, and whether it is the first of this process. See `Starter.start`."""
         with self.turn, self.stream_of_turn():
             start = self._starter.start(request, memory, pictures)

@@ -38,6 +38,11 @@ class FeatureCache:
                 return features
         return None
 
+    def holds(self, pixels: NDArray[np.uint8]) -> bool:
+        """Returns whether the features of `pixels` are remembered, without counting a hit."""
+        content = pixels.tobytes()
+        return any(remembered == content for remembered, _ in list(self._entries))
+
     def put(self, pixels: NDArray[np.uint8], image_features: NDArray[np.float32]) -> None:
         """Remembers the features of `pixels`."""
         self._entries.append((pixels.tobytes(), image_features))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..models.images import Fit, preprocess, to_pixel_values
 from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
 from ..models.tokenizer_files import IMAGE_TOKEN
-from .encoders import VisionEncoder
+from .encoders import PendingFeatures, SeparateEncoder, VisionEncoder
 from .feature_cache import FeatureCache
 from .generate import prefill
 from .prompt import Message, Prompt, PromptEncoder
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 CACHE_ROOM = 512
 """Positions for the answer that are allocated ahead, however large max_tokens is."""
+
+
+AHEAD = 2
+"""Requests whose images are encoded before they begin: enough to keep the encoder busy, in bounded memory."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,26 @@ class Start:
     stages_ms: dict[str, float]
 
 
+@dataclass(eq=False)
+class Prepared:
+    """A request whose images have been made ready for the encoder, or are on their way through it."""
+
+    request: Request
+    pictures: tuple[Picture, ...]
+    preprocess_ms: float
+    submitted: list[tuple[Picture, PendingFeatures]] = field(default_factory=list)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether nothing of it is on its way through the encoder."""
+        return all(pending.done for _, pending in self.submitted)
+
+
 class Starter:
     """Takes requests up to their first token.
 
     Attributes:
-        beside: encode images in a thread of its own while the decoder reads the text in front of them: where the
-            encoder has hardware of its own.
+        ahead: requests that may wait with their images on the way through the encoder; 0 where it has no process.
         kv_bits: None, or 8: see `Qwen2.make_cache`.
     """
 
@@ -71,7 +90,8 @@ class Starter:
         self.language = language
         self.prompts = prompts
         self.kv_bits = kv_bits
-        self.beside = encoder.name == "coreml"
+        self.ahead = AHEAD if isinstance(encoder, SeparateEncoder) else 0
+        self._prepared: weakref.WeakSet[Prepared] = weakref.WeakSet()
         self.feature_cache = FeatureCache()
         self.prefixes = Prefixes()
         language.language_model.make_cache(0, kv_bits)  # tells now what is wrong with kv_bits
@@ -89,8 +109,37 @@ class Starter:
         if 0 < len(lead) <= min(MAX_PREFIX, self.config.max_context) and max(lead) < self.language.vocabulary_rows:
             self._read_lead(lead, 0, [], pinned=True)
 
-    def start(self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()) -> Start:
-        """The first token of the answer to `request`.
+    def prepare(self, request: Request) -> Prepared:
+        """The request with its images as squares; needs no turn."""
+        clock = LapClock()
+        size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
+        pictures = tuple(Picture(preprocess(image, size, fit)) for image in request.images)
+        prepared = Prepared(request, pictures, clock.lap_ms())
+        self._prepared.add(prepared)
+        return prepared
+
+    def submit(self, prepared: Prepared, pictures: Iterable[Picture] | None = None) -> None:
+        """Gives images of a request, by default all, to the encoder's process while it has room; needs no turn.
+
+        What is remembered, or on its way for another request, is left out. Raises MachineError.
+        """
+        if not isinstance(self.encoder, SeparateEncoder):
+            return
+        for picture in prepared.pictures if pictures is None else pictures:
+            if self.encoder.room == 0 or len(prepared.submitted) == AHEAD:
+                return
+            if not self.feature_cache.holds(picture.pixels) and not self._on_their_way(picture):
+                pending = self.encoder.submit(to_pixel_values(picture.pixels))
+                prepared.submitted.append((picture, pending))
+
+    def _on_their_way(self, picture: Picture) -> list[Prepared]:
+        """Requests for which an image has been given to the encoder."""
+        return [
+            prepared for prepared in list(self._prepared) if any(picture == other for other, _ in prepared.submitted)
+        ]
+
+    def start(self, asked: Request | Prepared, memory: Memory, pictures: Sequence[Picture] = ()) -> Start:
+        """The first token of the answer to a request, which may have been prepared.
 
         `memory` is what may be reused and is replaced by what has been read; it is empty after an error.
         `pictures` are the images of earlier messages; those of the request follow them.
@@ -101,17 +150,18 @@ class Starter:
             WeightsError: the logits are not finite.
         """
         clock, stages_ms = LapClock(), {}
+        before = asked if isinstance(asked, Prepared) else None
+        request = asked.request if isinstance(asked, Prepared) else asked
         prompt = self.prompts.encode(request.messages)
         length = self._checked_length(prompt, len(pictures) + len(request.images))
-        size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
-        new = [Picture(preprocess(image, size, fit)) for image in request.images]
-        cells = cells_of(prompt, [*pictures, *new])
-        stages_ms["preprocess_ms"] = clock.lap_ms()
+        prepared = before or self.prepare(request)
+        cells = cells_of(prompt, [*pictures, *prepared.pictures])
+        stages_ms["preprocess_ms"] = clock.lap_ms() + (before.preprocess_ms if before else 0.0)
         hits = self.feature_cache.hits
         held, cache = self._recall(cells, memory)
         reused_tokens = position_count(cells[:held], self.config.tokens_per_image)
         lead = fixed_lead(request.messages, cells)
-        image_features, held, cache = self._encoded(cells, lead, held, cache)
+        image_features, held, cache = self._encoded(prepared, cells, lead, held, cache)
         stages_ms["encode_ms"] = clock.lap_ms()
         projected = self._project(image_features)
         stages_ms["project_ms"] = clock.lap_ms()
@@ -156,24 +206,26 @@ class Starter:
         return (own, cache) if own >= held else (held, prefix)
 
     def _encoded(
-        self, cells: Sequence[Cell], lead: Sequence[int], held: int, cache: list[KVCache]
+        self, prepared: Prepared, cells: Sequence[Cell], lead: Sequence[int], held: int, cache: list[KVCache]
     ) -> tuple[list[NDArray[np.float32]], int, list[KVCache]]:
         """`image_features` (1, N, C) of the images not held yet. Text before them may be read meanwhile."""
         wanted = [cell for cell in cells[held:] if isinstance(cell, Picture)]
-        if not (self.beside and held < len(lead)):
-            return [self._features(picture) for picture in wanted], held, cache
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(1) as beside:
-            features = beside.submit(lambda: [self._features(picture) for picture in wanted])
-            cache = self._read_lead(lead, held, cache)
-            return features.result(), len(lead), cache
+        if self.ahead and held < len(lead):
+            self.submit(prepared, wanted)
+            held, cache = len(lead), self._read_lead(lead, held, cache)
+        return [self._features(picture) for picture in wanted], held, cache
 
     def _features(self, picture: Picture) -> NDArray[np.float32]:
         """`image_features` (1, N, C) of a square, encoded unless they are remembered."""
         features = self.feature_cache.get(picture.pixels)
         if features is None:
-            features = self.encoder.encode(to_pixel_values(picture.pixels))
+            for prepared in self._on_their_way(picture):
+                found = next(item for item in prepared.submitted if item[0] == picture)
+                prepared.submitted.remove(found)
+                features = found[1].result()
+                break
+            else:
+                features = self.encoder.encode(to_pixel_values(picture.pixels))
             self.feature_cache.put(picture.pixels, features)
         return features
 

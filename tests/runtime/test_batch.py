@@ -110,7 +110,7 @@ def test_batch_reads_once_per_step_with_the_next_step_launched(
     options = {} if greedy else {"temperature": 1.0, "seed": 1}
     requests = [prepare(None, f"Q{n}", max_tokens=tokens, ignore_eos=True, **options) for n in range(rows)]
     batch = Batch(vlm, rows, lookahead=1)
-    monkeypatch.setattr(batch_module.Batch, "_begin_next", events.apart(batch_module.Batch._begin_next))
+    monkeypatch.setattr(batch_module.Batch, "_begin", events.apart(batch_module.Batch._begin))
     assert len(list(batch.outcomes(requests))) == rows
     steps = tokens - 1
     assert events.names == ["launch"] + ["launch", "read"] * (steps - 1) + ["read"]

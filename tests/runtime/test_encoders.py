@@ -14,22 +14,16 @@ import pytest
 
 from fastvlm.models.errors import MachineError, PackageError, UsageError
 from fastvlm.models.images import to_pixel_values
-from fastvlm.models.language import load_language
-from fastvlm.runtime import encoders
+from fastvlm.runtime import encoder_process, encoders
 from fastvlm.runtime.compiled_cache import CompiledCache
 from fastvlm.runtime.encoders import (
-    COMPUTE_UNITS,
     CoreMLEncoder,
-    CoreMLTools,
     ReferenceEncoder,
     Shapes,
     check_pixels,
     checked_features,
     open_encoder,
 )
-from fastvlm.runtime.fastvlm import FastVLM
-from fastvlm.runtime.folder import open_folder
-from fastvlm.runtime.tokenizer import Tokenizer
 
 SIZE, CHANNELS = 128, 3
 SHAPES = Shapes(SIZE, CHANNELS, hidden_size=6)
@@ -186,26 +180,77 @@ def test_package_error_when_features_are_wrong(outputs: dict[str, np.ndarray], m
         checked_features(outputs, SHAPES)
 
 
-def test_package_is_fed_by_name(real_package: Path, tmp_path: Path) -> None:
+def test_core_ml_gets_one_pinned_array_for_every_image(real_package: Path, tmp_path: Path) -> None:
     tools = FakeCoreML()
-    coreml(real_package, tmp_path, tools).encode(PIXELS)
-    assert tools.given is PIXELS
+    encoder, seen = coreml(real_package, tmp_path, tools), []
+    for pixel_values in (PIXELS, 1 - PIXELS):
+        np.testing.assert_allclose(encoder.encode(pixel_values), patch_means(pixel_values), rtol=0, atol=1e-3)
+        seen.append(tools.given)
+        assert sys.getrefcount(tools.given) > 2**19
+    assert seen[0] is seen[1]
+    assert seen[0] is not PIXELS
+
+
+def test_core_ml_is_run_once_when_the_package_is_loaded(real_package: Path, tmp_path: Path) -> None:
+    tools, stages = FakeCoreML(), []
+    encoder = CoreMLEncoder(real_package, SHAPES, tools, CompiledCache(tmp_path / "cache"), stages.append)
+    assert not tools.given.any()
+    assert stages == ["open", "warm"]
+    assert encoder.compile_ms == encoder.open_ms + encoder.first_predict_ms > 0
+
+
+def test_features_that_are_not_finite_fail_the_load(real_package: Path, tmp_path: Path) -> None:
+    class Overflowing(FakeCoreML):
+        def open(self, compiled: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+            return lambda inputs: {"image_features": np.full((1, 4, CHANNELS), np.inf, np.float16)}
+
+    with pytest.raises(PackageError, match="12 of 12 values .* not finite"):
+        coreml(real_package, tmp_path, Overflowing())
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of the encoders that would have been started in a process."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(encoder_process, "EncoderProcess", lambda *args, **options: calls.append(options) or "process")
+    monkeypatch.setattr(encoders, "ReferenceEncoder", lambda *args: "in process")
+    monkeypatch.delenv("FASTVLM_COMPUTE_UNITS", raising=False)
+    return calls
 
 
 @pytest.mark.parametrize(
-    ("platform", "expected"), [("darwin", "coreml"), ("linux", "reference"), ("win32", "reference")]
+    ("platform", "expected"), [("darwin", "process"), ("linux", "in process"), ("win32", "in process")]
 )
 def test_back_end_follows_the_machine_when_none_is_named(
-    platform: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    platform: str, expected: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(encoders, "CoreMLTools", lambda units: FakeCoreML())
-    monkeypatch.setattr(encoders, "CoreMLEncoder", lambda *args: ("coreml", *args))
-    monkeypatch.setattr(encoders, "ReferenceEncoder", lambda *args: ("reference", *args))
-    opened = open_encoder(Path("p"), None, SHAPES)
-    assert opened[:3] == (expected, Path("p"), SHAPES)  # type: ignore[index]
-    assert open_encoder(Path("p"), "reference", SHAPES)[0] == "reference"  # type: ignore[index]
-    assert open_encoder(Path("p"), "coreml", SHAPES)[0] == "coreml"  # type: ignore[index]
+    assert open_encoder(Path("p"), None, SHAPES) == expected
+    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
+    assert open_encoder(Path("p"), "reference", SHAPES, None, True) == "process"
+    assert started[-1]["backend"] == "reference"
+
+
+def test_compute_units_come_from_argument_then_variable(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    open_encoder(Path("p"), "coreml", SHAPES)
+    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "CPU_ONLY")
+    open_encoder(Path("p"), "coreml", SHAPES)
+    open_encoder(Path("p"), "coreml", SHAPES, "ALL")
+    assert [options["compute_units"] for options in started] == ["CPU_AND_NE", "CPU_ONLY", "ALL"]
+    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "ENGINE")
+    with pytest.raises(UsageError, match="FASTVLM_COMPUTE_UNITS should be one of .*'ENGINE'"):
+        open_encoder(Path("p"), "coreml", SHAPES)
+    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
+
+
+def test_compute_units_of_no_use_are_refused() -> None:
+    with pytest.raises(UsageError, match="one of CPU_AND_NE, .*; found 'GPU'"):
+        open_encoder(Path("p"), "coreml", SHAPES, "GPU")
+    with pytest.raises(UsageError, match="compute_units are Core ML's, and vision is 'reference'"):
+        open_encoder(Path("p"), "reference", SHAPES, "ALL")
 
 
 def test_usage_error_when_no_such_back_end_exists() -> None:
@@ -217,73 +262,3 @@ def test_usage_error_when_no_such_back_end_exists() -> None:
 def test_machine_error_when_core_ml_is_asked_for_off_a_mac(real_package: Path) -> None:
     with pytest.raises(MachineError, match="macOS only"):
         open_encoder(real_package, "coreml", SHAPES)
-
-
-class FakeModel:
-    """What coremltools' CompiledMLModel is to us."""
-
-    opened: tuple[str, object]
-
-    def __init__(self, path: str, compute_units: object) -> None:
-        type(self).opened = (path, compute_units)
-
-    def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if "images" not in inputs:
-            raise RuntimeError('{\n    NSLocalizedDescription = "Failed to run: error code: -14.";\n}')
-        return {"image_features": FEATURES}
-
-
-def test_answer_is_the_same_when_the_encoder_works_beside_the_decoder(
-    real_package: Path, write_folder: Callable[..., Path]
-) -> None:
-    folder = open_folder(write_folder(mm_hidden_size=CHANNELS, mm_vision_tower=f"mobileclip_l_{SIZE}"))
-    image = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
-    answers = []
-    for beside in (False, True):
-        encoder = open_encoder(real_package, "reference", Shapes.of(folder.config))
-        language = load_language(folder.weights(), folder.config)
-        vlm = FastVLM(folder, encoder, language, Tokenizer(folder.path), load_ms=0.0)
-        assert vlm._starter.beside is False  # the reference executor has no hardware of its own
-        vlm._starter.beside = beside
-        answers.append(vlm.generate(image, "Hi", temperature=1.0, seed=3, max_tokens=8, system="S"))
-    assert answers[0].token_ids == answers[1].token_ids
-    assert len(set(answers[0].token_ids)) > 3
-
-
-@pytest.mark.parametrize("units", COMPUTE_UNITS)
-def test_core_ml_is_asked_for_the_compute_units(units: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    coremltools = pytest.importorskip("coremltools")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(coremltools.models, "CompiledMLModel", FakeModel)
-    CoreMLTools(units).open(tmp_path / "a.mlmodelc")
-    assert FakeModel.opened[1] is coremltools.ComputeUnit[units]
-
-
-def test_compute_units_reach_core_ml(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "CoreMLTools", lambda units: units)
-    monkeypatch.setattr(encoders, "CoreMLEncoder", lambda package, shapes, tools: tools)
-    assert open_encoder(Path("p"), "coreml", SHAPES) == "CPU_AND_NE"
-    assert open_encoder(Path("p"), "coreml", SHAPES, "CPU_ONLY") == "CPU_ONLY"
-    with pytest.raises(UsageError, match="one of CPU_AND_NE, .*; found 'GPU'"):
-        open_encoder(Path("p"), "coreml", SHAPES, "GPU")
-    with pytest.raises(UsageError, match="compute_units are Core ML's, and vision is 'reference'"):
-        open_encoder(Path("p"), "reference", SHAPES, "ALL")
-
-
-def test_core_ml_is_asked_for_the_neural_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    coremltools = pytest.importorskip("coremltools")
-    import coremltools.models.utils as utils
-
-    compiled: list[tuple[str, str]] = []
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(utils, "compile_model", lambda source, destination: compiled.append((source, destination)))
-    monkeypatch.setattr(coremltools.models, "CompiledMLModel", FakeModel)
-    tools = CoreMLTools()
-    assert tools.version.startswith("macOS")
-    tools.compile(tmp_path / "a.mlpackage", tmp_path / "a.mlmodelc")
-    assert compiled == [(str(tmp_path / "a.mlpackage"), str(tmp_path / "a.mlmodelc"))]
-    predict = tools.open(tmp_path / "a.mlmodelc")
-    assert FakeModel.opened == (str(tmp_path / "a.mlmodelc"), coremltools.ComputeUnit.CPU_AND_NE)
-    assert checked_features(predict({"images": PIXELS}), SHAPES) is FEATURES
-    with pytest.raises(PackageError, match=r"Core ML cannot run the package: Failed to run: error code: -14\.$"):
-        predict({})

@@ -9,7 +9,7 @@ import pytest
 
 from fastvlm.models.compute_plan import CPU, ENGINE, Place, Placement
 from fastvlm.models.errors import FastVLMError, MachineError, PackageError
-from fastvlm.runtime import encoders
+from fastvlm.runtime import coreml
 from fastvlm.runtime.compiled_cache import CompiledCache
 from fastvlm.runtime.engine_share import compiled_copy, engine_share, share_note
 
@@ -92,7 +92,7 @@ def test_copy_is_compiled_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     package = tmp_path / "a.mlpackage"
     package.mkdir()
     (package / "Manifest.json").touch()
-    monkeypatch.setattr(encoders, "CoreMLTools", lambda units: Compiler())
+    monkeypatch.setattr(coreml, "CoreMLTools", lambda units: Compiler())
     cache = CompiledCache(tmp_path / "cache")
     assert compiled_copy(package, cache=cache) == cache.place(package, "macOS 15.1")
     assert cache.place(package, "macOS 15.1").is_dir()

@@ -246,7 +246,7 @@ def test_every_stage_ends_with_its_results_computed(vlm: FastVLM, monkeypatch: p
     events.clear()
     monkeypatch.setattr(mx, "eval", lambda *args: events.append("eval") or original(*args))
     vlm.generate(PICTURE, "Hi", max_tokens=1)
-    opened, preprocessed, encoded = ["lap"], ["lap"], ["lap"]
+    opened, preprocessed, encoded = ["lap"], ["lap", "lap"], ["lap"]  # preprocessing: the images, and all of it
     ends = [event for event, after in zip(events, [*events[1:], ""], strict=True) if not event == after == "eval"]
     assert ends == [*opened, *preprocessed, *encoded, *["eval", "lap"] * 3]  # projected, prefilled, sampled
 
@@ -395,7 +395,7 @@ def test_folder_is_loaded_with_all_its_parts(
 
     monkeypatch.setattr(runtime, "open_encoder", encoder)
     vlm = fastvlm.load(path, vision="reference")
-    assert opened == [(path / "fastvithd.mlpackage", "reference", Shapes(256, 512, 128), None)]
+    assert opened == [(path / "fastvithd.mlpackage", "reference", Shapes(256, 512, 128), None, False, None)]
     assert (vlm.trained, vlm.notes) == (False, ("random weights",))
     assert vlm.load_ms > 0
     assert vlm.generate(PICTURE, "Hi", **VARIED).token_ids == open_vlm(path).generate(PICTURE, "Hi", **VARIED).token_ids

@@ -1,0 +1,102 @@
+"""Core ML itself, through coremltools: the only code of the runtime that needs a Mac."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..models._coremltools import import_coremltools
+from ..models.coreml_errors import coreml_reason
+from ..models.errors import PackageError
+from .compiled_cache import Predict
+from .encoders import check_mac
+
+LIBRARY = "libcoremlpython"
+"""coremltools' extension module, which calls Core ML. It needs nothing of coremltools' Python to predict."""
+
+MODULE = f"coremltools.{LIBRARY}"
+"""The name under which coremltools imports it: its types can be registered once in a process."""
+
+
+class Proxy(Protocol):
+    """What the extension module calls `_MLModelProxy`: an open model."""
+
+    def __init__(self, path: str, compute_units: str, function: str, hints: dict[str, str], asset: None) -> None: ...
+
+    def predict(self, inputs: dict[str, Any], state: None) -> dict[str, Any]: ...
+
+    @staticmethod
+    def compileModel(path: str) -> str:  # noqa: N802 - its name
+        """Compiles a package into a folder of the system's choice, whose path it returns."""
+
+
+class CoreMLTools:
+    """Compiles packages and opens the result on some compute units.
+
+    Importing coremltools takes seconds and 300 MB, and only conversion needs it, so the extension module is loaded
+    alone. coremltools' own classes serve where that does not work.
+
+    Raises:
+        MachineError: this machine is not a Mac, or coremltools is missing.
+    """
+
+    version: str
+
+    def __init__(self, compute_units: str) -> None:
+        check_mac()
+        self.version = f"macOS {platform.mac_ver()[0]}"
+        self._compute_units = compute_units
+        self._proxy: type[Proxy] | None = extension_proxy()
+        self._ct: Any = None if self._proxy else import_coremltools(conversion=False)
+
+    def compile(self, package: Path, destination: Path) -> None:
+        if self._proxy:
+            shutil.move(self._proxy.compileModel(str(package)), destination)
+        else:
+            self._ct.models.utils.compile_model(str(package), str(destination))
+
+    def open(self, compiled: Path) -> Predict:
+        """The compiled package, ready to run; what it cannot run raises PackageError."""
+        predict = self._opened(compiled)
+
+        def checked(inputs: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return predict(inputs)
+            except RuntimeError as reason:
+                raise PackageError(f"Core ML cannot run the package: {coreml_reason(reason)}") from reason
+
+        return checked
+
+    def _opened(self, compiled: Path) -> Predict:
+        if self._proxy:
+            try:
+                model = self._proxy(str(compiled), self._compute_units, "", {}, None)
+            except TypeError:  # another version's constructor
+                self._ct = import_coremltools(conversion=False)
+            else:
+                return lambda inputs: model.predict(inputs, None)
+        units = self._ct.ComputeUnit[self._compute_units]
+        predict: Predict = self._ct.models.CompiledMLModel(str(compiled), compute_units=units).predict
+        return predict
+
+
+def extension_proxy() -> type[Proxy] | None:
+    """`_MLModelProxy` of the extension module, loaded without coremltools; None where that does not work."""
+    package = importlib.util.find_spec("coremltools")
+    folders = package.submodule_search_locations if package else None
+    spec = PathFinder.find_spec(MODULE, list(folders or ()))
+    if spec is None or spec.loader is None:
+        return None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError):
+        return None
+    sys.modules[MODULE] = module
+    proxy = getattr(module, "_MLModelProxy", None)
+    return proxy if hasattr(proxy, "compileModel") and hasattr(proxy, "predict") else None

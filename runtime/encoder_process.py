@@ -1,0 +1,363 @@
+"""The vision encoder in a process of its own, and what happens when that process ends badly.
+
+Core ML holds the GIL while it compiles, loads and predicts, can abort or be killed by the system, and may print what it
+likes. In a child none of that reaches this process: signals are answered at once, a crash is an error, and the next
+image is encoded while the decoder writes. `encoder_child.py` is the other side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+
+from ..models.errors import CrashError, FastVLMError, MachineError, UsageError
+from ..models.folder_layout import OUTPUT_NAME
+from .child_process import CHILD_MODULE, ChildProcess, Ending, Reply
+from .compiled_cache import CompiledCache
+from .encoders import OnWait, Shapes, check_pixels, default_compute_units
+from .shared_memory import Layout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..models.mlprogram.executor import Precision
+
+TICK_SECONDS = 0.1
+"""How often a wait looks at its limit."""
+
+QUIET_SECONDS = 2.0
+"""Loading that takes longer is reported to `on_wait`."""
+
+RETRY_SECONDS = 60.0
+"""After two crashes in a row, time until the encoder is started again: a crash loop costs little, a server recovers."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Time after which the process is taken to hang, in seconds."""
+
+    load: float = 600.0
+    """The slowest first use on an engine that was reported took 105 s. A load can hang for half an hour without one."""
+    predict: float = 300.0
+    """The engine takes 0.1 s, the reference executor up to 10 s on two cores."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class LoadTimes:
+    """Time that loading took inside the process, in milliseconds."""
+
+    import_ms: float = 0.0
+    open_ms: float = 0.0
+    """Compiling the package where there was no copy, and loading it."""
+    first_predict_ms: float = 0.0
+    """One run on zeros; 0 for the reference executor, which needs no warming."""
+    compile_ms: float = 0.0
+    """The first use of the package on this machine's engine; 0 when that was earlier."""
+
+
+class EncoderProcess:
+    """A `VisionEncoder` whose package runs in a child process. Several threads may use it.
+
+    The process starts here and loads while this one does other work. It ends with `close`, with the last reference to
+    this object, and with this process, however that ends. After a crash the next image starts it again.
+
+    Attributes:
+        name: `coreml` or `reference`.
+        predict_ms: time of the last image inside the process.
+        pid: of the process while it runs, else None.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        shapes: Shapes,
+        *,
+        backend: Literal["coreml", "reference"] = "coreml",
+        compute_units: str | None = None,
+        precision: Precision = "float32",
+        cache: CompiledCache | None = None,
+        on_wait: OnWait | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        program: tuple[str, ...] = CHILD_MODULE,
+    ) -> None:
+        self.name: str = backend
+        self.image_size = shapes.image_size
+        self.compute_units = (compute_units or default_compute_units()) if backend == "coreml" else None
+        self.predict_ms = 0.0
+        self._package, self._shapes, self._program = package, shapes, program
+        self._limits, self._on_wait = limits, on_wait
+        cache = cache or CompiledCache()
+        tokens = shapes.output(OUTPUT_NAME)[1]
+        self._layout = Layout(shapes.image_size, tokens * max(shapes.channels, shapes.hidden_size))
+        self._order = {
+            "id": 0,
+            "layout": [self._layout.image_size, self._layout.feature_count],
+            "package": str(package.absolute()),
+            "shapes": [shapes.image_size, shapes.channels, shapes.hidden_size],
+            "backend": backend,
+            "compute_units": self.compute_units,
+            "precision": precision,
+            "cache": str(cache.folder.absolute()),
+            "max_copies": cache.max_copies,
+        }
+        self._numbers = itertools.count(1)
+        self._starting, self._counting = Lock(), Lock()
+        self._crashes = 0
+        """In a row, without an image between them."""
+        self._crashed_at = 0.0
+        self._last_error: FastVLMError = MachineError("")
+        self._uncounted: ChildProcess | None = None
+        """The last one started, until its end has been counted."""
+        self._closed = False
+        self._running: list[ChildProcess] = []
+        """The child, if there is one; a list so that the finalizer does not hold this object."""
+        self._finalizer = weakref.finalize(self, _end_all, self._running)
+        self._loaded: dict[str, Any] = {}
+        self._process()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process at once. No image can be encoded after that."""
+        self._closed = True
+        self._uncounted = None
+        _end_all(self._running)
+
+    @property
+    def pid(self) -> int | None:
+        running = next(iter(self._running), None)
+        return running.pid if running is not None and running.ending is None else None
+
+    @property
+    def room(self) -> int:
+        """Images that `submit` takes at once, without waiting for another."""
+        return self._process().free_slots.qsize()
+
+    @property
+    def projected(self) -> bool:
+        """Whether the package holds the projector. Waits until it is loaded."""
+        return bool(self._ready()["projected"])
+
+    @property
+    def times(self) -> LoadTimes:
+        """How long the first loading took. Waits until it is over."""
+        ready = self._ready()
+        names = ("import_ms", "open_ms", "first_predict_ms", "compile_ms")
+        return LoadTimes(**{name: float(ready.get(name, 0.0)) for name in names})
+
+    @property
+    def compiled(self) -> Path | None:
+        """The copy of the package that Core ML has opened, None for the reference executor. Waits for loading."""
+        found = self._ready().get("compiled")
+        return None if found is None else Path(str(found))
+
+    @property
+    def compile_ms(self) -> float:
+        """Time of the first use of the package on this machine's engine; 0 when that was earlier."""
+        return self.times.compile_ms
+
+    def wait_ready(self) -> None:
+        """Returns when the package is loaded.
+
+        Raises:
+            CrashError: the process ended, or hung.
+            PackageError: the package cannot be read, compiled or opened.
+            MachineError: the process cannot be started, or crashed twice in a row.
+        """
+        self._ready()
+
+    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(1, 3, S, S) float32 in 0..1 -> (1, (S/64)^2, C or D) float32. Raises what `wait_ready` raises."""
+        return self.submit(pixel_values).result()
+
+    def submit(self, pixel_values: NDArray[np.float32]) -> Pending:
+        """Begins to encode an image. While two are on their way, it waits for the first of them.
+
+        Raises:
+            PackageError: the pixels have another shape.
+            MachineError: the process cannot be started, or crashed twice in a row.
+        """
+        check_pixels(pixel_values, self._shapes)
+        process, slot = self._free_slot()
+        try:
+            np.copyto(process.memory.pixels(slot), pixel_values)
+            reply = Reply(next(self._numbers), slot)
+        except BaseException:
+            process.free_slots.put(slot)
+            raise
+        process.give(reply, {"id": reply.number, "slot": slot})
+        return Pending(self, process, reply, pixel_values)
+
+    def _free_slot(self) -> tuple[ChildProcess, int]:
+        while True:
+            process = self._process()
+            try:
+                return process, process.free_slots.get(timeout=TICK_SECONDS)
+            except Empty:
+                self._watch(process)
+
+    def _process(self) -> ChildProcess:
+        """The child, which is started when there is none. Raises MachineError."""
+        with self._starting:
+            if self._closed:
+                raise UsageError("the model is closed: load it again")
+            if self._running and self._running[0].ending is None:
+                return self._running[0]
+            if self._running:
+                self._counted(self._running[0])
+            _end_all(self._running)
+            if self._crashes > 1 and time.monotonic() - self._crashed_at < RETRY_SECONDS:
+                raise type(self._last_error)(str(self._last_error), *self._last_error.arguments)
+            self._running.append(ChildProcess(self._program, self._layout, self._shapes, self._order))
+            self._uncounted = self._running[0]
+            return self._running[0]
+
+    def _ready(self) -> dict[str, Any]:
+        if not self._loaded:
+            process = self._process()
+            outcome = self._outcome(process, process.opening)
+            assert isinstance(outcome, dict)
+            self._loaded = outcome
+        return self._loaded
+
+    def _outcome(self, process: ChildProcess, reply: Reply) -> Any:
+        """What the reply settles to. Raises the error that it settles to, and how the child ended."""
+        while reply.outcome is None:
+            reply.wait(TICK_SECONDS)
+            self._watch(process)
+        if isinstance(reply.outcome, Ending):
+            raise self._counted(process)
+        if isinstance(reply.outcome, FastVLMError):
+            raise self._counted(process) if process.ending else reply.outcome
+        return reply.outcome
+
+    def _features(self, pending: Pending) -> NDArray[np.float32]:
+        """Waits for an image. One that the child had not begun when it ended is given to the next child."""
+        while True:
+            try:
+                features: NDArray[np.float32] = self._outcome(pending.process, pending.reply)
+            except FastVLMError:
+                if self._closed or not pending.reply.innocent:
+                    raise
+                again = self.submit(pending.pixel_values)
+                pending.process, pending.reply = again.process, again.reply
+                continue
+            self._crashes = 0
+            self.predict_ms = pending.reply.predict_ms
+            return features
+
+    def _watch(self, process: ChildProcess) -> None:
+        """Ends a child that hangs, and reports what loading waits for."""
+        since = process.working_since
+        if since is None:
+            return
+        start, loading = since
+        limit = self._limits.load if loading else self._limits.predict
+        if time.monotonic() - start > limit:
+            process.fail(Ending("hang", f"{limit:.0f} s", loading=loading))
+        elif loading and process.stage is not None and self.name == "coreml" and self._on_wait:
+            seconds = time.monotonic() - process.stage[1]
+            if seconds > QUIET_SECONDS:
+                self._on_wait(self._wait_text, seconds)
+
+    @property
+    def _wait_text(self) -> str:
+        if self.compute_units in ("CPU_AND_NE", "ALL"):
+            return "Compiling for the Neural Engine (first use, up to two minutes)"
+        return f"Loading the vision encoder on {self.compute_units}"
+
+    def _counted(self, process: ChildProcess) -> FastVLMError:
+        """How a child ended, which is counted once: the second time in a row it is a MachineError."""
+        with self._counting:
+            ending = process.ending
+            if ending is None or ending.kind == "closed":
+                return UsageError("the model is closed: load it again")
+            error = ending.error or self._crash_error(process, ending)
+            if process is self._uncounted:
+                self._uncounted = None
+                if not ending.idle:
+                    self._crashes += 1
+                    self._crashed_at = time.monotonic()
+            if self._crashes > 1 and isinstance(error, CrashError):
+                error = MachineError(f"{error} (crashes in a row: {self._crashes})", *error.arguments)
+            self._last_error = error
+            return error
+
+    def _crash_error(self, process: ChildProcess, ending: Ending) -> CrashError:
+        """One line: what happened, at what, on which units, and what to do."""
+        core_ml = self.name == "coreml"
+        subject = "Core ML" if core_ml else "the vision encoder"
+        how = {
+            "signal": f"was ended by {_signal_name(ending.number)}",
+            "exit": f"exited with code {ending.number}",
+            "hang": f"did not answer within {ending.detail}",
+            "rubbish": f"sent something else than messages ({ending.detail})",
+        }[ending.kind]
+        at = "loaded the package" if ending.loading else "encoded an image"
+        units = f" on {self.compute_units}" if core_ml else ""
+        said = f' (its last words: "{process.last_words}")' if process.last_words else ""
+        memory = "The system does so when memory runs out: close other programs. " if ending.number == 9 else ""
+        folder = self._package.parent
+        if not core_ml:
+            advice, arguments = "Leave out encoder_process=True", ["encoder_process"]
+        elif self.compute_units == "CPU_ONLY":
+            advice, arguments = f"Try vision='reference', and run fastvlm verify {folder} --on-device", ["vision"]
+        else:
+            find = f"find out which units work with fastvlm verify {folder} --on-device"
+            advice, arguments = f"Try compute_units='CPU_ONLY', and {find}", ["compute_units"]
+        return CrashError(
+            f"{subject}: its process {how} while it {at}{units}{said}. {memory}{advice}",
+            *arguments,
+            signal_number=ending.number if ending.kind == "signal" else None,
+            exit_code=ending.number if ending.kind == "exit" else None,
+        )
+
+
+class Pending:
+    """An image on its way through the process."""
+
+    def __init__(
+        self, encoder: EncoderProcess, process: ChildProcess, reply: Reply, pixel_values: NDArray[np.float32]
+    ) -> None:
+        self.process, self.reply, self.pixel_values = process, reply, pixel_values
+        self._encoder = encoder
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` has nothing to wait for but, after a crash, the next process."""
+        return self.reply.outcome is not None
+
+    def result(self) -> NDArray[np.float32]:
+        """The features. Raises what `EncoderProcess.encode` raises."""
+        return self._encoder._features(self)
+
+
+def _end_all(running: list[ChildProcess]) -> None:
+    while running:
+        running.pop().end()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

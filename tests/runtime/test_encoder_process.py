@@ -1,0 +1,310 @@
+"""The encoder in a process of its own: what it gives, how its crashes are reported, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlm.models.errors import CrashError, FastVLMError, MachineError, PackageError, UsageError
+from fastvlm.runtime import encoder_process
+from fastvlm.runtime.encoder_process import EncoderProcess, Limits
+from fastvlm.runtime.encoders import Shapes
+
+SHAPES = Shapes(128, 3, hidden_size=6)
+PIXELS = np.random.default_rng(0).random((1, 3, 128, 128), dtype=np.float32)
+CHILD = Path(__file__).with_name("bad_child.py")
+LIMITS = Limits(load=60, predict=60)
+SHORT = Limits(load=3.0, predict=3.0)
+
+CRASHES = ("segv", "abort", "kill", "exit", "hang", "rubbish", "nonsense", "long", "close")
+REPORTS = {
+    "segv": "was ended by SIGSEGV",
+    "abort": 'was ended by SIGABRT .*its last words: "MPSGraph: error: MLIR pass manager failed"',
+    "kill": "was ended by SIGKILL .* memory runs out",
+    "exit": "exited with code 7",
+    "hang": "did not answer within 3 s",
+    "rubbish": "sent something else than messages .*E5RT",
+    "nonsense": "sent something else than messages",
+    "long": "sent something else than messages .*found a message of",
+    "close": "sent something else than messages .*closed its pipe",
+}
+
+
+def means(pixel_values: np.ndarray) -> np.ndarray:
+    side = pixel_values.shape[2] // 64
+    return pixel_values.reshape(3, side, 64, side, 64).mean((2, 4)).reshape(3, -1).T[None]
+
+
+Make = Callable[..., EncoderProcess]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """`make("segv", when="load")`: an encoder whose process goes wrong once; all are closed in the end."""
+    made: list[EncoderProcess] = []
+
+    def make(fault: str = "none", when: object = "never", once: object = "-", **options: object) -> EncoderProcess:
+        program = (str(CHILD), fault, str(when), str(once))
+        limits = SHORT if fault in ("hang", "close") else LIMITS
+        made.append(EncoderProcess(Path("model/x.mlpackage"), SHAPES, program=program, **{"limits": limits, **options}))
+        return made[-1]
+
+    yield make
+    for encoder in made:
+        encoder.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists that has not ended: one that nobody has waited for yet does not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_features_are_those_of_the_child(make: Make) -> None:
+    encoder = make()
+    for pixel_values in (PIXELS, 1 - PIXELS):
+        np.testing.assert_array_equal(encoder.encode(pixel_values), means(pixel_values))
+    assert encoder.predict_ms > 0
+    assert (encoder.name, encoder.image_size, encoder.projected, encoder.compile_ms) == ("coreml", 128, False, 0.0)
+    assert encoder.times.open_ms == 1.0
+
+
+def test_images_may_be_submitted_before_earlier_ones_are_read(make: Make) -> None:
+    encoder = make("slow", 0.02)
+    images = [np.full_like(PIXELS, n / 8) for n in range(8)]
+    pending = [encoder.submit(image) for image in images]  # more than there is room for
+    for image, one in zip(images, pending, strict=True):
+        np.testing.assert_array_equal(one.result(), means(image))
+        assert one.done
+
+
+def test_threads_share_a_process(make: Make) -> None:
+    encoder, wrong = make(), []
+
+    def ask(seed: int) -> None:
+        pixel_values = np.random.default_rng(seed).random((1, 3, 128, 128), dtype=np.float32)
+        for _ in range(10):
+            if not np.array_equal(encoder.encode(pixel_values), means(pixel_values)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_is_printed_does_not_reach_the_replies(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    for when in ("load", 1):
+        np.testing.assert_array_equal(make("print", when).encode(PIXELS), means(PIXELS))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("when", ["load", 1, 10])
+@pytest.mark.parametrize("fault", CRASHES)
+def test_crash_is_one_line_and_the_next_answer_right(fault: str, when: object, make: Make, tmp_path: Path) -> None:
+    encoder = make(fault, when, tmp_path / "once", compute_units="CPU_AND_GPU")
+    before = 0 if when == "load" else int(str(when)) - 1
+    for _ in range(before):
+        encoder.encode(PIXELS)
+    pid = encoder.pid
+    with pytest.raises(CrashError, match=REPORTS[fault]) as caught:
+        encoder.encode(PIXELS)
+    message = str(caught.value)
+    assert "\n" not in message
+    at = "loaded the package" if when == "load" else "encoded an image"
+    for words in (at, "CPU_AND_GPU", "compute_units='CPU_ONLY'", "fastvlm verify model --on-device"):
+        assert words in message
+    assert caught.value.arguments == ("compute_units",)
+    numbers = {"segv": signal.SIGSEGV, "abort": signal.SIGABRT, "kill": signal.SIGKILL}
+    assert caught.value.signal_number == numbers.get(fault)
+    assert caught.value.exit_code == (7 if fault == "exit" else None)
+    assert pid is not None
+    assert not is_running(pid)
+    np.testing.assert_array_equal(encoder.encode(1 - PIXELS), means(1 - PIXELS))
+
+
+def test_image_that_waits_behind_a_crash_is_encoded(make: Make, tmp_path: Path) -> None:
+    encoder = make("segv", 1, tmp_path / "once")
+    first, second, third = encoder.submit(PIXELS), encoder.submit(1 - PIXELS), encoder.submit(PIXELS / 2)
+    np.testing.assert_array_equal(third.result(), means(PIXELS / 2))
+    np.testing.assert_array_equal(second.result(), means(1 - PIXELS))
+    with pytest.raises(CrashError, match="SIGSEGV"):
+        first.result()
+
+
+def test_process_that_ends_while_idle_is_started_again(make: Make) -> None:
+    encoder = make()
+    for _ in range(4):
+        encoder.encode(PIXELS)
+        assert encoder.pid is not None
+        os.kill(encoder.pid, signal.SIGKILL)
+        assert until(lambda: encoder.pid is None)
+    np.testing.assert_array_equal(encoder.encode(PIXELS), means(PIXELS))
+
+
+def test_crash_loop_ends(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make("exit", 1)
+    with pytest.raises(CrashError):
+        encoder.encode(PIXELS)
+    with pytest.raises(MachineError, match="exited with code 7 .*in a row: 2"):
+        encoder.encode(PIXELS)
+    start = time.monotonic()
+    for _ in range(100):
+        with pytest.raises(MachineError, match="in a row: 2"):
+            encoder.encode(PIXELS)
+    assert time.monotonic() - start < 0.5  # without a process for each
+    monkeypatch.setattr(encoder_process, "RETRY_SECONDS", 0.0)
+    with pytest.raises(MachineError, match="in a row: 3"):
+        encoder.encode(PIXELS)
+
+
+def test_advice_fits_the_back_end_and_the_units(make: Make) -> None:
+    with pytest.raises(CrashError, match="vision='reference'") as caught:
+        make("exit", "load", compute_units="CPU_ONLY").wait_ready()
+    assert caught.value.arguments == ("vision",)
+    with pytest.raises(CrashError, match="Leave out encoder_process=True") as caught:
+        make("exit", "load", backend="reference").wait_ready()
+    assert caught.value.arguments == ("encoder_process",)
+
+
+def test_pixels_of_another_shape_are_refused(make: Make) -> None:
+    with pytest.raises(PackageError, match="float32 of shape"):
+        make().submit(PIXELS[:, :2])
+
+
+def test_closed_encoder_says_so(make: Make) -> None:
+    encoder = make("slow", 5)
+    pending, pid = encoder.submit(PIXELS), encoder.pid
+    start = time.monotonic()
+    encoder.close()
+    encoder.close()
+    assert time.monotonic() - start < 0.5
+    assert pid is not None
+    assert not is_running(pid)
+    for ask in (pending.result, lambda: encoder.encode(PIXELS)):
+        with pytest.raises(UsageError, match="closed"):
+            ask()
+
+
+def test_process_ends_with_the_last_reference() -> None:
+    encoder = EncoderProcess(Path("x"), SHAPES, program=(str(CHILD), "none", "never", "-"))
+    encoder.wait_ready()
+    pid = encoder.pid
+    assert pid is not None
+    del encoder
+    gc.collect()
+    assert not is_running(pid)
+
+
+def test_slow_load_is_reported_with_its_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, float]] = []
+    monkeypatch.setattr(encoder_process, "QUIET_SECONDS", 0.3)
+    encoder = make("hang", "load", compute_units="CPU_AND_NE", on_wait=lambda *args: heard.append(args))
+    with pytest.raises(CrashError, match="did not answer"):
+        encoder.wait_ready()
+    text, seconds = heard[0]
+    assert text == "Compiling for the Neural Engine (first use, up to two minutes)"
+    assert 0.3 < seconds < 2
+    assert [more for _, more in heard] == sorted(more for _, more in heard)
+
+
+def test_full_memory_is_one_clear_error() -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from fastvlm.runtime.encoder_process import EncoderProcess\n"
+        "from fastvlm.runtime.encoders import Shapes; from fastvlm.models.errors import MachineError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: EncoderProcess(Path('x'), Shapes(128, 3, 6), program=('-c', ''))\n"
+        "except MachineError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "bytes of shared memory cannot be reserved in memory (File too large). Free some space" in found.stdout
+
+
+def test_open_files_and_processes_do_not_grow(make: Make, tmp_path: Path) -> None:
+    def count() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    make().encode(PIXELS)
+    before = count()
+    for turn in range(5):
+        encoder = make("segv", 1, tmp_path / f"once{turn}")
+        with pytest.raises(CrashError):
+            encoder.encode(PIXELS)
+        encoder.encode(PIXELS)
+        encoder.close()
+    assert until(lambda: count() <= before)
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from fastvlm.runtime.encoder_process import EncoderProcess
+from fastvlm.runtime.encoders import Shapes
+fault, when = sys.argv[2:4]
+encoder = EncoderProcess(Path("x"), Shapes(128, 3, 6), program=(sys.argv[1], fault, when, "-"))
+print(encoder.pid, flush=True)
+encoder.encode(np.zeros((1, 3, 128, 128), np.float32))
+print("encoded", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("when", ["load", "1", "never"])
+def test_child_ends_when_its_parent_is_killed(when: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(CHILD), "hang", when], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    if when == "never":
+        assert parent.stdout.readline() == "encoded\n"
+    else:
+        time.sleep(1.0)  # it hangs in native code, which holds the GIL
+    assert is_running(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert until(lambda: not is_running(pid), 2.0)
+
+
+def test_fork_leaves_the_child_to_its_parent(make: Make) -> None:
+    encoder = make()
+    encoder.wait_ready()
+    fork = os.fork()
+    if fork == 0:
+        os._exit(0 if encoder.pid is None else 1)
+    assert os.waitpid(fork, 0)[1] == 0
+    np.testing.assert_array_equal(encoder.encode(PIXELS), means(PIXELS))
+
+
+def test_error_of_the_package_keeps_its_class(tmp_path: Path) -> None:
+    with EncoderProcess(tmp_path / "none.mlpackage", SHAPES, backend="reference") as encoder:
+        with pytest.raises(PackageError, match=r"none\.mlpackage: must be a .mlpackage folder"):
+            encoder.wait_ready()
+        with pytest.raises(FastVLMError, match=r"none\.mlpackage: must be a .mlpackage folder"):
+            encoder.encode(PIXELS)
