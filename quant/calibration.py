@@ -91,7 +91,7 @@ def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
     Files that cannot be read are skipped and named in `notes`.
 
     Raises:
-        ImageError: there is no such folder, or it has no readable image.
+        ImageError: the folder does not exist, or has no readable image.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

@@ -36,7 +36,7 @@ def open_data(
 
     Raises:
         UsageError: `limit` or `task` is invalid.
-        DataSetError: there is no file of questions, it is malformed, or images are missing.
+        DataSetError: the path has no questions, they are malformed, or images are missing.
     """
     if limit < 0 or (limit == 0 and data == "tiny"):
         raise UsageError(f"limit must be at least 1, or 0 for all questions of a file (got {limit}).", "limit")
