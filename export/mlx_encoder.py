@@ -144,7 +144,7 @@ class MLXVerification(EncoderVerification):
 def verify_mlx_encoder(
     folder: Path, images: Sequence[np.ndarray], reference: EncoderReference, encoder: FastViT, quant: str
 ) -> MLXVerification:
-    """Runs the saved encoder in MLX, in float32 as `runtime` does, next to the checkpoint's `encoder`.
+    """Runs the saved encoder in MLX, in float32, next to the checkpoint's `encoder`.
 
     Raises:
         WeightsError: the saved tensors are not a whole encoder, or not finite.
@@ -152,7 +152,7 @@ def verify_mlx_encoder(
     """
     saved = saved_encoder(folder)
     audit = audit_weights(saved, encoder.reparameterize(), quant)
-    network = FastViTMLX.from_tensors(saved)
+    network = FastViTMLX.from_tensors(saved, mx.float32)
     outputs: list[np.ndarray] = []
     stages: dict[str, float] = {}
     ranges: dict[str, float] = {}

@@ -43,6 +43,8 @@ def convolve(x: mx.array, weight: mx.array, stride: int, groups: int) -> mx.arra
         return x @ weight.reshape(out_channels, in_per_group).T
     if on_cpu() and groups == out_channels and in_per_group == 1 and groups == x.shape[-1]:
         return depthwise(x, weight, stride)
+    if not on_cpu() and in_per_group == 1 and out_channels == 2 * groups and groups == x.shape[-1]:
+        return doubled_depthwise(x, weight, stride)
     return mx.conv2d(x, weight, stride=stride, padding=kernel_size // 2, groups=groups)
 
 
@@ -59,6 +61,17 @@ def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     return total
 
 
+def doubled_depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """A depthwise convolution with two outputs per channel, as two with one: only these have a fast kernel on Metal."""
+    out_channels, kernel_size, _, _ = weight.shape
+    halves = [
+        mx.conv2d(x, weight[half::2], stride=stride, padding=kernel_size // 2, groups=out_channels // 2)
+        for half in range(2)
+    ]
+    y = mx.stack(halves, axis=-1)  # (B, H, W, C, 2)
+    return y.reshape(*y.shape[:3], out_channels)
+
+
 class BatchNorm(nn.Module):
     """What inference needs of a batch norm."""
 
@@ -71,18 +84,24 @@ class BatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A 7x7 depthwise convolution without bias, then batch norm; run as one convolution."""
+    """A 7x7 depthwise convolution without bias, then batch norm; run as one convolution once `fold` was called."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv(channels, channels, 7, groups=channels, bias=False)
         self.bn = BatchNorm(channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def fold(self) -> None:
+        """Works out the one convolution: in float32, then in the type of the weights."""
         norm, weight = self.bn, self.conv.weight
-        gain = norm.weight * mx.rsqrt(norm.running_var + BATCH_NORM_EPS)  # (C,)
-        folded = weight * gain[:, None, None, None]
-        return convolve(x, folded, 1, self.conv.groups) + (norm.bias - norm.running_mean * gain)
+        gain = norm.weight.astype(mx.float32) * mx.rsqrt(norm.running_var.astype(mx.float32) + BATCH_NORM_EPS)  # (C,)
+        bias = norm.bias.astype(mx.float32) - norm.running_mean.astype(mx.float32) * gain
+        self._weight = (weight.astype(mx.float32) * gain[:, None, None, None]).astype(weight.dtype)
+        self._bias = bias.astype(weight.dtype)
+        mx.eval(self._weight, self._bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return convolve(x, self._weight, 1, self.conv.groups) + self._bias
 
 
 class ConvFFN(nn.Module):
@@ -238,7 +257,8 @@ class FastViTMLX(nn.Module):
         return image_features
 
     def results(self, images: mx.array) -> Iterator[tuple[str, mx.array]]:
-        """(`stem`, (B, H, W, C)), (`stage 0`, ...), ... and (`image_features`, (B, N, C)), each evaluated."""
+        """(`stem`, (B, H, W, C)), (`stage 0`, ...), ... and (`image_features`, (B, N, C) in float32), each launched."""
+        images = images.astype(self.conv_exp.reparam_conv.weight.dtype)
         x, stage = self.patch_embed(images.transpose(0, 2, 3, 1)), 0  # (B, H, W, C) from here on
         yield "stem", evaluated(x)
         for part in self.network:
@@ -248,11 +268,15 @@ class FastViTMLX(nn.Module):
                 yield f"stage {stage}", x
                 stage += 1
         x = self.conv_exp(x)
-        yield "image_features", evaluated(x.reshape(x.shape[0], -1, x.shape[-1]))  # (B, N, C)
+        x = x.reshape(x.shape[0], -1, x.shape[-1]).astype(mx.float32)  # (B, N, C)
+        yield "image_features", evaluated(x)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, mx.array]) -> FastViTMLX:
-        """The encoder whose tensors are named as mlx-vlm names them, in float32.
+    def from_tensors(cls, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> FastViTMLX:
+        """The encoder whose tensors are named as mlx-vlm names them.
+
+        It computes in `dtype`. None takes bfloat16 on a GPU where the tensors are stored in it, as other clients do,
+        else float32: float16 sums overflow on trained weights, and 16-bit kernels are slow on a CPU.
 
         Raises:
             WeightsError: tensors are missing, unexpected (both listed), of a wrong shape or not finite.
@@ -270,18 +294,26 @@ class FastViTMLX(nn.Module):
             {name: tensor.shape for name, tensor in tensors.items()},
             "MLX vision encoder",
         )
-        # 16-bit sums overflow on trained weights, and off Metal 16-bit kernels are naive
-        encoder.load_weights([(name, tensor.astype(mx.float32)) for name, tensor in tensors.items()])
+        if dtype is None:
+            stored = {tensor.dtype for tensor in tensors.values()}
+            dtype = mx.bfloat16 if stored == {mx.bfloat16} and not on_cpu() else mx.float32
+        encoder.load_weights([(name, tensor.astype(dtype)) for name, tensor in tensors.items()])
         damaged = [name for name, tensor in tensors.items() if not mx.isfinite(tensor).all().item()]
         if damaged:
             raise WeightsError(f"{damaged[0]} holds NaN or infinite values: the folder is damaged, export it again")
         mx.eval(encoder.parameters())
+        for module in encoder.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
         return encoder
 
 
 def evaluated(x: mx.array) -> mx.array:
-    """`x`, computed: else all results of the graph wait in memory for their turn."""
-    mx.eval(x)
+    """`x`, computed on a CPU and launched on a GPU: else all results of the graph wait in memory for their turn."""
+    if on_cpu():
+        mx.eval(x)
+    else:
+        mx.async_eval(x)
     return x
 
 

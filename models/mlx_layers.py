@@ -120,12 +120,16 @@ class JoinedAttention(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         B, L, D = x.shape
-        heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2 KV, L, head_dim)
+        heads = self.qkv_proj(x)  # (B, L, (H + 2 KV) * head_dim)
+        if L == 1:  # there is nothing to transpose
+            heads = heads.reshape(B, -1, 1, self.head_dim)
+        else:
+            heads = heads.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2 KV, L, head_dim)
         # The values are turned too, and not used: a slice without them would be copied for the kernel.
         queries, keys, _ = mx.split(self.rope(heads, cache), self._ends, axis=1)
-        keys, values = cache.update(keys, heads[:, self._ends[1] :])
-        output = scaled_dot_product_attention(queries, keys, values, cache, self.scale)
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, D))
+        keys, values = cache.update(keys, heads[:, -self.num_key_value_heads :])
+        output = scaled_dot_product_attention(queries, keys, values, cache, self.scale)  # (B, H, L, head_dim)
+        return self.o_proj((output if L == 1 else output.transpose(0, 2, 1, 3)).reshape(B, L, D))
 
 
 class JoinedMLP(nn.Module):

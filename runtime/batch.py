@@ -142,6 +142,10 @@ class Batch:
 
     def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
         """See `FastVLM.answer_all`."""
+        with self._model.memory.in_use():
+            yield from self._outcomes(requests)
+
+    def _outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
         upcoming = Upcoming(self._model, requests)
         number = 0
         while True:

@@ -18,7 +18,7 @@ from ..models.language import LanguageSide, load_language
 from ..models.tokenizer_files import IMAGE_TOKEN
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
-from .device_memory import bound_memory
+from .device_memory import DeviceMemory
 from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder, open_encoder
 from .folder import ModelFolder, open_folder
 from .generate import Ending, Generation, Stream, decode, read_answer
@@ -42,6 +42,7 @@ class FastVLM:
         notes: what a user should know of this folder on this machine.
         feature_cache: the features of the last few images; clear it to measure the time that encoding takes.
         load_ms: time that loading took, without the first-use compilation of the package.
+        memory: the GPU's, to be in use while answers are computed.
         turn: held by whoever computes with this model, in what `stream_of_turn` gives.
     """
 
@@ -61,7 +62,8 @@ class FastVLM:
         self.tokenizer = tokenizer
         self.load_ms = load_ms
         self.trained = folder.trained
-        self.notes = (*folder.notes, *_machine_notes(language))
+        self.memory = DeviceMemory(language)
+        self.notes = (*folder.notes, *_machine_notes(language), *self.memory.notes)
         self._prompts = PromptEncoder(folder.path, tokenizer, _image_token_index(folder, tokenizer))
         self._starter = Starter(self.config, encoder, language, self._prompts, kv_bits)
         self.feature_cache = self._starter.feature_cache
@@ -107,7 +109,6 @@ class FastVLM:
         try:
             language = load_language(opened.weights(), config, quantization=config.quantization)
             model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)
-            model.notes += bound_memory(language)
             model._starter.warm()
             before = time.perf_counter()
             if isinstance(encoder, SeparateEncoder):
@@ -199,9 +200,10 @@ class FastVLM:
         self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()
     ) -> Generator[str, None, Generation]:
         """The answer to a request whose beginning may be in `memory`, which is kept up with what is read."""
-        start, cold = self.start(request, memory, pictures)
-        eos = () if request.options.ignore_eos else self.eos_token_ids
-        ending = yield from read_answer(self._ids(start, memory), self.tokenizer, eos, request.options.stop)
+        with self.memory.in_use():
+            start, cold = self.start(request, memory, pictures)
+            eos = () if request.options.ignore_eos else self.eos_token_ids
+            ending = yield from read_answer(self._ids(start, memory), self.tokenizer, eos, request.options.stop)
         return self.generation(request, start, ending, cold)
 
     @property
@@ -221,6 +223,7 @@ class FastVLM:
         """The first token of an answer, and whether it is the first of this process. See `Starter.start`."""
         with self.turn, self.stream_of_turn():
             start = self._starter.start(request, memory, pictures)
+            self.memory.after_prefill()
         return start, next(_answers) == 0  # counted once it has worked
 
     def generation(self, request: Request, start: Start, ending: Ending, cold: bool) -> Generation:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MLXEncoder:
-    """FastViT in MLX, in float32: on Metal or CUDA where there is one, else on the CPU.
+    """FastViT in MLX: on Metal or CUDA where there is one, else on the CPU in float32.
 
     Raises:
         WeightsError: its tensors are not a whole encoder.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from ..models._mlx import mx
+from ..models._mlx import mx, on_cpu
 from ..models.config import FastVLMConfig
 from ..models.errors import PromptError, WeightsError
 from ..models.images import Fit, preprocess, to_pixel_values
@@ -170,10 +170,16 @@ class Starter:
             held, cache = len(lead), self._read_lead(lead, held, cache)
         cache = cache or self._empty(0)
         logits = self._prefill(cells[held:], cache, projected, length + min(room, CACHE_ROOM))
-        stages_ms["prefill_ms"] = clock.lap_ms()
+        if on_cpu():
+            _check_finite(logits)
+            stages_ms["prefill_ms"] = clock.lap_ms()
         sampler = Sampler(request.options.sampling, prompt.ids)
         first = sampler(logits[0])
-        mx.eval(first, *sampler.state)
+        if on_cpu():
+            mx.eval(first, *sampler.state)
+        else:  # one wait for both: sampling takes no time there
+            _check_finite(logits, first, *sampler.state)
+            stages_ms["prefill_ms"] = clock.lap_ms()
         stages_ms["sample_ms"] = clock.lap_ms()
         memory.put(cells, cache)
         cached_images = self.feature_cache.hits - hits
@@ -242,12 +248,10 @@ class Starter:
     def _prefill(
         self, cells: Sequence[Cell], cache: list[KVCache], projected: list[mx.array], capacity: int
     ) -> mx.array:
-        """Reads `cells` into a cache that gets room for `capacity` positions; logits (1, V), computed."""
+        """Reads `cells` into a cache that gets room for `capacity` positions; logits (1, V), not yet computed."""
         for layer in cache:
             layer.reserve(capacity)
-        logits = prefill(self.language.language_model, self._embed(cells, projected), cache)
-        _check_finite(logits)
-        return logits
+        return prefill(self.language.language_model, self._embed(cells, projected), cache)
 
     def _read_lead(self, lead: Sequence[Cell], held: int, cache: list[KVCache], pinned: bool = False) -> list[KVCache]:
         """A cache of the text `lead`, of which `cache` holds the first cells; it is remembered for other prompts."""
@@ -283,10 +287,10 @@ def fixed_lead(messages: Sequence[Message], cells: Sequence[Cell]) -> list[int]:
     return lead if len(lead) <= MAX_PREFIX else []
 
 
-def _check_finite(logits: mx.array) -> None:
-    """Computes the logits. Raises WeightsError when they are no numbers to pick a token by."""
+def _check_finite(logits: mx.array, *others: mx.array) -> None:
+    """Computes the logits and `others` together. Raises WeightsError where the logits are NaN or infinite."""
     finite = mx.isfinite(logits).all()
-    mx.eval(logits, finite)
+    mx.eval(logits, finite, *others)
     if not finite.item():
         raise WeightsError(
             "the decoder gives logits that are not finite: its weights are damaged, or overflow "

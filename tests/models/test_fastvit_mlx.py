@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import WeightsError
 from fastvlm.models.fastvit import FastViT
-from fastvlm.models.fastvit_mlx import FastViTMLX, convolve, depthwise
+from fastvlm.models.fastvit_mlx import FastViTMLX, convolve, depthwise, doubled_depthwise
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tensor_names import APPLE_ENCODER_PREFIX, MLX_ENCODER_PREFIX, renamed, to_mlx_axes
 
@@ -76,6 +76,45 @@ def test_depthwise_taps_are_the_convolution(size: int, kernel: int, stride: int)
     expected = mx.conv2d(x, weight, stride=stride, padding=kernel // 2, groups=6)
     assert mx.abs(depthwise(x, weight, stride) - expected).max().item() < 1e-5
     assert mx.abs(convolve(x, weight, stride, 6) - expected).max().item() < 1e-5
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(9, 7, 2), (8, 3, 1)])
+def test_doubled_depthwise_is_the_convolution(size: int, kernel: int, stride: int, computing_on: Callable) -> None:
+    mx.random.seed(0)
+    x, weight = mx.random.normal((2, size, size, 6)), mx.random.normal((12, kernel, kernel, 1))
+    expected = mx.conv2d(x, weight, stride=stride, padding=kernel // 2, groups=6)
+    assert mx.abs(doubled_depthwise(x, weight, stride) - expected).max().item() < 1e-5
+    computing_on("gpu")
+    assert mx.array_equal(convolve(x, weight, stride, 6), doubled_depthwise(x, weight, stride)).item()
+
+
+def test_features_on_a_gpu_are_those_of_the_cpu(
+    tensors: dict[str, mx.array], tolerance: Callable[[str], float], computing_on: Callable
+) -> None:
+    images = mx.random.uniform(shape=(1, 3, 128, 128), key=mx.random.key(0))
+    expected = np.array(FastViTMLX.from_tensors(tensors)(images))
+    computing_on("gpu")
+    found = np.array(FastViTMLX.from_tensors(tensors)(images))
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() < tolerance("encoder_mlx_float32") * np.abs(expected).max()
+
+
+def test_bfloat16_weights_stay_on_a_gpu(
+    tensors: dict[str, mx.array], tolerance: Callable[[str], float], computing_on: Callable
+) -> None:
+    stored = {name: tensor.astype(mx.bfloat16) for name, tensor in tensors.items()}
+    images = mx.random.uniform(shape=(1, 3, 128, 128), key=mx.random.key(0))
+    expected = np.array(FastViTMLX.from_tensors(stored)(images))
+    computing_on("gpu")
+    network = FastViTMLX.from_tensors(stored)
+    results = dict(network.results(images))
+    assert [result.dtype for result in results.values()] == [mx.bfloat16] * 6 + [mx.float32]
+    found = np.array(results["image_features"])
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    snr_db = 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum())
+    assert snr_db > tolerance("encoder_mlx_bf16_results_snr_db")
+    assert FastViTMLX.from_tensors(stored, mx.float32)(images).dtype == mx.float32
 
 
 def test_bfloat16_weights_are_run_in_float32(tensors: dict[str, mx.array]) -> None:
