@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..models._coremltools import import_coremltools
 from ..models.errors import PackageError
 from ..models.folder_layout import INPUT_NAME
+from ..models.versions import import_coremltools
 from ..quant.activations import with_int8_inputs
 from ..quant.constexprs import with_stored_weights
 from ..quant.schemes import StoredWeight

@@ -1,1 +1,1 @@
-"""What the networks are, how checkpoints are read, and the errors that say what is wrong."""
+"""The networks, the checkpoints they are read from, and the errors."""

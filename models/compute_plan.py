@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ._coremltools import import_coremltools
 from .coreml_errors import coreml_reason
 from .errors import FastVLMError, MachineError, PackageError
+from .versions import import_coremltools
 
 ENGINE, GPU, CPU, UNKNOWN = "neural engine", "GPU", "CPU", "unknown"
 

@@ -10,9 +10,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..models._coremltools import import_coremltools
 from ..models.coreml_errors import coreml_reason
 from ..models.errors import PackageError
+from ..models.versions import import_coremltools
 from .compiled_cache import Predict
 from .encoders import check_mac
 

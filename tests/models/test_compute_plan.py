@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fastvlm.models import compute_plan
-from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.compute_plan import CPU, ENGINE, UNKNOWN, Place, Placement, placement, places, read_placement
 from fastvlm.models.errors import MachineError, PackageError
+from fastvlm.models.versions import import_coremltools
 
 import_coremltools()
 from coremltools.models import compute_plan as ct_plan  # noqa: E402

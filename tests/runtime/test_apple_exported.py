@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.folder_layout import INPUT_NAME, OUTPUT_NAME, PACKAGE_NAME
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tensor_names import language_shapes, saved_name
+from fastvlm.models.versions import import_coremltools
 from fastvlm.runtime.fastvlm import load
 from fastvlm.runtime.folder import NO_MANIFEST_NOTE
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from fastvlm.models import versions
-from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.errors import MachineError, PackageError
+from fastvlm.models.versions import import_coremltools
 from fastvlm.runtime import coreml
 from fastvlm.runtime.coreml import CoreMLTools
 from fastvlm.runtime.encoders import COMPUTE_UNITS

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.errors import MachineError
-from fastvlm.models.versions import is_tested, release
+from fastvlm.models.versions import import_coremltools, is_tested, release
 from fastvlm.runtime import doctor
 
 

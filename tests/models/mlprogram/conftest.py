@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvlm.models._coremltools import import_coremltools
 from fastvlm.models.mlprogram import model_class
+from fastvlm.models.versions import import_coremltools
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Safetensors headers from strangers."""
+"""Safetensors files: untrusted headers, shards and their index."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fastvlm.models.errors import WeightsError
+from fastvlm.models.checkpoint import FolderCheckpoint
+from fastvlm.models.errors import CheckpointError, WeightsError
 from fastvlm.models.safetensors_files import MAX_HEADER_BYTES, TensorInfo, read_header
+
+WriteCheckpoint = Callable[..., Path]
 
 WHOLE = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -99,8 +103,8 @@ def test_weights_error_when_a_header_is_huge_before_it_is_read(tmp_path: Path) -
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_what_is_accepted_is_what_the_library_accepts(tmp_path: Path, data: st.DataObject) -> None:
-    """Never another error than ours, and never a file that safetensors itself refuses or reads otherwise."""
+def test_accepted_headers_are_those_of_the_library(tmp_path: Path, data: st.DataObject) -> None:
+    """The only error is WeightsError. Accepted files are read by safetensors itself, with the same shapes."""
     content = bytearray(write(tmp_path / "f", WHOLE).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(content) - 33))
@@ -114,3 +118,60 @@ def test_what_is_accepted_is_what_the_library_accepts(tmp_path: Path, data: st.D
         assert {name: tuple(stream.get_slice(name).get_shape()) for name in found} == {
             name: info.shape for name, info in found.items()
         }
+
+
+def test_shard_index_that_disagrees_is_refused(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint(shards=2)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.wait"] = content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"disagree on 2 tensors: model.norm.wait, model.norm.weight"):
+        FolderCheckpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+def test_shard_outside_the_folder_is_refused(write_checkpoint: WriteCheckpoint, name: str) -> None:
+    folder = write_checkpoint()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match="outside the folder"):
+        FolderCheckpoint(folder)
+
+
+def test_missing_shard_is_named(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint(shards=2)
+    next(folder.glob("model-00002*")).unlink()
+    with pytest.raises(WeightsError, match=r"model-00002-of-00002.safetensors does not exist"):
+        FolderCheckpoint(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(write_checkpoint: WriteCheckpoint, keep: int) -> None:
+    folder = write_checkpoint()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        FolderCheckpoint(folder)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_header_raises_weights_error_only(tmp_path: Path, data: st.DataObject) -> None:
+    file = tmp_path / "damaged.safetensors"
+    save_file({"a": np.zeros((4, 4), np.float32), "b": np.ones(3, np.float32)}, file)
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        header = read_header(file)
+    except WeightsError:
+        return
+    assert all(isinstance(info.shape, tuple) for info in header.values())
+
+
+def test_pickles_are_refused_with_the_conversion(tmp_path: Path, write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle pytorch_model.bin.*save_file"):
+        FolderCheckpoint(folder)
