@@ -10,7 +10,7 @@ import typer
 
 from . import options as given
 from .interrupt import Interrupted
-from .progress import CountProgress, note, one_line
+from .progress import CountProgress, LoadProgress, note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.captions import Captions
@@ -43,6 +43,7 @@ def caption_command(
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
+    encoder_process: given.EncoderProcess = False,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
 ) -> None:
@@ -71,13 +72,16 @@ def caption_command(
     with CaptionFile(out, run_digest(model, question, options)) as file:
         captions = Captions(images, question, file, options)
         if captions.waiting:
-            vlm = load(
-                model,
-                backend,
-                compute_units=compute_units,
-                kv_bits=given.as_int(kv_bits),
-                verify_hashes=verify_hashes,
-            )
+            with LoadProgress() as progress:
+                vlm = load(
+                    model,
+                    backend,
+                    compute_units=compute_units,
+                    kv_bits=given.as_int(kv_bits),
+                    verify_hashes=verify_hashes,
+                    encoder_process=encoder_process,
+                    on_wait=progress,
+                )
             write(captions, vlm, batch_size)
             for text in vlm.notes:
                 note(text)

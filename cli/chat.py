@@ -15,7 +15,7 @@ from ..models.errors import FastVLMError, UsageError
 from . import options as given
 from .arguments import in_options
 from .interrupt import Interrupted, resumed
-from .progress import note, one_line
+from .progress import LoadProgress, note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.conversation import Conversation
@@ -43,6 +43,7 @@ def chat_command(
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
+    encoder_process: given.EncoderProcess = False,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
 ) -> None:
@@ -63,9 +64,16 @@ def chat_command(
     }
     prepare(None, "", **options)  # wrong options are reported before the model is loaded
     images = opened(image)
-    model = load(
-        folder, backend, compute_units=compute_units, kv_bits=given.as_int(kv_bits), verify_hashes=verify_hashes
-    )
+    with LoadProgress() as progress:
+        model = load(
+            folder,
+            backend,
+            compute_units=compute_units,
+            kv_bits=given.as_int(kv_bits),
+            verify_hashes=verify_hashes,
+            encoder_process=encoder_process,
+            on_wait=progress,
+        )
     for text in model.notes:
         note(text)
     session = Session(model.chat(images, system), options, model.config.max_context)

@@ -12,7 +12,7 @@ import typer
 from . import options as given
 from .interrupt import Interrupted
 from .outputs import check_pictures, check_reports, write_picture, write_text
-from .progress import QuestionProgress, note, one_line
+from .progress import LoadProgress, QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.evaluation.comparison import Comparison
@@ -71,9 +71,15 @@ def eval_command(
         None, "", system=system, max_tokens=1 if max_tokens is None else max_tokens
     )  # wrong options are reported before the model is loaded
     questions = open_data(data, limit, task, images)
-    model = load(
-        folder, backend, compute_units=compute_units, kv_bits=given.as_int(kv_bits), verify_hashes=verify_hashes
-    )
+    with LoadProgress() as progress:
+        model = load(
+            folder,
+            backend,
+            compute_units=compute_units,
+            kv_bits=given.as_int(kv_bits),
+            verify_hashes=verify_hashes,
+            on_wait=progress,
+        )
     run = EvaluationRun(model, questions, system, max_tokens)
     interrupted = ask(run, questions.count)
     evaluation = run.evaluation

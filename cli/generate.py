@@ -12,7 +12,7 @@ import typer
 from ..models.errors import FastVLMError
 from . import options as given
 from .interrupt import Interrupted
-from .progress import note
+from .progress import LoadProgress, note
 
 if TYPE_CHECKING:
     from ..runtime.generate import Generation
@@ -38,6 +38,7 @@ def generate_command(
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
+    encoder_process: given.EncoderProcess = False,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
     as_json: given.AsJson = False,
@@ -60,9 +61,16 @@ def generate_command(
         "fit": fit,
     }
     request = prepare(image or None, given.text_from(sys.stdin) if prompt == "-" else prompt, **options)
-    model = load(
-        folder, backend, compute_units=compute_units, kv_bits=given.as_int(kv_bits), verify_hashes=verify_hashes
-    )
+    with LoadProgress() as progress:
+        model = load(
+            folder,
+            backend,
+            compute_units=compute_units,
+            kv_bits=given.as_int(kv_bits),
+            verify_hashes=verify_hashes,
+            encoder_process=encoder_process,
+            on_wait=progress,
+        )
     stream = model.answer(request)
     if as_json:
         for _ in stream:

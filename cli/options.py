@@ -89,7 +89,18 @@ Backend = Annotated[
 ComputeUnits = Annotated[
     UnitsName | None,
     typer.Option(
-        metavar=UNITS_CHOICES, help="Choose Core ML's compute units.", show_default="CPU_AND_NE", rich_help_panel=MODEL
+        metavar=UNITS_CHOICES,
+        help="Choose Core ML's compute units.",
+        show_default="FASTVLM_COMPUTE_UNITS, else CPU_AND_NE",
+        rich_help_panel=MODEL,
+    ),
+]
+EncoderProcess = Annotated[
+    bool,
+    typer.Option(
+        "--encoder-process",
+        help="Run the reference executor in its own process too, as Core ML always is.",
+        rich_help_panel=MODEL,
     ),
 ]
 KVBits = Annotated[

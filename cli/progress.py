@@ -52,6 +52,38 @@ class StageProgress:
         sys.stderr.flush()
 
 
+WAIT_SECONDS = 10.0
+"""Time between two lines about one wait, where stderr is not a terminal."""
+
+
+class LoadProgress:
+    """A context manager that prints what loading waits for: a line that is updated on a terminal, else one per 10 s."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._next = 0.0
+        self._shown = False
+
+    def __call__(self, text: str, seconds: float) -> None:
+        if self._terminal:
+            sys.stderr.write(f"\r\x1b[K  {text} {seconds:.0f} s")
+            self._shown = True
+        elif seconds >= self._next:
+            sys.stderr.write(f"  {text} {seconds:.0f} s\n")
+            self._next = seconds + WAIT_SECONDS
+        sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+
+
 class CountProgress:
     """A context manager that shows a bar on a terminal, or prints a line per tenth elsewhere.
 
