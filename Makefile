@@ -38,6 +38,10 @@ soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_kills.py --minutes $(MINUTES) --kills 100
 	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
 
+# Half an hour on a Mac; ARGS="--quick" takes two minutes. Writes mac-check/mac-check.md and .json, to attach to an issue.
+mac-check: $(INSTALLED)
+	$(BIN)/python tests/mac/mac_check.py --out mac-check $(ARGS)
+
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c '$(FITS)' || \
 		{ echo "fastvlm needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 ..."; exit 1; }
@@ -48,4 +52,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv demo bench build *.egg-info
+	rm -rf .venv demo bench mac-check build *.egg-info

@@ -10,6 +10,8 @@ import typer
 
 from ..models.float32 import disable_tf32
 from . import options as given
+from .device_table import print_table
+from .exported import exported
 from .progress import StageProgress
 
 if TYPE_CHECKING:
@@ -17,27 +19,57 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder.")],
-    against: Annotated[str, typer.Option(metavar="MODEL", help="Compare with this checkpoint.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="An exported model folder, or a MODEL for --on-device alone.")
+    ],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this checkpoint.")] = None,
+    on_device: Annotated[
+        bool,
+        typer.Option("--on-device", help="Run the package on every compute unit, and compare with the executor."),
+    ] = False,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter into the checkpoint first.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Compare on the images in DIR.", show_default="embedded drawings")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Compare with the checkpoint on the images in DIR.", show_default="embedded drawings"
+        ),
     ] = None,
     as_json: given.AsJson = False,
 ) -> None:
-    """Run a folder's package and decoder, and compare them with the checkpoint. Exits with 1 if they fall short."""
-    disable_tf32()
-    from ..export.verify import verify
+    """Compare a folder with its checkpoint, or what this machine computes with what it should.
 
+    Exits with 1 if the export falls short of the checkpoint, or if the compute units that `generate` uses by default
+    disagree with the executor or crash.
+    """
+    disable_tf32()
+    if against is None and not on_device:
+        raise typer.BadParameter("add --against MODEL, --on-device, or both", param_hint="FOLDER")
+    if against is None and (adapter is not None or images is not None):
+        option = "--adapter" if adapter is not None else "--images"
+        raise typer.BadParameter("add --against MODEL, which it belongs to", param_hint=option)
+    compared, device = None, None
     with StageProgress() as progress:
-        result = verify(folder, against, adapter=adapter, images=images, on_stage=progress)
+        if against is not None:
+            from ..export.verify import verify
+
+            compared = verify(folder, against, adapter=adapter, images=images, on_stage=progress)
+        if on_device:
+            from ..runtime.on_device import verify_on_device
+
+            with exported(folder, progress) as path:
+                device = verify_on_device(path, on_stage=progress)
+    failures = [*(compared.failures if compared else []), *(device.failures if device else [])]
     if as_json:
-        typer.echo(json.dumps({"passed": result.passed, "failures": result.failures, **result.as_dict()}, indent=2))
+        parts = {**(compared.as_dict() if compared else {}), **({"on_device": device.as_dict()} if device else {})}
+        typer.echo(json.dumps({"passed": not failures, "failures": failures, **parts}, indent=2))
     else:
-        typer.echo(summary(result))
-    raise typer.Exit(0 if result.passed else 1)
+        if compared:
+            typer.echo(summary(compared))
+        if device:
+            print_table(device)
+    raise typer.Exit(1 if failures else 0)
 
 
 def summary(result: Verification) -> str:

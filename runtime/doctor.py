@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from ..models.errors import MachineError
 from ..models.versions import TESTED_PYTHON, TESTED_VERSIONS, is_tested, release, tested_range
 
 State = Literal["ok", "limited", "missing"]
@@ -23,6 +26,22 @@ HUB_SECONDS = 2.0
 
 COMFORTABLE_MEMORY_BYTES = 8 * 2**30
 """Exporting the 0.5B takes about 3 GB, on top of what else runs."""
+
+ENGINE_DEVICE = "MLNeuralEngineComputeDevice"
+
+DEVICES_COMMAND = (
+    sys.executable,
+    "-P",
+    "-c",
+    "import json\n"
+    "from coremltools.models.compute_device import MLComputeDevice\n"
+    "names = [type(device).__name__ for device in MLComputeDevice.get_all_compute_devices()]\n"
+    "print(json.dumps(names))",
+)
+"""Prints the class names of Core ML's devices. On its own, because importing coremltools takes seconds and memory."""
+
+DEVICES_SECONDS = 60.0
+"""Limit for that: the import takes seconds, the rest nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +95,38 @@ def packages() -> Iterator[Finding]:
             yield Finding(name, "limited", f"{found}, tested with {tested_range(name)}", install)
 
 
-def vision() -> Finding:
-    if sys.platform == "darwin":
-        return Finding("vision", "ok", "Core ML on CPU_AND_NE; `--vision reference` for the reference executor")
-    return Finding("vision", "limited", "reference executor on torch", "Core ML runs on a Mac only")
+def vision(devices: Callable[[], list[str]] | None = None) -> Finding:
+    """The vision encoder's backend, and on a Mac whether Core ML has a Neural Engine. `devices` asks Core ML."""
+    if sys.platform != "darwin":
+        return Finding("vision", "limited", "reference executor on torch", "Core ML runs on a Mac only")
+    try:
+        found = (devices or core_ml_devices)()
+    except MachineError as reason:
+        deep = "find out which compute units work: fastvlm doctor --deep"
+        return Finding("vision", "limited", f"Core ML on unknown devices: {reason}", deep)
+    if ENGINE_DEVICE not in found:
+        listed = ", ".join(name.removeprefix("ML").removesuffix("ComputeDevice") for name in found)
+        return Finding(
+            "vision",
+            "limited",
+            f"Core ML without a Neural Engine (it has {listed or 'nothing'})",
+            "a load for the engine can hang in a virtual machine: set FASTVLM_COMPUTE_UNITS=CPU_ONLY",
+        )
+    return Finding("vision", "ok", "Core ML on CPU_AND_NE; `fastvlm doctor --deep` tries every compute unit")
+
+
+def core_ml_devices(command: Sequence[str] = DEVICES_COMMAND) -> list[str]:
+    """The class names of Core ML's devices, asked in a process of its own. Raises MachineError."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DEVICES_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as reason:
+        raise MachineError(f"they cannot be listed ({type(reason).__name__})") from None
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise MachineError(f"they cannot be listed ({lines[-1]:.200})") from None
+    return [str(name) for name in found]
 
 
 def decoder() -> Finding:

@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--vision", default=None)
     parser.add_argument("--compute-units", default=None)
     arguments = parser.parse_args()
-    model = fastvlm.load(arguments.folder, arguments.vision, compute_units=arguments.compute_units)
+    model = fastvlm.load(
+        arguments.folder, arguments.vision, compute_units=arguments.compute_units, encoder_process=True
+    )
     processes, allocations = [], 0
     for number in range(PICTURES):
         model.generate(picture(number), "Describe the image.", max_tokens=4)

@@ -81,3 +81,45 @@ def test_release_is_the_leading_numbers(version: str, numbers: tuple[int, ...]) 
 
 def test_range_ends_before_the_second_version() -> None:
     assert is_tested("numpy", "2.3.99") and not is_tested("numpy", "2.4") and not is_tested("numpy", "2.4.0rc1")
+
+
+ENGINE, GPU, CPU = "MLNeuralEngineComputeDevice", "MLGPUComputeDevice", "MLCPUComputeDevice"
+
+
+@pytest.mark.parametrize(
+    ("devices", "state", "detail"),
+    [
+        ([ENGINE, GPU, CPU], "ok", "Core ML on CPU_AND_NE"),
+        ([GPU, CPU], "limited", "Core ML without a Neural Engine (it has GPU, CPU)"),
+        ([], "limited", "Core ML without a Neural Engine (it has nothing)"),
+    ],
+)
+def test_mac_without_an_engine_is_found(
+    devices: list[str], state: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    found = doctor.vision(lambda: devices)
+    assert found.state == state and found.detail.startswith(detail)
+    assert ("FASTVLM_COMPUTE_UNITS=CPU_ONLY" in found.advice) is (state == "limited")
+
+
+def test_devices_that_cannot_be_listed_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> list[str]:
+        return doctor.core_ml_devices((sys.executable, "-c", "import sys; sys.exit('needs macOS 14')"))
+
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    found = doctor.vision(refuse)
+    assert found.state == "limited" and "needs macOS 14" in found.detail and "--deep" in found.advice
+
+
+def test_devices_are_listed_by_a_process_of_their_own() -> None:
+    command = (sys.executable, "-c", f"import json; print(json.dumps([{ENGINE!r}]))")
+    assert doctor.core_ml_devices(command) == [ENGINE]
+    with pytest.raises(MachineError, match="cannot be listed"):
+        doctor.core_ml_devices((sys.executable, "-c", "import os; os.abort()"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has devices")
+def test_devices_are_asked_of_coremltools() -> None:
+    with pytest.raises(MachineError, match="cannot be listed"):
+        doctor.core_ml_devices()
