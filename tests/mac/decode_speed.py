@@ -32,18 +32,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=256, help="decoded in each turn")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="read in each turn")
     parser.add_argument("--turns", type=int, default=3, help="that count, after one to warm up")
     parser.add_argument("--side", choices=SIDES, help="be one of the two processes")
     arguments = parser.parse_args()
     if arguments.side:
-        serve(arguments.side, arguments.folder, arguments.tokens)
+        serve(arguments.side, arguments.folder, arguments.prompt_tokens, arguments.tokens)
     else:
-        print(json.dumps(measured(arguments.folder, arguments.tokens, arguments.turns)))
+        found = measured(arguments.folder, arguments.prompt_tokens, arguments.tokens, arguments.turns)
+        print(json.dumps(found))
 
 
-def measured(folder: Path, tokens: int, turns: int) -> dict[str, Any]:
+def measured(folder: Path, prompt_tokens: int, tokens: int, turns: int) -> dict[str, Any]:
     """Medians by side, the ratios of ours to mlx-lm's rates, and how far the ids agree."""
-    processes = {side: started(side, folder, tokens) for side in SIDES}
+    processes = {side: started(side, folder, prompt_tokens, tokens) for side in SIDES}
     about = {side: spoken(process) for side, process in processes.items()}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for turn in range(turns + 1):
@@ -68,7 +70,7 @@ def measured(folder: Path, tokens: int, turns: int) -> dict[str, Any]:
     ours, theirs = (found[side][-1]["ids"] for side in SIDES)
     same = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
     return {
-        "prompt_tokens": PROMPT_TOKENS,
+        "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "turns": turns,
         **sides,
@@ -78,8 +80,9 @@ def measured(folder: Path, tokens: int, turns: int) -> dict[str, Any]:
     }
 
 
-def started(side: str, folder: Path, tokens: int) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, str(folder), "--tokens", str(tokens), "--side", side]
+def started(side: str, folder: Path, prompt_tokens: int, tokens: int) -> subprocess.Popen[str]:
+    lengths = ["--prompt-tokens", str(prompt_tokens), "--tokens", str(tokens)]
+    command = [sys.executable, __file__, str(folder), *lengths, "--side", side]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -92,7 +95,7 @@ def spoken(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
-def ours(folder: Path) -> tuple[Answer, dict[str, Any]]:
+def ours(folder: Path, prompt_tokens: int) -> tuple[Answer, dict[str, Any]]:
     from fastvlm.models._mlx import mx
     from fastvlm.models.language import load_language
     from fastvlm.runtime.folder import open_folder
@@ -101,10 +104,10 @@ def ours(folder: Path) -> tuple[Answer, dict[str, Any]]:
 
     opened = open_folder(folder)
     decoder = load_language(opened.weights(), opened.config, quantization=opened.config.quantization).language_model
-    prompt = mx.array([prompt_ids(decoder.config.vocab_size)])
+    prompt = mx.array([prompt_ids(decoder.config.vocab_size, prompt_tokens)])
 
     def answer(count: int) -> tuple[float, float, list[int]]:
-        cache = decoder.make_cache(PROMPT_TOKENS + count)
+        cache = decoder.make_cache(prompt_tokens + count)
         begin = time.perf_counter()
         first = prefill(decoder, decoder.embed(prompt), cache).argmax(-1)
         mx.eval(first)
@@ -115,7 +118,7 @@ def ours(folder: Path) -> tuple[Answer, dict[str, Any]]:
     return answer, {"dtype": str(decoder.model.norm.weight.dtype), "device": str(mx.default_device())}
 
 
-def mlx_lm(folder: Path) -> tuple[Answer, dict[str, Any]]:
+def mlx_lm(folder: Path, prompt_tokens: int) -> tuple[Answer, dict[str, Any]]:
     """The same weights in mlx-lm's Qwen2, as they are stored."""
     from importlib.metadata import version
 
@@ -136,7 +139,7 @@ def mlx_lm(folder: Path) -> tuple[Answer, dict[str, Any]]:
         nn.quantize(model, **affine, class_predicate=lambda path, _: f"{path}.scales" in weights)
     model.load_weights(list(weights.items()))
     mx.eval(model.parameters())
-    prompt = mx.array(prompt_ids(config["vocab_size"]))
+    prompt = mx.array(prompt_ids(config["vocab_size"], prompt_tokens))
 
     def answer(count: int) -> tuple[float, float, list[int]]:
         begin = time.perf_counter()
@@ -150,14 +153,14 @@ def mlx_lm(folder: Path) -> tuple[Answer, dict[str, Any]]:
     return answer, {**about, "version": version("mlx-lm")}
 
 
-def prompt_ids(vocabulary: int) -> list[int]:
-    return np.random.default_rng(0).integers(0, min(vocabulary, 1000), PROMPT_TOKENS).tolist()
+def prompt_ids(vocabulary: int, count: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, min(vocabulary, 1000), count).tolist()
 
 
-def serve(side: str, folder: Path, tokens: int) -> None:
+def serve(side: str, folder: Path, prompt_tokens: int, tokens: int) -> None:
     """Answers each line on stdin with a line of JSON."""
-    loaders: Mapping[str, Callable[[Path], tuple[Answer, dict[str, Any]]]] = {"ours": ours, "mlx_lm": mlx_lm}
-    answer, about = loaders[side](folder)
+    loaders: Mapping[str, Callable[[Path, int], tuple[Answer, dict[str, Any]]]] = {"ours": ours, "mlx_lm": mlx_lm}
+    answer, about = loaders[side](folder, prompt_tokens)
     print(json.dumps(about), flush=True)
     for _ in sys.stdin:
         prefill, decoding, ids = answer(tokens)

@@ -201,7 +201,7 @@ def decode(folder: str, *options: str) -> dict[str, Any]:
     """`decode_speed.py`, with few tokens in a quick check."""
     if version("mlx-lm") is None:
         return {"not_possible": "mlx-lm is not installed"}
-    few = ["--tokens", "16", "--turns", "1"] if "--quick" in options else []
+    few = ["--prompt-tokens", "32", "--tokens", "8", "--turns", "1"] if "--quick" in options else []
     script = Path(__file__).with_name("decode_speed.py")
     done = subprocess.run([sys.executable, "-P", str(script), folder, *few], capture_output=True, text=True)
     if done.returncode:
