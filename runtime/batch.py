@@ -162,10 +162,11 @@ class Batch:
         """Begins answers while there is room for them. It waits for an image only where no other answer can go on."""
         while len(self._rows) < self._size:
             upcoming.fill(1)
+            upcoming.look_ahead()  # in their order, so that the first image is the first to be encoded
             if upcoming.is_empty or (self._rows and not upcoming.is_ready):
                 break
             number, request = upcoming.take()
-            upcoming.look_ahead()
+            upcoming.look_ahead()  # another one, while this one begins
             self._begin(number, request)
         upcoming.look_ahead()
 

@@ -65,8 +65,8 @@ def go_wrong() -> None:
 class Encoder:
     name, image_size, projected, compile_ms = "bad", 128, False, 0.0
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, channels: int) -> None:
+        self.count, self.channels = 0, channels
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         self.count += 1
@@ -75,14 +75,15 @@ class Encoder:
         if FAULT == "slow":
             time.sleep(float(WHEN))
         side = pixel_values.shape[2] // 64
-        return pixel_values.reshape(3, side, 64, side, 64).mean((2, 4)).reshape(3, -1).T[None]
+        means = pixel_values.reshape(3, side, 64, side, 64).mean((2, 4)).reshape(3, -1).T[None]  # (1, side * side, 3)
+        return np.pad(means, ((0, 0), (0, 0), (0, self.channels - 3)))
 
 
 def opened(order: dict[str, Any], on_stage: Any) -> tuple[Encoder, dict[str, float]]:
     on_stage("open")
     if WHEN == "load":
         go_wrong()
-    return Encoder(), {"open_ms": 1.0}
+    return Encoder(order["shapes"][1]), {"open_ms": 1.0}
 
 
 if __name__ == "__main__":

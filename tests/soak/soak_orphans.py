@@ -63,7 +63,7 @@ def kill_once(number: int, rng: random.Random) -> tuple[list[int], float]:
     assert parent.stdout is not None
     if rng.random() < 0.8:
         parent.stdout.readline()
-    time.sleep(rng.random() * 1.0)
+    time.sleep(rng.random() * 3.0)  # loading takes about one
     parent.kill()
     parent.wait()
     parent.stdout.close()

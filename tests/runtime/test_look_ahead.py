@@ -1,0 +1,165 @@
+"""Images that are encoded in another process while the decoder writes earlier answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastvlm.models.errors import CrashError, FastVLMError
+from fastvlm.models.images import to_pixel_values
+from fastvlm.runtime import batch as batch_module
+from fastvlm.runtime.encoder_process import EncoderProcess
+from fastvlm.runtime.encoders import Shapes
+from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.request import prepare
+from fastvlm.runtime.start import AHEAD, Prepared
+
+pytestmark = pytest.mark.usefixtures("float32_decoder")
+
+CHILD = Path(__file__).with_name("bad_child.py")
+IMAGES = [np.full((40, 60, 3), 20 * n, np.uint8) + np.arange(3, dtype=np.uint8) for n in range(9)]
+
+
+class Means:
+    """The encoder of `bad_child.py`, in process."""
+
+    name, projected, compile_ms = "means", False, 0.0
+
+    def __init__(self, image_size: int, channels: int) -> None:
+        self.image_size, self.channels = image_size, channels
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        side = self.image_size // 64
+        means = pixel_values.reshape(3, side, 64, side, 64).mean((2, 4)).reshape(3, -1).T[None]
+        return np.pad(means, ((0, 0), (0, 0), (0, self.channels - 3)))
+
+
+Make = Callable[..., FastVLM]
+
+
+@pytest.fixture
+def make(vlm: FastVLM) -> Iterator[Make]:
+    """`make("segv", 3)`: the model with an encoder whose process goes wrong at the third image."""
+    made: list[FastVLM] = []
+
+    def make(fault: str = "none", when: object = "never", once: object = "-") -> FastVLM:
+        program = (str(CHILD), fault, str(when), str(once))
+        encoder = EncoderProcess(vlm.folder.package, Shapes.of(vlm.config), program=program)
+        made.append(FastVLM(vlm.folder, encoder, vlm.language, vlm.tokenizer, 0.0))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
+
+
+@pytest.fixture
+def expected(vlm: FastVLM) -> list[tuple[int, ...]]:
+    """The ids of each image's answer, one by one, encoded in process."""
+    encoder = Means(vlm.config.image_size, vlm.config.mm_hidden_size)
+    alone = FastVLM(vlm.folder, encoder, vlm.language, vlm.tokenizer, 0.0)
+    return [alone.generate(image, f"Q{n}", **options_of(n)).token_ids for n, image in enumerate(IMAGES)]
+
+
+def options_of(n: int) -> dict[str, Any]:
+    return {"max_tokens": 3 + 2 * n % 7, "temperature": 1.0, "seed": n, "ignore_eos": True}
+
+
+def requests() -> Iterator[Any]:
+    return (prepare(image, f"Q{n}", **options_of(n)) for n, image in enumerate(IMAGES))
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_batch_gives_the_ids_of_each_image_alone(size: int, seconds: float, make: Make, expected: list) -> None:
+    outcomes = list(make("slow", seconds).answer_all(requests(), size))
+    assert [outcome.token_ids for outcome in outcomes if isinstance(outcome, Generation)] == expected
+
+
+def test_next_images_are_submitted_while_answers_are_decoded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, waiting = make(), []
+    original = batch_module.Batch._step
+
+    def step(batch: batch_module.Batch) -> None:
+        waiting.append(len([one for one in list(model._starter._prepared) if one.submitted]))
+        original(batch)
+
+    monkeypatch.setattr(batch_module.Batch, "_step", step)
+    list(model.answer_all(requests(), 2))
+    assert max(waiting) == AHEAD
+
+
+def test_requests_are_taken_two_ahead_at_most(make: Make) -> None:
+    taken: list[int] = []
+
+    def counted() -> Iterator[Any]:
+        for n, request in enumerate(requests()):
+            taken.append(n)
+            yield request
+
+    outcomes = make().answer_all(counted(), 1)
+    for n, _ in enumerate(outcomes):
+        assert len(taken) <= n + 2 + AHEAD
+
+
+def test_crash_is_the_error_of_one_image(make: Make, expected: list, tmp_path: Path) -> None:
+    outcomes = list(make("segv", 3, tmp_path / "once").answer_all(requests(), 2))
+    failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, FastVLMError)]
+    assert failed == [2], outcomes[failed[0]]
+    assert isinstance(outcomes[2], CrashError)
+    for n, outcome in enumerate(outcomes):
+        assert n == 2 or outcome.token_ids == expected[n]
+
+
+def test_image_that_is_asked_about_twice_is_encoded_once(make: Make) -> None:
+    model = make("exit", 3)  # a third image would end the process
+    again = [prepare(IMAGES[n // 4], f"Q{n}", max_tokens=3, ignore_eos=True) for n in range(8)]
+    outcomes = list(model.answer_all(again, 2))
+    assert [type(outcome) for outcome in outcomes] == [Generation] * 8
+    assert sum(outcome.timings.cached_images for outcome in outcomes) == 6
+
+
+def test_images_of_one_question_may_be_more_than_there_is_room_for(make: Make, vlm: FastVLM) -> None:
+    alone = FastVLM(vlm.folder, Means(vlm.config.image_size, vlm.config.mm_hidden_size), vlm.language, vlm.tokenizer, 0)
+    images = IMAGES[:5]
+    expected = alone.generate(images, "Hi", max_tokens=4, ignore_eos=True).token_ids
+    requests = [prepare(images, "Hi", max_tokens=4, ignore_eos=True) for _ in range(2)]
+    assert [found.token_ids for found in make().answer_all(requests, 1)] == [expected] * 2
+
+
+@pytest.mark.slow
+def test_encoding_and_decoding_take_their_time_together(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder waits too, so that a busy machine changes little: each half takes 6 x 0.4 s."""
+    original = batch_module.Batch._step
+
+    def step(batch: batch_module.Batch) -> None:
+        time.sleep(0.2)
+        original(batch)
+
+    model = make("slow", 0.4)
+    model.encoder.wait_ready()
+    monkeypatch.setattr(batch_module.Batch, "_step", step)
+    asked = [prepare(image, "Hi", max_tokens=3, ignore_eos=True) for image in IMAGES[:6]]  # two steps each
+    start = time.perf_counter()
+    assert len(list(model.answer_all(asked, 1))) == 6
+    assert time.perf_counter() - start < 0.8 * (6 * 0.4 + 6 * 0.4)
+
+
+def test_prepared_request_is_encoded_once_its_images_are(make: Make) -> None:
+    model = make("slow", 0.2)
+    prepared = model.look_ahead(prepare(IMAGES[0], "Hi"))
+    assert isinstance(prepared, Prepared)
+    assert not prepared.is_encoded
+    np.testing.assert_array_equal(
+        prepared.submitted[0][1].result(),
+        Means(model.config.image_size, model.config.mm_hidden_size).encode(
+            to_pixel_values(prepared.pictures[0].pixels)
+        ),
+    )
+    assert prepared.is_encoded
