@@ -1,8 +1,7 @@
 """Messages and images -> prompt ids.
 
-The chat template is rendered with stand-ins for what users wrote (so its filters do not reach that). Control tokens
-are looked up only in what the template wrote itself; users' text is put in afterwards, and encoded as text whatever it
-says.
+The chat template is rendered with placeholders for the users' text, so its filters never see that text. Control tokens
+are looked up only in the template's own output. The users' text is inserted afterwards and always encoded as text.
 """
 
 from __future__ import annotations
@@ -16,19 +15,22 @@ from ..models.errors import ConfigError, PromptError
 from ..models.tokenizer_files import IMAGE_TOKEN, training_prompt
 from .tokenizer import Tokenizer
 
-STAND_IN = re.compile("\ue000([0-9]{1,6})\ue001")
-"""Private-use characters, which no template holds."""
+PLACEHOLDER = re.compile("\ue000([0-9]{1,6})\ue001")
+"""The placeholder of a message's text: its index between private-use characters, which templates do not use."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `image_count` images belong to it, at the `<image>` marks in `content` or, without marks, before it."""
+    """One message of a chat.
+
+    Its `image_count` images are placed at the `<image>` marks in `content`, or before the text if there are no marks.
+    """
 
     role: str
     content: str
     image_count: int = 0
     ids: tuple[int, ...] | None = None
-    """Of an answer: the ids that were generated, which its text need not be encoded to."""
+    """The ids that were generated for an answer. Encoding its text may give other ids."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +40,30 @@ class Prompt:
     ids: tuple[int, ...]
     image_token_index: int
     places: frozenset[int]
-    """Where in `ids` images stand: a model may have answered with `image_token_index`, too."""
+    """The indices of the images in `ids`. A model may also have generated `image_token_index` in an answer."""
 
     @property
     def image_count(self) -> int:
+        """The number of images."""
         return len(self.places)
 
     def token_count(self, tokens_per_image: int) -> int:
-        """Positions that the prompt takes in the decoder."""
+        """Returns the number of positions that the prompt takes in the decoder."""
         return len(self.ids) + self.image_count * (tokens_per_image - 1)
 
 
 Content = str | tuple[int, ...]
-"""Text that is to be encoded, or ids that are there."""
+"""Text to encode, or ids."""
 
 Part = int | Content
+"""A control token or an image mark as its id, or content."""
 
 Render = Callable[[Sequence[dict[str, str]]], str]
+"""Messages with `role` and `content` -> the text of the prompt."""
 
 
 class PromptEncoder:
-    """Chat messages -> ids, with the template that the folder brings (built-in: Apple's training prompt `qwen_2`).
+    """Chat messages -> ids, with the template in the folder, or else Apple's training prompt `qwen_2`.
 
     Raises:
         ConfigError: the folder's template is malformed.
@@ -72,20 +77,20 @@ class PromptEncoder:
         self._pattern = _split_pattern(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
-        """The ids of `messages` and of the beginning of the assistant's answer.
+        """Returns the ids of `messages` and of the start of the assistant's answer.
 
         Raises:
             PromptError: images and their marks differ in number, or the template cannot take these messages.
         """
         contents = [_content_parts(message) for message in messages]
-        stand_ins = [
+        placeholders = [
             {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
         ]
         try:
-            rendered = self._render(stand_ins)
+            rendered = self._render(placeholders)
         except PromptError:
             raise
-        except Exception as reason:  # a template is a program, and fails in its own ways
+        except Exception as reason:  # a template is a program and can raise anything
             raise PromptError(f"the chat template cannot take these messages: {reason}") from reason
         self._check_nothing_lost(rendered, messages)
         ids: list[int] = []
@@ -97,7 +102,7 @@ class PromptEncoder:
         return Prompt(tuple(ids), self._image_token_index, frozenset(places))
 
     def _parts(self, rendered: str, contents: Sequence[Sequence[Content | None]]) -> Iterator[Part]:
-        """Text and ids in order. Both control tokens and image marks are ids; answers are ids together."""
+        """Yields text and ids in order. Control tokens and image marks are single ids, answers are tuples of ids."""
         end = 0
         for match in self._pattern.finditer(rendered):
             yield rendered[end : match.start()]
@@ -111,12 +116,12 @@ class PromptEncoder:
         yield rendered[end:]
 
     def _check_nothing_lost(self, rendered: str, messages: Sequence[Message]) -> None:
-        kept = {int(match[1]) for match in STAND_IN.finditer(rendered)}
+        kept = {int(match[1]) for match in PLACEHOLDER.finditer(rendered)}
         lost = [message.role for index, message in enumerate(messages) if index not in kept]
         if lost:
             raise PromptError(f"the model's chat template leaves out the {' and '.join(lost)} message")
         if len(kept) > len(messages):
-            raise PromptError("the model's chat template writes private-use characters, which stand for messages here")
+            raise PromptError("the model's chat template writes private-use characters, which are reserved here")
 
 
 def _as_ids(part: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -124,7 +129,7 @@ def _as_ids(part: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _content_parts(message: Message) -> Sequence[Content | None]:
-    """The text or ids of a message, and None for each image in it. Only a user's message can hold images."""
+    """Returns the text or ids of a message, and None for each of its images. Only a user's message has images."""
     if message.ids is not None:
         return [message.ids]
     if message.role != "user":
@@ -135,14 +140,14 @@ def _content_parts(message: Message) -> Sequence[Content | None]:
         return [part for _ in range(message.image_count) for part in (None, "\n")] + [message.content]
     if marks != message.image_count:
         raise PromptError(
-            f"the prompt should have one {IMAGE_TOKEN} for each image, or none to have the images first; found "
-            f"{IMAGE_TOKEN}: {marks}, images: {message.image_count}"
+            f"the prompt must have one {IMAGE_TOKEN} for each image (got {IMAGE_TOKEN}: {marks}, images: "
+            f"{message.image_count}). Leave out {IMAGE_TOKEN} to place the images before the text."
         )
     return [part for text in texts for part in (None, text)][1:]
 
 
 def _joined(parts: Iterator[Part]) -> Iterator[Part]:
-    """Adjacent texts as one, since a word may be made of both; without empty ones."""
+    """Joins adjacent texts, since a token may span both, and leaves out empty ones."""
     text = ""
     for part in parts:
         if isinstance(part, str):
@@ -157,7 +162,7 @@ def _joined(parts: Iterator[Part]) -> Iterator[Part]:
 
 
 def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Matches a stand-in or a control token, the longest first, with the blanks that the token swallows."""
+    """Returns a pattern of placeholders and control tokens, the longest first, with the blanks that a token strips."""
     tokens = sorted(tokenizer.added_tokens, key=lambda token: -len(token.content))
     written = [
         ("\\s*" if token.lstrip else "") + f"(?P<t{i}>{re.escape(token.content)})" + ("\\s*" if token.rstrip else "")
@@ -167,7 +172,7 @@ def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
 
 
 def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """The folder's template: its own file, or in tokenizer_config.json as one text or a list of named ones."""
+    """Returns the folder's template, from its own file or from tokenizer_config.json (a string or a list of them)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -180,16 +185,16 @@ def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:
         template = named.get("default")
         if template is None:
             raise ConfigError(
-                f"tokenizer_config.json has no chat template named 'default'; found {sorted(map(str, named))}"
+                f"tokenizer_config.json must have a chat template named 'default' (got {sorted(map(str, named))})"
             )
     if template is not None and not isinstance(template, str):
-        raise ConfigError(f"tokenizer_config.json: chat_template should be a text; found {template!r:.80}")
+        raise ConfigError(f"tokenizer_config.json: chat_template must be a string (got {template!r:.80})")
     return template
 
 
 def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
-    """`template` as Hugging Face renders it, within bounds: it is a stranger's program."""
-    from .template import ChatTemplate  # brings jinja2, which the built-in prompt does without
+    """Returns a function that renders an untrusted template as Hugging Face does, within bounds."""
+    from .template import ChatTemplate  # imports jinja2, which the built-in prompt does not need
 
     compiled = ChatTemplate(template)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")

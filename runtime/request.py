@@ -1,4 +1,4 @@
-"""What an answer is asked with: images, messages and options, checked before a model is loaded."""
+"""Requests: images, messages and options, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What one answer is made from."""
+    """The input of one answer."""
 
     images: tuple[Image.Image, ...]
-    """Decoded, upright, RGB."""
+    """The decoded images, upright and in RGB."""
     messages: tuple[Message, ...]
     fit: Fit | None
-    """None: as the model was trained."""
+    """The fit of images into the encoder's square. None takes the one that the model was trained with."""
     options: GenerationOptions
     image_open_ms: float
+    """The time that decoding the images took, in milliseconds."""
 
 
 def prepare(
@@ -47,23 +48,23 @@ def prepare(
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> Request:
-    """A request, with its options checked and its images opened: what can go wrong before a model is loaded.
+    """Returns a request with checked options and open images, so that bad input fails before a model is loaded.
 
     `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
-    marks an image's place; without a mark the images stand before the text. `fit` (`pad` or `crop`) and `system`
+    marks the place of an image. Without a mark the images precede the text. `fit` (`pad` or `crop`) and `system`
     default to what the model was trained with.
 
     Raises:
         UsageError: an option is out of range.
-        PromptError: a text has no UTF-8 form.
+        PromptError: a string is not valid Unicode.
         ImageError: an image cannot be opened.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     options = options_from(stop, max_tokens, ignore_eos, sampling)
-    for what, text in (("prompt", prompt), ("system prompt", system), *(("stop text", text) for text in options.stop)):
-        check_unicode(f"the {what}", text)
+    for name, text in (("prompt", prompt), ("system prompt", system), *(("stop string", s) for s in options.stop)):
+        check_unicode(f"the {name}", text)
     if fit not in (None, "pad", "crop"):
-        raise UsageError(f"fit should be 'pad' or 'crop'; found {fit!r:.40}")
+        raise UsageError(f"fit must be 'pad' or 'crop', got {fit!r:.40}", "fit")
     clock = LapClock()
     images = opened(image)
     messages = _messages(prompt, system, len(images))
@@ -71,12 +72,12 @@ def prepare(
 
 
 def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:
-    """The images, decoded. Raises ImageError."""
+    """Returns the decoded images. Raises ImageError."""
     return open_images(as_list(image))
 
 
 def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
-    """None, one image or several as several."""
+    """Returns the images as a list, which is empty for None."""
     if image is None:
         return []
     if isinstance(image, list | tuple):
@@ -86,6 +87,7 @@ def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
 
 def _messages(prompt: str, system: str | None, image_count: int) -> tuple[Message, ...]:
     if not isinstance(prompt, str) or not isinstance(system, str | None):
-        raise UsageError("prompt and system should be texts")
+        name, value = ("prompt", prompt) if not isinstance(prompt, str) else ("system", system)
+        raise UsageError(f"{name} must be a string, got {type(value).__name__}", name)
     before = () if system is None else (Message("system", system),)
     return (*before, Message("user", prompt, image_count))

@@ -1,4 +1,4 @@
-"""How the next token is picked from logits."""
+"""Sampling: logits -> the next token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from ..models.errors import UsageError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Options in Hugging Face's names and meanings, applied in its order.
+    """Sampling options with Hugging Face's names and meanings, applied in its order.
 
-    `temperature` 0 picks the likeliest token. `top_k`, `top_p` and `min_p` cut the candidates in this order;
-    `repetition_penalty` divides the positive logits of tokens that stand in the prompt or the answer, and multiplies
-    the negative ones. One `seed` gives the same answer each time on the same machine; None takes a new one.
+    Attributes:
+        temperature: the divisor of the logits. 0 picks the likeliest token.
+        top_p: keeps the fewest candidates whose probabilities add up to it. 1 keeps all.
+        top_k: keeps this many of the likeliest candidates. 0 keeps all.
+        min_p: keeps candidates with at least this share of the likeliest one's probability. 0 keeps all.
+        repetition_penalty: divides the positive logits of tokens in the prompt and the answer, and multiplies their
+            negative ones. 1 changes nothing.
+        seed: gives the same answer each time on the same machine. None takes a new seed.
     """
 
     temperature: float = 0.0
@@ -31,10 +36,10 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "a number from 0")
         _check("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0 and at most 1")
-        _check("top_k", self.top_k, _whole(self.top_k), "a whole number from 0, where 0 means all")
+        _check("top_k", self.top_k, _whole(self.top_k), "a whole number from 0 (0 keeps all)")
         _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < _number(penalty) < math.inf, "a number above 0, where 1 means none")
+        _check("repetition_penalty", penalty, 0 < _number(penalty) < math.inf, "a number above 0 (1 for none)")
         _check("seed", self.seed, self.seed is None or (_whole(self.seed) and self.seed < 2**64), "from 0 to 2**64 - 1")
 
 
@@ -46,15 +51,15 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check(name: str, value: Any, right: bool, wanted: str) -> None:
-    if not right:
-        raise UsageError(f"{name} should be {wanted}; found {value!r:.60}")
+def _check(name: str, value: Any, valid: bool, expected: str) -> None:
+    if not valid:
+        raise UsageError(f"{name} must be {expected}, got {value!r:.60}", name)
 
 
 class Sampler:
-    """Picks tokens one after the other, and remembers what it needs to for `repetition_penalty` and the seed.
+    """A sampler of tokens one after the other, with the state of `repetition_penalty` and the seed.
 
-    Everything stays in MLX, so that a next step can begin before the last token is known to the host.
+    The state stays in MLX, so that the next step can be launched before the host knows the last token.
     """
 
     def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
@@ -65,18 +70,18 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """True where each token is the likeliest one, whatever came before: nothing is remembered."""
+        """True if each token is the likeliest one, whatever came before. There is no state then."""
         return self._options.temperature == 0 and self._options.repetition_penalty == 1
 
     @property
     def state(self) -> list[mx.array]:
-        """What the next pick depends on: to be computed before another thread resumes."""
+        """The arrays that the next token depends on. They must be evaluated before another thread resumes."""
         if self.greedy:
             return []
         return [self._key] if self._seen is None else [self._key, self._seen]
 
     def __call__(self, logits: mx.array) -> mx.array:
-        """(V,) logits -> the id (1,) of the next token, not yet evaluated."""
+        """Maps logits (V,) to the id (1,) of the next token, not yet evaluated."""
         if self.greedy:
             return mx.argmax(logits, keepdims=True)
         options = self._options
@@ -95,19 +100,19 @@ class Sampler:
 
 
 def id_on_host(token: mx.array) -> int:
-    """The id on the host, once it is computed."""
+    """Returns the id on the host. Waits until it is computed."""
     value = token.item()
     assert isinstance(value, int)
     return value
 
 
 def ids_on_host(tokens: mx.array) -> list[int]:
-    """Ids (B,) on the host, once they are computed."""
+    """Returns ids (B,) on the host. Waits until they are computed."""
     return cast("list[int]", tokens.tolist())
 
 
 def pick(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:
-    """(B, V) logits -> (B,) ids, one sampler per row, not yet evaluated; one operation where all are greedy."""
+    """Maps logits (B, V) to ids (B,), one sampler per row, not yet evaluated. Takes one operation if all are greedy."""
     if all(sampler.greedy for sampler in samplers):
         return mx.argmax(logits, axis=-1)
     return mx.concatenate([sampler(logits[row]) for row, sampler in enumerate(samplers)])
@@ -122,12 +127,12 @@ def _marks(size: int, ids: Sequence[int]) -> mx.array:
 
 
 def penalized(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
-    """Logits made less likely where `seen` (arXiv 1909.05858, section 4.1)."""
+    """Returns logits with the seen tokens less likely (arXiv 1909.05858, section 4.1)."""
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: mx.array, options: SamplingOptions, key: mx.array) -> mx.array:
-    """A token (1,) drawn from softmax(logits / temperature) among the candidates that `options` leave."""
+    """Draws a token (1,) from softmax(logits / temperature) among the candidates that `options` keep."""
     logits = logits / options.temperature
     if options.top_k == 0 and options.top_p == 1 and options.min_p == 0:
         return mx.random.categorical(logits, key=key).reshape(1)
@@ -137,7 +142,7 @@ def sample(logits: mx.array, options: SamplingOptions, key: mx.array) -> mx.arra
 
 
 def cut(logits: mx.array, options: SamplingOptions) -> mx.array:
-    """Descending `logits` with those that `top_p`, then `min_p`, leave out at -inf. The first always stays."""
+    """Returns descending `logits` with -inf for those that `top_p` and then `min_p` drop. The first is always kept."""
     if options.top_p < 1:  # the fewest whose probabilities reach top_p
         probabilities = mx.softmax(logits)
         before = mx.cumsum(probabilities) - probabilities
@@ -148,7 +153,7 @@ def cut(logits: mx.array, options: SamplingOptions) -> mx.array:
 
 
 def _descending(logits: mx.array, count: int) -> mx.array:
-    """Indices of the `count` greatest logits, or of all for 0, the greatest first."""
+    """Returns the indices of the `count` greatest logits, or of all for 0, the greatest first."""
     if not 0 < count < logits.size:
         return mx.argsort(-logits)
     greatest = mx.argpartition(-logits, count - 1)[:count]  # nine times as fast as sorting a whole vocabulary

@@ -1,4 +1,4 @@
-"""Text <-> token ids, with the folder's `tokenizer.json` and without transformers (whose import takes seconds)."""
+"""Text <-> token ids, with the folder's `tokenizer.json` but without transformers, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A byte-level BPE tokenizer that keeps text and control tokens apart.
 
-    `control_tokens` are the added tokens (`<|im_start|>`, `<image>` ...): text never becomes one, whatever it says.
+    Attributes:
+        settings: the content of tokenizer_config.json, empty if there is no such file.
+        control_tokens: the ids of the added tokens (`<|im_start|>`, `<image>` ...). Text is never encoded as one.
+        hidden_ids: the control tokens that an answer's text leaves out.
+        added_tokens: the added tokens with their flags.
 
     Raises:
-        ConfigError: a file is missing or malformed, or this is no byte-level tokenizer.
+        ConfigError: a file is missing or malformed, or the tokenizer is not a byte-level one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,14 +35,13 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.control_tokens: Mapping[str, int] = {token.content: token_id for token_id, token in added.items()}
         self.hidden_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        """Control tokens that are no part of an answer's text."""
         self.added_tokens = tuple(added.values())
-        # makes every added token special, so that the switch after it holds them all back from text
+        # `encode_special_tokens` keeps special tokens out of text, so every added token is made special.
         self._tokenizer.add_special_tokens(list(added.values()))
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, none of them a control token's. Raises PromptError for text that has no UTF-8 form."""
+        """Returns the ids of `text`, none of them a control token. Raises PromptError for text that is not Unicode."""
         check_unicode("the prompt", text)
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -46,7 +49,7 @@ class Tokenizer:
             raise library_error(reason, PromptError, "the tokenizer cannot encode the prompt") from None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: none for hidden control tokens and for ids past the vocabulary."""
+        """Returns the bytes of a token. Hidden control tokens and ids past the vocabulary have none."""
         if token_id in self.hidden_ids:
             return b""
         token = self._tokenizer.id_to_token(token_id)
@@ -55,10 +58,10 @@ class Tokenizer:
         table = _byte_of_symbol()
         if all(symbol in table for symbol in token):
             return bytes(table[symbol] for symbol in token)
-        return token.encode()  # an added token, written as it is
+        return token.encode()  # an added token is its own text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: what a `TextStream` gives for them, joined."""
+        """Returns the text of `ids`, without an incomplete character at the end."""
         stream = TextStream(self)
         return "".join(stream.push(token_id) for token_id in ids)
 
@@ -68,29 +71,29 @@ class Tokenizer:
         return self.control_tokens.get(self.special_token_text("eos_token") or "")
 
     def special_token_text(self, name: str) -> str | None:
-        """`eos_token` and the like: a string, an object with `content`, or absent."""
+        """Returns the text of `eos_token` and its like in tokenizer_config.json: a string, or an object's `content`."""
         value = self.settings.get(name)
         if isinstance(value, Mapping):
             value = value.get("content")
         return value if isinstance(value, str) else None
 
 
-def check_unicode(what: str, text: object) -> None:
-    """Raises PromptError for a text that no file could hold: Python makes them of bytes that are not UTF-8."""
+def check_unicode(subject: str, text: object) -> None:
+    """Raises PromptError for a string that UTF-8 cannot encode. Python makes them of bytes that are not UTF-8."""
     try:
         str(text).encode()
     except UnicodeEncodeError as reason:
         raise PromptError(
-            f"{what} is not valid Unicode at character {reason.start:,}: half of a surrogate pair, or bytes that are "
-            "not UTF-8; correct or convert it"
+            f"{subject} is not valid Unicode at character {reason.start:,}: half of a surrogate pair, or bytes that "
+            "are not UTF-8. Correct or convert it."
         ) from None
 
 
 class TextStream:
-    """Token ids in, whole characters out.
+    """A decoder of token ids, one after the other, into whole characters.
 
-    A character whose bytes are spread over tokens comes with the last of them; one that is never completed does not
-    come at all. Bytes that cannot be UTF-8 become U+FFFD.
+    A character whose bytes are spread over several tokens is returned with the last of them. An incomplete character is
+    never returned. Bytes that cannot be UTF-8 become U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -98,7 +101,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that `token_id` completes; often none, or several."""
+        """Returns the characters that `token_id` completes: none, one or several."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
 
@@ -110,7 +113,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _load(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise ConfigError(
-            f"{path} does not exist; a model folder holds the tokenizer that its decoder was trained with"
+            f"{path} does not exist. A model folder needs the tokenizer that its decoder was trained with."
         )
     tokenizer = load_tokenizer(read_bounded(path, ConfigError, MAX_TOKENIZER_BYTES), str(path))
     tokenizer.no_truncation()

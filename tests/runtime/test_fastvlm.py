@@ -295,16 +295,16 @@ def test_usage_error_comes_at_once_when_an_option_is_wrong(vlm: FastVLM, options
 
 
 def test_usage_error_when_the_prompt_is_no_text(vlm: FastVLM) -> None:
-    with pytest.raises(UsageError, match="should be texts"):
+    with pytest.raises(UsageError, match="must be a string, got"):
         vlm.stream(None, b"Hi")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": "caf\udce9"}, "the prompt is not valid Unicode at character 3: .*not UTF-8; correct or convert it"),
+        ({"prompt": "caf\udce9"}, "the prompt is not valid Unicode at character 3: .*not UTF-8. Correct or convert it"),
         ({"system": "\ud800"}, "the system prompt is not valid Unicode at character 0"),
-        ({"stop": ["a", "\udcff"]}, "the stop text is not valid Unicode at character 0"),
+        ({"stop": ["a", "\udcff"]}, "the stop string is not valid Unicode at character 0"),
     ],
 )
 def test_text_that_no_file_could_hold_is_told_at_once(vlm: FastVLM, options: dict, message: str) -> None:
@@ -321,7 +321,7 @@ def test_image_error_comes_at_once_when_an_image_is_missing(vlm: FastVLM, tmp_pa
     ("image", "prompt", "marks", "images"), [(None, "<image>", 1, 0), (PICTURE, "<image> <image>", 2, 1)]
 )
 def test_prompt_error_names_both_numbers(vlm: FastVLM, image: object, prompt: str, marks: int, images: int) -> None:
-    with pytest.raises(PromptError, match=f"<image>: {marks}, images: {images}$"):
+    with pytest.raises(PromptError, match=rf"<image>: {marks}, images: {images}\)"):
         vlm.generate(image, prompt)
 
 

@@ -1,4 +1,4 @@
-"""Prompts: what the template wrote stays apart from what users wrote, and images meet their places."""
+"""Prompts: the template's text is kept apart from the users' text, and images are put in their places."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encoder(folder: Path) -> PromptEncoder:
 
 
 def joint(folder: Path, text: str) -> list[int]:
-    """What the library makes of the whole text, control tokens and all."""
+    """Returns the library's ids of the whole text, with its control tokens."""
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
 
 
@@ -58,7 +58,7 @@ def test_ids_equal_the_reference(golden: Path, tmp_path: Path, name: str, case: 
 @fixtures_are_constant
 @given(text=st.text(alphabet=st.characters(exclude_characters="<\ue000\ue001", codec="utf-8")))
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["folder", "built-in"])
-def test_ids_equal_those_of_the_whole_text_when_it_is_ordinary(
+def test_ids_equal_the_librarys_for_text_without_controls(
     write_tokenizer: Write, template: str | None, text: str
 ) -> None:
     folder = write_tokenizer(chat_template=template)
@@ -114,10 +114,8 @@ def test_images_take_their_places(write_tokenizer: Write, text: str, images: int
 
 
 @pytest.mark.parametrize(("text", "images"), [("<image>", 0), ("<image> <image>", 1), ("<image>", 3)])
-def test_prompt_error_names_both_numbers_when_images_and_marks_differ(
-    write_tokenizer: Write, text: str, images: int
-) -> None:
-    with pytest.raises(PromptError, match=f"found <image>: {text.count('<image>')}, images: {images}$"):
+def test_prompt_error_names_the_numbers_of_images_and_marks(write_tokenizer: Write, text: str, images: int) -> None:
+    with pytest.raises(PromptError, match=rf"\(got <image>: {text.count('<image>')}, images: {images}\)"):
         ask(write_tokenizer(), text, images)
 
 
@@ -173,7 +171,7 @@ def test_template_is_rendered_as_hugging_face_does(write_tokenizer: Write) -> No
     assert ask(folder, "why") == joint(folder, theirs[0])
 
 
-def test_control_tokens_swallow_blanks_when_they_say_so(write_tokenizer: Write) -> None:
+def test_control_tokens_strip_blanks_by_their_flags(write_tokenizer: Write) -> None:
     folder = write_tokenizer(chat_template="<|im_start|>  {{ messages[0].content }} \n <|im_end|> x")
     content = json.loads((folder / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
@@ -195,8 +193,8 @@ def test_longer_control_token_wins_when_one_begins_another(write_tokenizer: Writ
     ("template", "message"),
     [
         ("{% for %}", "malformed at line 1"),
-        ([{"name": "tools", "template": "x"}], r"named 'default'; found \['tools'\]"),
-        (7, "should be a text; found 7"),
+        ([{"name": "tools", "template": "x"}], r"named 'default' \(got \['tools'\]\)"),
+        (7, r"must be a string \(got 7\)"),
     ],
 )
 def test_config_error_when_a_template_is_malformed(write_tokenizer: Write, template: object, message: str) -> None:
@@ -216,9 +214,9 @@ def test_config_error_when_the_template_file_is_not_utf8(write_tokenizer: Write)
     [
         ("{{ raise_exception('no images') }}", "refuses these messages: no images"),
         ("{{ messages[9].content }}", "cannot take these messages"),
-        ("{{ messages[0].content.missing() }}", "which templates may not"),
+        ("{{ messages[0].content.missing() }}", "which is not allowed"),
         ("{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "cannot take these messages"),
-        ("{{ messages.append(1) }}", "which templates may not"),
+        ("{{ messages.append(1) }}", "which is not allowed"),
         ("hello", "leaves out the user message"),
         ("{{ messages[0].content | length }}", "leaves out the user message"),
         ("{{ messages[0].content }}\ue0007\ue001", "private-use characters"),

@@ -1,4 +1,4 @@
-"""Picking tokens: greedy, seeded, cut to the likely ones, and kept from repeating."""
+"""Sampling: greedy, with a seed, among the likeliest candidates, and with a penalty for repetition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draws(options: SamplingOptions, count: int = 300, logits: mx.array = LOGITS)
 
 
 def kept(logits: list[float], **options: float) -> list[int]:
-    """Ranks that `cut` leaves."""
+    """Returns the ranks that `cut` keeps."""
     descending = mx.array(sorted(logits, reverse=True))
     return np.flatnonzero(np.isfinite(np.array(cut(descending, SamplingOptions(temperature=1.0, **options))))).tolist()
 
@@ -62,7 +62,7 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(found, expected / expected.sum(), atol=0.03)  # 4 standard deviations
 
 
-def test_draws_follow_the_distribution_among_what_top_k_leaves() -> None:
+def test_draws_follow_the_distribution_within_top_k() -> None:
     found = np.bincount(draws(SamplingOptions(temperature=1.0, top_k=3), 4000), minlength=8) / 4000
     expected = np.where(np.isin(np.arange(8), [1, 2, 6]), np.exp(np.array(LOGITS)), 0)
     np.testing.assert_allclose(found, expected / expected.sum(), atol=0.035)
@@ -102,7 +102,7 @@ def test_cuts_work_together_in_order() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_repetition_penalty_lowers_what_was_seen(temperature: float) -> None:
     options = SamplingOptions(temperature=temperature, top_k=1, repetition_penalty=10.0)
-    sampler = Sampler(options, prompt_ids=(2, 2, -2, 4000))  # ids that stand for no token are passed over
+    sampler = Sampler(options, prompt_ids=(2, 2, -2, 4000))  # ids outside the vocabulary are ignored
     assert [id_on_host(sampler(LOGITS)) for _ in range(4)] == [1, 6, 5, 0]
 
 
@@ -117,7 +117,7 @@ def test_repetition_penalty_below_1_repeats_more() -> None:
     assert id_on_host(Sampler(SamplingOptions(repetition_penalty=0.4), prompt_ids=(5,))(LOGITS)) == 5
 
 
-def test_low_temperature_does_not_overflow_when_logits_are_float16() -> None:
+def test_low_temperature_does_not_overflow_in_float16() -> None:
     logits = mx.array([99.0, 100.0, 0.0], mx.float16)
     assert id_on_host(Sampler(SamplingOptions(temperature=1e-3, seed=0))(logits)) == 1
 
@@ -133,7 +133,7 @@ def test_low_temperature_does_not_overflow_when_logits_are_float16() -> None:
         ("seed", [-1, 2**64, 1.5, "x"]),
     ],
 )
-def test_usage_error_names_the_option_when_it_is_out_of_range(name: str, values: list) -> None:
+def test_usage_error_names_the_option_out_of_range(name: str, values: list) -> None:
     for value in values:
-        with pytest.raises(UsageError, match=f"^{name} should be .*; found {value!r}$"):
+        with pytest.raises(UsageError, match=f"^{name} must be .*, got {value!r}$"):
             SamplingOptions(**{name: value})

@@ -1,4 +1,4 @@
-"""Chat templates from strangers: what real ones do works, and nothing grows or hangs."""
+"""Untrusted chat templates: the features of real ones work, and nothing grows or hangs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def render(text: str) -> str:
         ("{% for m in messages | reverse %}{{ m.role in ['user', 'tool'] }}{% endfor %}", "TrueFalse"),
     ],
 )  # fmt: skip
-def test_template_does_what_real_ones_do(template: str, expected: str) -> None:
+def test_features_of_real_templates_are_rendered(template: str, expected: str) -> None:
     assert render(template) == expected
 
 
@@ -117,7 +117,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template_is_refused_soon(name: str) -> None:
+def test_hostile_template_is_refused_in_seconds(name: str) -> None:
     start = time.thread_time()
     with pytest.raises(Exception) as raised:
         text = render(HOSTILE[name])
@@ -126,15 +126,15 @@ def test_hostile_template_is_refused_soon(name: str) -> None:
     assert time.thread_time() - start < 4  # the bound is 2 s, and compiling comes before it
 
 
-def test_messages_name_what_a_template_did() -> None:
+def test_errors_name_the_excess_of_a_template() -> None:
     with pytest.raises(PromptError, match="makes a value of more than 50000 characters: it is broken or hostile"):
         render(HOSTILE["a product"])
-    with pytest.raises(PromptError, match="calls 'ljust', which templates may not"):
+    with pytest.raises(PromptError, match="calls 'ljust', which is not allowed"):
         render(HOSTILE["a padding"])
-    with pytest.raises(ConfigError, match="holds a include, which templates may not"):
+    with pytest.raises(ConfigError, match="a statement of the kind 'include', which is not allowed"):
         render(HOSTILE["files"])
 
 
-def test_one_rendering_does_not_use_up_the_next_ones_budget() -> None:
+def test_each_rendering_has_a_budget_of_its_own() -> None:
     template = ChatTemplate("{% for i in range(99) %}{{ 'x' * 5000 }}{% endfor %}")
     assert len({template.render() for _ in range(4)}) == 1

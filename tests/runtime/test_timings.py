@@ -1,4 +1,4 @@
-"""Words for time: the stages add up to the time to first token."""
+"""Timings: the stages add up to the time to first token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMINGS = Timings(
 )
 
 
-def test_ttft_is_the_sum_of_its_stages_and_of_nothing_else() -> None:
+def test_ttft_is_the_sum_of_its_stages_alone() -> None:
     assert TIMINGS.ttft_ms == 31.0
     for stage in TTFT_STAGES:
         assert replace(TIMINGS, **{stage: getattr(TIMINGS, stage) + 0.5}).ttft_ms == 31.5

@@ -1,4 +1,4 @@
-"""The same files count as images wherever a folder of them is named."""
+"""Rules that several folders of the source share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvlm.quant.calibration import folder_images
 from fastvlm.runtime.captions import image_files
 
 
-def test_captions_and_calibration_read_the_same_files(tmp_path: Path) -> None:
+def test_captions_and_calibration_read_the_same_image_files(tmp_path: Path) -> None:
     for suffix in (*SUFFIXES, ".txt"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"picture{suffix}", "PNG")
     assert {".pgm", ".ico"} <= set(SUFFIXES)

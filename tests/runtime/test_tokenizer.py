@@ -1,4 +1,4 @@
-"""Text to ids and back: no text becomes a control token, no half character comes out."""
+"""Text to ids and back: text never becomes a control token, and only whole characters are returned."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_ordinary_text_has_the_ids_that_the_library_gives(write_tokenizer: Calla
     assert Tokenizer(folder).encode(text) == plain(folder).encode(text).ids
 
 
-def test_control_tokens_that_are_not_special_are_held_back_from_text_too(write_tokenizer: Callable[..., Path]) -> None:
+def test_text_never_becomes_an_added_token_that_is_not_special(write_tokenizer: Callable[..., Path]) -> None:
     folder = write_tokenizer()
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**added_token(1024, "<tool_call>"), "special": False})
@@ -54,7 +54,7 @@ def test_control_tokens_that_are_not_special_are_held_back_from_text_too(write_t
     assert tokenizer.decode([tokenizer.control_tokens["<|im_end|>"]]) == ""
 
 
-def test_added_token_comes_as_written_when_its_characters_are_no_bytes(
+def test_added_token_outside_the_byte_alphabet_is_its_own_text(
     write_tokenizer: Callable[..., Path],
 ) -> None:
     folder = write_tokenizer()
@@ -72,7 +72,7 @@ def test_text_comes_back_from_its_ids(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_characters_come_whole_when_their_bytes_are_spread_over_tokens(tokenizer: Tokenizer) -> None:
+def test_stream_gives_whole_characters_of_several_tokens(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     pieces = [stream.push(token_id) for token_id in tokenizer.encode(EMOJI)]
     assert "".join(pieces) == EMOJI
@@ -82,15 +82,13 @@ def test_characters_come_whole_when_their_bytes_are_spread_over_tokens(tokenizer
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_character_that_is_never_completed_does_not_come(tokenizer: Tokenizer, cut: int) -> None:
+def test_incomplete_character_at_the_end_is_left_out(tokenizer: Tokenizer, cut: int) -> None:
     assert tokenizer.decode(tokenizer.encode("ok😀")[:-cut]) == "ok"
 
 
 @fixtures_are_constant
 @given(ids=st.lists(st.integers(0, 1100), max_size=30))
-def test_stream_is_a_prefix_of_the_librarys_text_for_any_ids(
-    write_tokenizer: Callable[..., Path], ids: list[int]
-) -> None:
+def test_text_of_any_ids_is_a_prefix_of_the_librarys(write_tokenizer: Callable[..., Path], ids: list[int]) -> None:
     folder = write_tokenizer()
     whole = plain(folder).decode(ids, skip_special_tokens=True)
     found = Tokenizer(folder).decode(ids)
@@ -108,7 +106,7 @@ def test_prompt_error_when_text_is_not_unicode(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>"}])
-def test_eos_is_read_when_it_is_a_text_or_an_object(write_tokenizer: Callable[..., Path], eos: object) -> None:
+def test_eos_is_read_from_a_string_or_an_object(write_tokenizer: Callable[..., Path], eos: object) -> None:
     tokenizer = Tokenizer(write_tokenizer(eos_token=eos))
     assert tokenizer.eos_token_id == tokenizer.control_tokens["<|im_end|>"]
 
