@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 SAMPLES := runtime/samples
 MINUTES ?= 15
 
-.PHONY: demo test check accuracy bench soak mac-check clean
+.PHONY: demo test check accuracy bench soak docs mac-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastvlm export --quant int8 --force --out demo/model
@@ -32,6 +32,9 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
 	$(BIN)/fastvlm export random:0.5b --quant int8 --force --out bench/model
 	$(BIN)/python tests/bench/bench_reuse.py bench/model
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/build.py
 
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_parsers.py --minutes $(MINUTES) --cases 6000

@@ -15,7 +15,7 @@ from fastvlm.models.versions import TESTED_PYTHON
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cli", "export", "models", "quant", "runtime")
-FILES = ("__init__.py", "_version.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("__init__.py", "_version.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The files in a wheel that is built from a copy: building writes into its folder."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "docs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in FILES:
         shutil.copy(ROOT / file, source)
@@ -49,11 +49,15 @@ def test_wheel_holds_what_the_package_reads(names: set[str]) -> None:
     assert {f"fastvlm/{path.relative_to(ROOT).as_posix()}" for path in read} - names == set()
 
 
+def test_wheel_is_marked_as_typed(names: set[str]) -> None:
+    assert "fastvlm/py.typed" in names
+
+
 def test_wheel_holds_nothing_else(names: set[str]) -> None:
     own = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert {name.split("/")[0] for name in own} == {"fastvlm"}
-    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png"}
-    assert not any("/tests/" in name for name in names)
+    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png", ".typed"}
+    assert not any("/tests/" in name or "/docs/" in name for name in names)
 
 
 def test_pip_refuses_every_python_that_doctor_warns_of() -> None:
