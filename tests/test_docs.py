@@ -31,8 +31,6 @@ OTHERS = {"--help", "--version", "--install-completion", "--show-completion", "-
 GONE = {"--vision", "--layout", "--target", "--to"}
 """Former options. Only CHANGELOG.md may have them."""
 
-BANNED = r"\b(anew|amid|beside|for want of|whoever|is no|gone on|goes on|told|stranger|of ours)\b"
-
 
 def blocks(page: Path, languages: str) -> Iterator[tuple[str, str]]:
     """Yields (language, code) of a page's fenced blocks."""
@@ -85,13 +83,6 @@ def test_links_and_images_of_a_page_exist(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", page.read_text())
     for target in ("".join(pair) for pair in targets):
         assert target.startswith("https://") or (page.parent / target).exists(), target
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
-def test_prose_is_plain(page: Path) -> None:
-    if page.name == "api.md":
-        pytest.skip("it quotes the docstrings of the library")
-    assert re.findall(BANNED, page.read_text()) == []
 
 
 def test_readme_is_short_and_shows_an_answer_early() -> None:
