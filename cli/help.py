@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 
 class Command(TyperCommand):
-    """A command whose parameters are rendered by `rendered`."""
+    """A command whose parameters are rendered by `rendered`, and whose help is filled to the width."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        super().__init__(*arguments, help="\n\n".join(" ".join(text.split()) for text in paragraphs), **options)
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [rendered(parameter) for parameter in super().get_params(ctx)]

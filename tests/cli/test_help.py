@@ -11,7 +11,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from fastvlm.cli.help import default_text
+from fastvlm.cli.help import Command, default_text
 from fastvlm.cli.main import app
 
 COMMANDS = typer.main.get_command(app).commands
@@ -80,6 +80,11 @@ def test_default_is_shown_once_after_the_text() -> None:
 def test_required_parameters_are_marked(command: str, required: tuple[str, ...]) -> None:
     for name in required:
         assert re.search(rf"\*\s+{name}\b", help_of(command)), name
+
+
+def test_paragraphs_are_filled_to_the_width() -> None:
+    command = Command("c", help="One line\nand the next.\n\nA second paragraph.")
+    assert command.help == "One line and the next.\n\nA second paragraph."
 
 
 def test_false_flag_has_no_default_text() -> None:
