@@ -1,4 +1,4 @@
-"""A caption for every image of a folder: a JSON line each, in a file that an interrupted run goes on with."""
+"""Captions for the images of a folder: one JSON line each, in a file from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from .fastvlm import FastVLM
 
 MAX_BYTES = 2**30
-"""Of a file of captions: a million of them."""
+"""The largest file of captions that is read, in bytes: a million captions."""
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Images in a folder and the folders in it, by their endings, in the order of their names; hidden ones left out.
+    """Returns the images in a folder and its subfolders by suffix, without hidden ones, in the order of their names.
 
     Raises:
-        ImageError: there is no such folder, or no image in it.
+        ImageError: the folder does not exist, or has no images.
     """
     if not folder.is_dir():
-        raise ImageError(f"{folder} is no folder: name one that holds images, or give a single image with --image")
+        raise ImageError(f"{folder} is not a folder. Name a folder of images.")
     found = [
         path
         for path in folder.rglob("*")
@@ -42,12 +42,12 @@ def image_files(folder: Path) -> list[Path]:
         and path.is_file()
     ]
     if not found:
-        raise ImageError(f"{folder} holds no images: their names should end in one of {' '.join(SUFFIXES)}")
+        raise ImageError(f"{folder} has no images. Their names must end in one of {' '.join(SUFFIXES)}.")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
 def run_digest(model: Path, prompt: str, options: Mapping[str, Any]) -> str:
-    """What tells captions of one model, prompt and options from those of another."""
+    """Returns a digest of a model, a prompt and options, which identifies the captions of one run."""
     described = next((path for path in (model / MANIFEST_NAME, model / CONFIG_NAME) if path.is_file()), None)
     digest = hashlib.sha256(described.read_bytes() if described else b"")
     digest.update(json.dumps([prompt, dict(options)], sort_keys=True).encode(errors="backslashreplace"))
@@ -55,17 +55,16 @@ def run_digest(model: Path, prompt: str, options: Mapping[str, Any]) -> str:
 
 
 class CaptionFile:
-    """Captions by file name, appended line by line. Used as a context manager; for one process at a time.
+    """A file of captions by image, appended line by line under a lock. Used as a context manager.
 
-    A last line that was cut off by a kill or a full disk is taken away. A file that is made here and stays empty is
-    removed.
+    A last line that was cut off by a kill or a full disk is removed. A new file that stays empty is deleted.
 
     Attributes:
-        done: for each file that has a line, whether it holds an error.
+        done: for each image that has a line, True if the line has an error.
 
     Raises:
         OutputError: the file cannot be written, or another process writes it.
-        UsageError: it holds something else, or captions of another run.
+        UsageError: the file has other content, or captions of another run.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -94,33 +93,35 @@ class CaptionFile:
         self._close()
 
     def add(self, file: str, entry: Mapping[str, Any]) -> None:
-        """Writes the line of `file`. Raises OutputError."""
+        """Appends the line of `file`. Raises OutputError."""
         line = json.dumps({"file": file, **entry, "run": self._run}, ensure_ascii=False).encode() + b"\n"
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as reason:
             raise OutputError(
-                f"{self.path} cannot be written: {reason.strerror}; the same command goes on from here"
+                f"{self.path} cannot be written: {reason.strerror}. Run the same command again to resume."
             ) from None
         self.done[file] = "error" in entry
 
     def _check_file(self) -> None:
-        """Before it is read whole."""
+        """Checks the kind and size of the file before it is read."""
         found = os.fstat(self._file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise OutputError(f"{self.path} is no regular file: name one that captions can be added to later")
+            raise OutputError(f"{self.path} is not a regular file. Name a file that captions can be appended to.")
         if found.st_size > MAX_BYTES:
-            raise UsageError(f"{self.path} has {found.st_size:,} bytes: name another file for the output")
+            raise UsageError(
+                f"{self.path} must have at most {MAX_BYTES:,} bytes (got {found.st_size:,}). Name another file."
+            )
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"{self.path} is being written by another process: let it finish") from None
+            raise OutputError(f"{self.path} is being written by another process. Let it finish.") from None
         self._locked = True
-        if not self._is_in_place():  # between opening and locking, by the process that had made it
-            raise OutputError(f"{self.path} was removed by another process just now: run the same command again")
+        if not self._is_in_place():  # the process that made the file may delete it between opening and locking
+            raise OutputError(f"{self.path} was removed by another process just now. Run the same command again.")
 
     def _is_in_place(self) -> bool:
         try:
@@ -146,22 +147,24 @@ class CaptionFile:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or "run" not in entry:
-            raise UsageError(f"{self.path}, line {number}, holds no caption of ours: name another file for the output")
+            raise UsageError(
+                f"{self.path}: line {number} is not a caption written by fastvlm. Name another file for the output."
+            )
         if entry["run"] != self._run:
             raise UsageError(
-                f"{self.path} holds captions of another model, prompt or options: name another file, or remove it"
+                f"{self.path} has captions of another model, prompt or options. Name another file, or remove it."
             )
         return entry["file"], "error" in entry
 
     def _close(self) -> None:
-        with self._file:  # whoever holds the lock may be writing: without it, the file is not ours to remove
+        with self._file:  # only the process that has the lock may delete the file
             empty = os.fstat(self._file.fileno()).st_size == 0
             if self._made and self._locked and empty and self._is_in_place():
                 self.path.unlink(missing_ok=True)
 
 
 def made_now(path: Path) -> bool:
-    """Makes an empty file and returns True, unless something has that name already. Raises OSError."""
+    """Makes an empty file and returns True, or returns False if the name is in use. Raises OSError."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -171,7 +174,7 @@ def made_now(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Captioned:
-    """One image's outcome."""
+    """The outcome of one image."""
 
     file: str
     error: str | None
@@ -181,8 +184,8 @@ class Captions:
     """The images of a folder that have no line in a file yet.
 
     Attributes:
-        total: images in the folder.
-        waiting: those without a line.
+        total: the number of images in the folder.
+        waiting: the images without a line.
     """
 
     def __init__(self, folder: Path, prompt: str, out: CaptionFile, options: Mapping[str, Any]) -> None:
@@ -194,11 +197,11 @@ class Captions:
 
     @property
     def failures(self) -> int:
-        """Images of the folder whose line holds an error, from this run or an earlier one."""
+        """The number of images whose line has an error, from this run or an earlier one."""
         return sum(self._out.done.get(name, False) for name in self._named)
 
     def write(self, model: FastVLM, batch_size: int) -> Iterator[Captioned]:
-        """Captions what waits, `batch_size` images at a time, and tells of each line once it is written.
+        """Captions the waiting images, `batch_size` at a time, and yields each outcome once its line is written.
 
         An image that cannot be opened or encoded gets a line with an error. Raises FastVLMError for anything else.
         """
@@ -222,12 +225,12 @@ class Captions:
 
 
 def label(path: Path) -> str:
-    """A relative path as text; what is not UTF-8 in it is escaped."""
+    """Returns a relative path as a string, with bytes that are not UTF-8 escaped."""
     return path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def entry_of(generation: Generation) -> dict[str, Any]:
-    """What a line tells of an answer; times in milliseconds."""
+    """Returns the content of an answer's line."""
     return {
         "text": generation.text,
         "tokens": len(generation.token_ids),

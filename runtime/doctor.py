@@ -1,4 +1,4 @@
-"""What this machine can do for FastVLM, and what it lacks."""
+"""A check of this machine: hardware, packages, memory and disk space, with advice for each limit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from ..models.errors import MachineError
 from ..models.versions import TESTED_PYTHON, TESTED_VERSIONS, is_tested, release, tested_range
 
 State = Literal["ok", "limited", "missing"]
+"""`limited` works with a restriction, `missing` keeps a command from working."""
 
 HUB_SECONDS = 2.0
+"""The longest wait for a connection to the hub, in seconds."""
 
 COMFORTABLE_MEMORY_BYTES = 8 * 2**30
-"""Exporting the 0.5B takes about 3 GB, on top of what else runs."""
+"""The memory below which an export may not fit, in bytes. The 0.5B takes about 3 GB, in addition to other programs."""
 
 ENGINE_DEVICE = "MLNeuralEngineComputeDevice"
+"""The class of the Neural Engine in coremltools."""
 
 DEVICES_COMMAND = (
     sys.executable,
@@ -38,34 +41,39 @@ DEVICES_COMMAND = (
     "names = [type(device).__name__ for device in MLComputeDevice.get_all_compute_devices()]\n"
     "print(json.dumps(names))",
 )
-"""Prints the class names of Core ML's devices. On its own, because importing coremltools takes seconds and memory."""
+"""Prints the class names of Core ML's devices. Runs in its own process, because importing coremltools is slow."""
 
 DEVICES_SECONDS = 60.0
-"""Limit for that: the import takes seconds, the rest nothing."""
+"""The limit of that process, in seconds. The import takes a few, the rest almost none."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """The state of one part of this machine."""
+
     subject: str
     state: State
     detail: str
     advice: str = ""
-    """What to do about it; empty when nothing needs doing."""
+    """The remedy, empty if none is needed."""
 
     @property
     def mark(self) -> str:
+        """The character in front of the line."""
         return {"ok": "✓", "limited": "!", "missing": "✗"}[self.state]
 
     def as_dict(self) -> dict[str, str]:
+        """Returns a dictionary for JSON."""
         return asdict(self)
 
 
 def examine() -> list[Finding]:
-    """Everything that decides what works here, the most basic first."""
+    """Checks everything that decides which commands work here, the most basic first."""
     return [machine(), python(), *packages(), vision(), decoder(), *blas(), memory(), disk(), temporary_files(), hub()]
 
 
 def machine() -> Finding:
+    """Checks for Apple Silicon."""
     mac = sys.platform == "darwin" and platform.machine() == "arm64"
     detail = f"{platform.system()} {platform.release()} on {platform.machine()}, {os.cpu_count()} cores"
     if mac:
@@ -74,6 +82,7 @@ def machine() -> Finding:
 
 
 def python(version: str = platform.python_version()) -> Finding:
+    """Checks that the version of Python is a tested one."""
     detail = f"{version} at {sys.executable}"
     first, beyond = TESTED_PYTHON
     if first <= release(version) < beyond:
@@ -82,6 +91,7 @@ def python(version: str = platform.python_version()) -> Finding:
 
 
 def packages() -> Iterator[Finding]:
+    """Checks that each dependency is installed in a tested version."""
     for name in TESTED_VERSIONS:
         install = f'pip install "{name}{tested_range(name)}"'
         try:
@@ -96,7 +106,7 @@ def packages() -> Iterator[Finding]:
 
 
 def vision(devices: Callable[[], list[str]] | None = None) -> Finding:
-    """The vision encoder's backend, and on a Mac whether Core ML has a Neural Engine. `devices` asks Core ML."""
+    """Checks the vision encoder's backend, and on a Mac Core ML's Neural Engine. `devices` lists Core ML's devices."""
     if sys.platform != "darwin":
         return Finding("vision", "limited", "reference executor on torch", "Core ML runs on a Mac only")
     try:
@@ -116,7 +126,7 @@ def vision(devices: Callable[[], list[str]] | None = None) -> Finding:
 
 
 def core_ml_devices(command: Sequence[str] = DEVICES_COMMAND) -> list[str]:
-    """The class names of Core ML's devices, asked in a process of its own. Raises MachineError."""
+    """Returns the class names of Core ML's devices, found in a separate process. Raises MachineError."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DEVICES_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as reason:
@@ -130,6 +140,7 @@ def core_ml_devices(command: Sequence[str] = DEVICES_COMMAND) -> list[str]:
 
 
 def decoder() -> Finding:
+    """Checks MLX and its device."""
     try:
         from ..models._mlx import mx
     except ImportError as reason:
@@ -145,7 +156,7 @@ def decoder() -> Finding:
 
 
 def blas() -> Iterator[Finding]:
-    """Which BLAS MLX's matrix products run in; only Linux has a choice."""
+    """Checks the BLAS of MLX's matrix products, which only Linux has a choice of."""
     if sys.platform != "linux":
         return
     from ..models.blas import preload_blas
@@ -161,27 +172,30 @@ def blas() -> Iterator[Finding]:
 
 
 def memory() -> Finding:
+    """Checks the size of the memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     detail = f"{total / 2**30:.0f} GiB"
     if total < COMFORTABLE_MEMORY_BYTES:
-        return Finding("memory", "limited", detail, "exporting the 0.5B takes about 3 GB; larger ones may not fit")
+        return Finding("memory", "limited", detail, "exporting the 0.5B takes about 3 GB, and larger ones may not fit")
     return Finding("memory", "ok", detail)
 
 
 def disk(folder: Path | None = None) -> Finding:
-    """Of `folder`, by default this one: whether it can be written, and how much."""
+    """Checks that `folder`, by default the current one, can be written and has free space."""
     folder = folder or Path.cwd()
     free = shutil.disk_usage(folder).free
     detail = f"{free / 1e9:.0f} GB free in {folder}"
     if not os.access(folder, os.W_OK):
-        return Finding("disk", "limited", f"{folder} cannot be written", "change to a folder of yours, or use --out")
+        return Finding(
+            "disk", "limited", f"{folder} cannot be written", "change to a folder that you own, or use --out"
+        )
     if free < 4e9:
         return Finding("disk", "limited", detail, "an export of the 0.5B takes up to 2 GB while it is written")
     return Finding("disk", "ok", detail)
 
 
 def temporary_files() -> Finding:
-    """coremltools writes a package there first."""
+    """Checks the folder of temporary files, where coremltools first writes a package."""
     try:
         folder = Path(tempfile.gettempdir())
     except OSError as reason:
@@ -194,7 +208,7 @@ def temporary_files() -> Finding:
 
 
 def hub(endpoint: str | None = None) -> Finding:
-    """Whether downloads would work; nothing is sent."""
+    """Checks that the hub can be reached. Nothing is sent."""
     endpoint = endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     advice = "only downloads need it: everything else works without"
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):

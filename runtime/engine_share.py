@@ -1,6 +1,6 @@
-"""How much of the vision encoder's work Core ML gives to the Neural Engine, kept next to the compiled copy.
+"""The share of the vision encoder's work that Core ML gives to the Neural Engine, recorded next to the compiled copy.
 
-On some systems the engine's compiler fails, and Core ML runs the package on the CPU without a word.
+On some systems the engine's compiler fails, and Core ML runs the package on the CPU without a message.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ ENGINE_UNITS = ("CPU_AND_NE", "ALL")
 """The compute units that may use the engine."""
 
 EXPECTED_SHARE = 0.9
-"""Share of the estimated cost, 0 to 1: such encoders have 0.99 of it on the engine, and a fallback has next to none."""
+"""The share of the estimated cost, 0 to 1, below which there is a note. FastViTHD has 0.99 of it on the engine."""
 
 MIN_ENGINE_SHARE = 0.5
-"""Share of the estimated cost, 0 to 1, below which a result is not called the engine's: it has the smaller part."""
+"""The share of the estimated cost, 0 to 1, below which a result is not reported as the engine's."""
 
 Plan = Callable[[Path, str], Placement]
+"""A compiled copy and compute units -> the unit of each operation."""
 
 
 def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: CompiledCache | None = None) -> Path:
-    """The compiled copy of a package in the cache, made first where there is none.
+    """Returns the compiled copy of a package in the cache, and compiles it first if there is none.
 
     Raises:
         MachineError: this machine is not a Mac.
@@ -41,10 +42,10 @@ def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: Co
 
 
 def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> float | None:
-    """The share of the estimated cost that Core ML places on the engine, 0 to 1.
+    """Returns the share of the estimated cost that Core ML places on the engine, 0 to 1.
 
-    It is found once for a compiled copy, in a process of its own, which takes seconds. None where it cannot be known:
-    off a Mac, before macOS 14.4, where the plan fails, and for compute units without the engine.
+    The share is found once for a compiled copy, in a separate process, which takes seconds. It is None where it cannot
+    be known: off a Mac, before macOS 14.4, where the plan fails, and for compute units without the engine.
     """
     if compute_units not in ENGINE_UNITS:
         return None
@@ -52,7 +53,7 @@ def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Pla
     if compute_units not in shares:
         try:
             shares[compute_units] = plan(compiled, compute_units).engine_share
-        except MachineError:  # another system, or a crash that need not come again
+        except MachineError:  # another system, or a crash that may not happen again
             return None
         except FastVLMError:
             shares[compute_units] = None
@@ -66,7 +67,7 @@ def planned_share(package: Path, compute_units: str = ENGINE_UNITS[0]) -> float 
 
 
 def share_note(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> str | None:
-    """A note where less than EXPECTED_SHARE of the work is on the engine. Finds the share where it is not recorded."""
+    """Returns a note if less than EXPECTED_SHARE of the work is on the engine. Finds a share that is not recorded."""
     share = engine_share(compiled, compute_units, plan)
     if share is None or share >= EXPECTED_SHARE:
         return None
@@ -85,7 +86,7 @@ def _recorded(compiled: Path) -> dict[str, float | None]:
 
 
 def _record(compiled: Path, shares: dict[str, float | None]) -> None:
-    """Writes by rename; a cache that cannot be written only costs the time of another plan."""
+    """Writes by rename. A cache that cannot be written only costs the time of another plan."""
     with contextlib.suppress(OSError):
         workplace = Path(tempfile.mkdtemp(prefix=".compiling-", dir=compiled.parent))
         try:

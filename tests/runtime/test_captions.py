@@ -1,4 +1,4 @@
-"""Captions of a folder: one line per image, gone on with after whatever happened."""
+"""Captions of a folder: one line per image, and a run that resumes after every kind of interruption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BROKEN = "c/broken.jpg"
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Six images, one of them broken, and what is no image."""
+    """A folder of six images, one of them broken, and two other files."""
     folder = tmp_path / "pictures"
     (folder / "c").mkdir(parents=True)
     for n, name in enumerate(("b.png", "a.PNG", "c/d.jpg", "e.webp", "c-1.png")):
@@ -37,7 +37,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def caption(vlm: FastVLM, pictures: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Captions the folder, or as many images as `stop_after` says; the lines of the file."""
+    """A function that captions the first `stop_after` images and returns the lines of the file."""
 
     def run(
         stop_after: int = 100, name: str = "out.jsonl", run_name: str = "r", batch: int = 2
@@ -56,7 +56,7 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "timings"} for line in lines]
 
 
-def test_images_are_found_by_their_endings_in_the_order_of_their_names(pictures: Path) -> None:
+def test_images_are_found_by_suffix_in_the_order_of_names(pictures: Path) -> None:
     found = [path.relative_to(pictures).as_posix() for path in image_files(pictures)]
     assert found == ["a.PNG", "b.png", "c/broken.jpg", "c/d.jpg", "c-1.png", "e.webp"]
 
@@ -76,9 +76,7 @@ def test_every_image_has_a_line(caption: Callable[..., list], vlm: FastVLM, pict
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 6])
 @pytest.mark.parametrize("torn", [b"", b'{"file": "e.we', b"\0\0\0"], ids=["whole", "torn", "zeros"])
-def test_interrupted_run_is_gone_on_with(
-    caption: Callable[..., list], tmp_path: Path, stop_after: int, torn: bytes
-) -> None:
+def test_interrupted_run_resumes(caption: Callable[..., list], tmp_path: Path, stop_after: int, torn: bytes) -> None:
     whole = caption(name="whole.jsonl", batch=3)
     assert len(caption(stop_after)) == stop_after
     with (tmp_path / "out.jsonl").open("ab") as file:
@@ -86,7 +84,7 @@ def test_interrupted_run_is_gone_on_with(
     assert without_times(caption()) == without_times(whole)
 
 
-def test_nothing_is_asked_again_when_all_is_there(caption: Callable[..., list], vlm: FastVLM, tmp_path: Path) -> None:
+def test_complete_file_is_not_written_again(caption: Callable[..., list], vlm: FastVLM, tmp_path: Path) -> None:
     caption()
     before, calls = (tmp_path / "out.jsonl").read_bytes(), len(vlm.encoder.calls)
     caption()
@@ -103,21 +101,23 @@ def test_usage_error_when_the_file_is_of_another_run(caption: Callable[..., list
 
 
 @pytest.mark.parametrize("content", ["hello\n", "{}\n", "[1]\n", '{"file": 3, "run": "r"}\n', "[" * 100000 + "\n"])
-def test_usage_error_when_the_file_is_not_ours(caption: Callable[..., list], tmp_path: Path, content: str) -> None:
+def test_usage_error_when_the_file_has_other_content(
+    caption: Callable[..., list], tmp_path: Path, content: str
+) -> None:
     (tmp_path / "out.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=r"out\.jsonl, line 1, holds no caption of ours"):
+    with pytest.raises(UsageError, match=r"out\.jsonl: line 1 is not a caption written by fastvlm"):
         caption()
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
-def test_what_cannot_be_a_file_of_captions_is_not_read(tmp_path: Path) -> None:
+def test_pipes_devices_and_huge_files_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(OutputError, match="is no regular file"):
+        with pytest.raises(OutputError, match="is not a regular file"):
             CaptionFile(path, "r")
     with (tmp_path / "huge").open("wb") as stream:
         stream.truncate(2**31)  # sparse: takes no disk
-    with pytest.raises(UsageError, match="has 2,147,483,648 bytes: name another file"):
+    with pytest.raises(UsageError, match=r"\(got 2,147,483,648\)\. Name another file"):
         CaptionFile(tmp_path / "huge", "r")
     assert (tmp_path / "huge").stat().st_size == 2**31
 
@@ -134,7 +134,7 @@ def test_output_error_when_another_process_writes(tmp_path: Path) -> None:
 
 
 def before_next_lock(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Has another process act between a file's opening and its locking."""
+    """Makes another process act between the opening and the locking of a file."""
     flock = fcntl.flock
 
     def acting(file: Any, operation: int) -> None:
@@ -149,18 +149,16 @@ def test_captions_stay_when_two_processes_start_at_once(tmp_path: Path, monkeypa
     path, others = tmp_path / "out.jsonl", []
     before_next_lock(monkeypatch, lambda: others.append(CaptionFile(path, "r")))
     with pytest.raises(OutputError, match="by another process"):
-        CaptionFile(path, "r")  # made the file, and was not the one to lock it
+        CaptionFile(path, "r")  # made the file, but the other one locked it
     with others.pop() as other:
         other.add("a.png", {"text": "a"})
     assert json.loads(path.read_text())["file"] == "a.png"
 
 
-def test_file_that_was_removed_before_it_was_locked_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_is_removed_before_the_lock_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = CaptionFile(tmp_path / "out.jsonl", "r")
     before_next_lock(monkeypatch, lambda: first.__exit__(None, None, None))
-    with pytest.raises(OutputError, match="was removed by another process just now: run the same command again"):
+    with pytest.raises(OutputError, match="was removed by another process just now. Run the same command again"):
         CaptionFile(tmp_path / "out.jsonl", "r")
 
 
@@ -194,16 +192,16 @@ def test_image_that_cannot_be_encoded_gets_an_error(caption: Callable[..., list]
     assert set(errors) == {"b.png", BROKEN}
 
 
-def test_error_that_is_not_the_images_ends_the_run(vlm: FastVLM, pictures: Path, tmp_path: Path) -> None:
+def test_error_of_the_prompt_ends_the_run(vlm: FastVLM, pictures: Path, tmp_path: Path) -> None:
     with CaptionFile(tmp_path / "out.jsonl", "r") as file, pytest.raises(PromptError, match="<image>: 2, images: 1"):
         list(Captions(pictures, "<image> <image>", file, OPTIONS).write(vlm, 2))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_image_error_when_there_is_nothing_to_caption(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="holds no images"):
+    with pytest.raises(ImageError, match="has no images"):
         image_files(tmp_path)
-    with pytest.raises(ImageError, match="is no folder"):
+    with pytest.raises(ImageError, match="is not a folder"):
         image_files(tmp_path / "gone")
 
 

@@ -1,8 +1,9 @@
-"""Compiled packages: made once, found again by content, never seen half done."""
+"""Compiled packages: made once, found again by content, never seen half done, and digests that are recorded."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,17 @@ import pytest
 
 from fastvlm.models.errors import OutputError, PackageError
 from fastvlm.runtime import compiled_cache
-from fastvlm.runtime.compiled_cache import CompiledCache, user_cache_folder
+from fastvlm.runtime.compiled_cache import CompiledCache, package_digest, user_cache_folder
 
 
 class FakeCompiler:
-    """Compiles by copying the manifest; opens what is whole."""
+    """A compiler that copies the manifest, and opens copies that are whole."""
 
     def __init__(self, version: str = "macOS 15.1", failures: int = 0) -> None:
         self.version = version
         self.compiled: list[Path] = []
         self.failures = failures
-        """Times that opening fails for a reason that passes."""
+        """The number of times that opening fails for a temporary reason."""
 
     def compile(self, package: Path, destination: Path) -> None:
         self.compiled.append(destination)
@@ -183,7 +184,7 @@ def test_the_other_copy_serves_when_another_process_was_faster(package: Path, ca
     assert len(list(cache.folder.glob("*.mlmodelc"))) == 1
 
 
-def test_output_error_names_the_variable_when_the_cache_cannot_be_written(package: Path, tmp_path: Path) -> None:
+def test_output_error_of_the_cache_names_its_variable(package: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/cache cannot be written .*FASTVLM_CACHE"):
         CompiledCache(tmp_path / "file" / "cache").open(package, FakeCompiler())
@@ -225,7 +226,7 @@ def test_copies_used_longest_ago_go_when_there_are_too_many(tmp_path: Path) -> N
         os.utime(opened.with_suffix(".used"), (now, now))
     kept = [n for n in range(5) if cache.place(packages[n], compiler.version).is_dir()]
     assert kept == [0, 3, 4]
-    assert len(list(cache.folder.iterdir())) == 3 * len(kept)  # what is recorded of a copy goes with it
+    assert len(list(cache.folder.iterdir())) == 3 * len(kept)  # the records of a copy are removed with it
     assert not cache.open(packages[0], compiler).compiled_now
 
 
@@ -237,7 +238,7 @@ def test_newest_copy_stays_when_the_bound_is_one(tmp_path: Path) -> None:
     assert len(list(cache.folder.glob("*.mlmodelc"))) == 1
 
 
-def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path, package: Path) -> None:
+def test_old_folders_of_killed_processes_are_removed(tmp_path: Path, package: Path) -> None:
     cache = CompiledCache(tmp_path / "cache")
     old, young = cache.folder / ".compiling-old", cache.folder / ".compiling-young"
     for folder in (old, young):
@@ -245,3 +246,126 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path, pa
     os.utime(old, (1e9, 1e9))
     cache.open(package, FakeCompiler())
     assert (old.exists(), young.exists()) == (False, True)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of recorded digests, with those of files that have just been written."""
+    monkeypatch.setattr(compiled_cache, "SETTLED_SECONDS", -3600.0)
+    return tmp_path / "records"
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The packages that were read, in order."""
+    found: list[Path] = []
+    content_digest = compiled_cache._content_digest
+    monkeypatch.setattr(
+        compiled_cache, "_content_digest", lambda package: (found.append(package), content_digest(package))[1]
+    )
+    return found
+
+
+def test_files_of_the_finder_do_not_count(package: Path) -> None:
+    before = package_digest(package, "1")
+    (package / ".DS_Store").write_bytes(b"\0")
+    (package / "Data" / "._weight.bin").write_bytes(b"\0")
+    (package / ".hidden").mkdir()
+    (package / ".hidden" / "file").touch()
+    assert package_digest(package, "1") == before
+    (package / "Data" / "DS_Store").touch()
+    assert package_digest(package, "1") != before
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_package_error_when_a_package_has_no_files(tmp_path: Path, hidden: bool) -> None:
+    if hidden:
+        (tmp_path / "empty.mlpackage").mkdir()
+        (tmp_path / "empty.mlpackage" / ".DS_Store").touch()
+    with pytest.raises(PackageError, match="is not a package: it has no files"):
+        package_digest(tmp_path / "empty.mlpackage", "1")
+
+
+def test_unchanged_package_is_read_once(package: Path, records: Path, hashed: list[Path]) -> None:
+    first = package_digest(package, "1", records)
+    assert package_digest(package, "1", records) == first == package_digest(package, "1")
+    assert package_digest(package, "2", records) == package_digest(package, "2") != first
+    assert len(hashed) == 3  # once with records, twice without
+
+
+def same_size_and_times(package: Path) -> None:
+    file = package / "Data" / "weight.bin"
+    found = file.stat()
+    while file.stat().st_ctime_ns == found.st_ctime_ns:  # a tick of the clock is some milliseconds
+        file.write_bytes(b"\1\2\4")
+        os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def replaced(package: Path) -> None:
+    other = package / "Data" / "other"
+    other.write_bytes(b"\1\2\4")
+    other.rename(package / "Data" / "weight.bin")
+
+
+@pytest.mark.parametrize(
+    "change", [same_size_and_times, replaced, lambda p: (p / "extra").touch(), lambda p: (p / "Manifest.json").unlink()]
+)
+def test_changed_package_is_read_again(package: Path, records: Path, change: Callable[[Path], object]) -> None:
+    before = package_digest(package, "1", records)
+    change(package)
+    found = package_digest(package, "1", records)
+    assert found == package_digest(package, "1") != before
+
+
+def test_other_package_at_the_same_path_is_read(package: Path, records: Path) -> None:
+    before = package_digest(package, "1", records)
+    copy = shutil.copytree(package, package.with_name("copy"))
+    same_size_and_times(copy)
+    shutil.rmtree(package)
+    copy.rename(package)
+    assert package_digest(package, "1", records) == package_digest(package, "1") != before
+
+
+def test_package_that_has_just_changed_is_not_recorded(package: Path, tmp_path: Path, hashed: list[Path]) -> None:
+    for _ in range(2):
+        package_digest(package, "1", tmp_path / "records")
+    assert len(hashed) == 2
+    assert not (tmp_path / "records").exists()
+
+
+def test_package_that_changes_while_it_is_read_is_not_recorded(
+    package: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content_digest = compiled_cache._content_digest
+
+    def overtaken(package: Path) -> str:
+        found = content_digest(package)
+        same_size_and_times(package)
+        return found
+
+    monkeypatch.setattr(compiled_cache, "_content_digest", overtaken)
+    package_digest(package, "1", records)
+    monkeypatch.setattr(compiled_cache, "_content_digest", content_digest)
+    assert package_digest(package, "1", records) == package_digest(package, "1")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": [], "content": 3}', "\0"])
+def test_damaged_record_of_a_digest_is_replaced(package: Path, records: Path, content: str, hashed: list[Path]) -> None:
+    package_digest(package, "1", records)
+    (record,) = records.iterdir()
+    record.write_text(content)
+    for _ in range(2):
+        assert package_digest(package, "1", records)
+    assert len(hashed) == 2
+
+
+def test_records_are_bounded(package: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_cache, "MAX_RECORDS", 2)
+    for n in range(4):
+        package_digest(shutil.copytree(package, package.with_name(f"p{n}")), "1", records)
+    assert len(list(records.iterdir())) == 2
+
+
+def test_digest_is_found_when_records_cannot_be_written(package: Path, records: Path) -> None:
+    records.touch()
+    assert package_digest(package, "1", records) == package_digest(package, "1")

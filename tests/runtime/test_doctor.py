@@ -1,4 +1,4 @@
-"""`fastvlm doctor`: each fault that a user may have is found, with what to do about it."""
+"""`fastvlm doctor`: each fault that a user may have is found, with its remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlm.runtime import doctor
 
 
 def pretend_installed(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
-    """What pip leaves of a package, found before the real one."""
+    """Writes the metadata that pip installs, in front of the real package's."""
     metadata = folder / f"{name}-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -41,9 +41,7 @@ def test_untested_python_is_found(version: str) -> None:
     assert doctor.python(version).state == "limited"
 
 
-def test_conversion_is_refused_with_a_version_that_is_known_to_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_is_refused_with_a_version_known_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(tmp_path, monkeypatch, "numpy", "2.4.1")
     with pytest.raises(MachineError, match=r'numpy 2\.4\.1 does not work.*pip install "numpy>=1\.26,<2\.4"'):
         import_coremltools()
@@ -69,7 +67,7 @@ def test_hub_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folder_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GB free" in doctor.disk(tmp_path).detail
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # root may write anywhere
-    assert doctor.disk(tmp_path).advice.startswith("change to a folder of yours")
+    assert doctor.disk(tmp_path).advice.startswith("change to a folder that you own")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_note_is_made_when_there_is_no_manifest(write_folder: Write) -> None:
         ({"trained": True, "notes": "no list"}, True, ()),
     ],
 )
-def test_manifest_tells_whether_the_text_means_something(
+def test_manifest_says_if_the_weights_are_trained(
     write_folder: Write, manifest: dict, trained: bool, notes: tuple[str, ...]
 ) -> None:
     folder = open_folder(write_folder(manifest=manifest))
@@ -85,15 +85,15 @@ def test_file_is_named_when_its_size_differs(write_folder: Write, name: str) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "has format 2, this version reads 1"),
-        (lambda m: m.pop("format"), "has format None"),
+        (lambda m: m.update(format=2), r"the format must be 1 \(got 2\)"),
+        (lambda m: m.pop("format"), r"\(got None\)"),
         (lambda m: m.update(files=None), "lists no files"),
-        (lambda m: m["files"].update({"../secret": {"bytes": 1}}), "'../secret' lies outside the folder"),
-        (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1}}), "'/etc/passwd' lies outside"),
-        (lambda m: m["files"].update({"x" * 5000: {"bytes": 1}}), "x{200} is missing; copy it again"),
-        (lambda m: m["files"].update({"a\0b": {"bytes": 1}}), "is missing; copy it again"),
+        (lambda m: m["files"].update({"../secret": {"bytes": 1}}), "'../secret' is outside the folder"),
+        (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1}}), "'/etc/passwd' is outside"),
+        (lambda m: m["files"].update({"x" * 5000: {"bytes": 1}}), "x{200} is missing. Copy it again"),
+        (lambda m: m["files"].update({"a\0b": {"bytes": 1}}), "is missing. Copy it again"),
         (lambda m: m["files"].update({"config.json": None}), "config.json has .* bytes instead of None"),
-        (lambda m: m["files"].update({f"f{n}": {} for n in range(9)}), "f3 is missing and 5 more; copy it again"),
+        (lambda m: m["files"].update({f"f{n}": {} for n in range(9)}), "f3 is missing and 5 more. Copy it again"),
     ],
 )
 def test_folder_is_refused_when_its_manifest_is_wrong(
@@ -105,30 +105,32 @@ def test_folder_is_refused_when_its_manifest_is_wrong(
         open_folder(path)
 
 
-def test_folder_is_refused_when_weights_of_another_export_were_added(write_folder: Write) -> None:
+def test_folder_with_weights_of_another_export_is_refused(write_folder: Write) -> None:
     path = write_folder()
     shard(path)
     (path / "model-00001-of-00002.safetensors").rename(path / "model.safetensors")
-    with pytest.raises(ModelFolderError, match=r"model\.safetensors\.index\.json is of another export; copy it again"):
+    with pytest.raises(
+        ModelFolderError, match=r"model\.safetensors\.index\.json is from another export\. Copy it again"
+    ):
         open_folder(path)
 
 
-def test_folder_is_refused_when_its_manifest_is_no_json(write_folder: Write) -> None:
+def test_folder_is_refused_when_its_manifest_is_malformed(write_folder: Write) -> None:
     path = write_folder()
     (path / "fastvlm.json").write_text("[]")
     with pytest.raises(ModelFolderError, match="must be a JSON object"):
         open_folder(path)
 
 
-def test_folder_is_refused_when_it_is_none(tmp_path: Path) -> None:
+def test_error_when_the_folder_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="is not a folder"):
         open_folder(tmp_path / "absent")
-    with pytest.raises(ModelFolderError, match=r"holds no config\.json, so it is no model folder"):
+    with pytest.raises(ModelFolderError, match=r"is not a model folder: it has no config\.json"):
         open_folder(tmp_path)
 
 
-def test_checkpoint_is_told_from_a_model_folder(write_checkpoint: Write) -> None:
-    with pytest.raises(ModelFolderError, match=r"holds no fastvithd\.mlpackage, .*`fastvlm export`"):
+def test_checkpoint_is_not_a_model_folder(write_checkpoint: Write) -> None:
+    with pytest.raises(ModelFolderError, match=r"it has no fastvithd\.mlpackage\. .*`fastvlm export`"):
         open_folder(write_checkpoint())
 
 
@@ -194,8 +196,8 @@ def test_weights_error_when_a_file_is_cut_short(write_folder: Write) -> None:
         open_folder(path).weights()
 
 
-def test_parts_of_two_exports_are_told_apart_when_their_sizes_are_the_same(write_folder: Write) -> None:
-    """As encoder and decoder of two checkpoints that were exported with one recipe are."""
+def test_parts_of_two_exports_of_equal_sizes_are_refused(write_folder: Write) -> None:
+    """Two checkpoints that were exported with one recipe have files of the same sizes."""
     path = write_folder()
     manifest = json.loads((path / "fastvlm.json").read_text())
     manifest["files"]["model.safetensors"]["sample_sha256"] = sample_sha256(path / "model.safetensors")
@@ -204,11 +206,13 @@ def test_parts_of_two_exports_are_told_apart_when_their_sizes_are_the_same(write
     weights = bytearray((path / "model.safetensors").read_bytes())
     weights[-4:] = bytes(4)
     (path / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ModelFolderError, match=r"model\.safetensors is from another export, or damaged; copy it again"):
+    with pytest.raises(
+        ModelFolderError, match=r"model\.safetensors is from another export, or damaged\. Copy it again"
+    ):
         open_folder(path)
 
 
-def test_every_byte_is_compared_when_it_is_asked_for(write_folder: Write) -> None:
+def test_every_byte_is_compared_with_verify_hashes(write_folder: Write) -> None:
     path = write_folder()
     weights = bytearray((path / "model.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
@@ -217,7 +221,7 @@ def test_every_byte_is_compared_when_it_is_asked_for(write_folder: Write) -> Non
     with pytest.raises(ModelFolderError, match=r"model\.safetensors has another sha256"):
         open_folder(path, verify_hashes=True)
     (path / "fastvlm.json").unlink()
-    with pytest.raises(ModelFolderError, match="has no fastvlm.json to verify its files by"):
+    with pytest.raises(ModelFolderError, match="no fastvlm.json to verify its files with"):
         open_folder(path, verify_hashes=True)
 
 
@@ -227,3 +231,22 @@ def test_sample_sees_size_and_both_ends_of_a_file(tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(content)
         seen.add(sample_sha256(tmp_path / "f"))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("tiny", "Run `fastvlm export tiny -o model`"),
+        ("random:0.5b", "Run `fastvlm export random:0.5b -o model`"),
+        ("nobody/FastVLM-0.5B", "Fetch it with `fastvlm download nobody/FastVLM-0.5B`"),
+        ("0.5b-stage3", "Fetch it with `fastvlm download 0.5b-stage3`"),
+        ("gone", "Make a model folder with `fastvlm export`"),
+    ],
+)
+def test_error_has_the_command_that_makes_a_folder(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFolderError) as raised:
+        open_folder(name)
+    assert hint in str(raised.value)
