@@ -113,7 +113,7 @@ class CompiledCache:
             raise PackageError(f"{package} was compiled but does not open: {coreml_reason(reason)}") from reason
 
     def compiled(self, package: Path, compiler: Compiler) -> Path:
-        """Returns the compiled copy, which is compiled first if there is none, but not opened. Raises as `open` does."""
+        """Returns the compiled copy without opening it, and makes it first if there is none. Raises as `open` does."""
         place = self.place(package, compiler.version)
         if place.is_dir():
             _mark_used(place)
