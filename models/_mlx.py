@@ -1,4 +1,4 @@
-"""How every module gets MLX: `from ._mlx import mx, nn`, with the fast BLAS in place first."""
+"""The import of MLX for all modules, `from ._mlx import mx, nn`, after the fast BLAS is loaded."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from .blas import preload_blas
 
 BLAS = preload_blas()
 
-import mlx.core as mx  # noqa: E402 - the BLAS has to be there before
+import mlx.core as mx  # noqa: E402 - the BLAS must be loaded first
 import mlx.nn as nn  # noqa: E402
 
 _cpu: bool | None = None
-"""The answer of `on_cpu`, once it has been asked. Tests set it to run the branches of a GPU on a CPU."""
+"""The result of `on_cpu` after its first call. Tests set it to run the branches for a GPU on a CPU."""
 
 
 def on_cpu() -> bool:
-    """True where MLX computes on the CPU because there is neither Metal nor CUDA.
+    """Returns True if MLX computes on the CPU because the machine has neither Metal nor CUDA.
 
-    The first call decides for the process: layers ask at every step.
+    The first call decides for the process, since layers call this in every step.
     """
     global _cpu
     if _cpu is None:

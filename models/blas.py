@@ -1,9 +1,9 @@
 """A fast BLAS for MLX on Linux.
 
-MLX's Linux wheel brings the reference BLAS, which is 50 to 100 times slower than the machine. The dynamic linker looks
-in the global scope before a wheel's own libraries, so another BLAS that is loaded there *before* `mlx.core` takes its
-place: `libmlx.so` calls `cblas_sgemm`, and the wheel's `cblas_sgemm` calls `sgemm_` through that same scope, so a
-library that exports `sgemm_` is enough (torch's does not export the other).
+MLX's Linux wheel has the reference BLAS, which is 50 to 100 times slower than the machine. The dynamic linker searches
+the global scope before a wheel's own libraries. Another BLAS that is loaded there *before* `mlx.core` thus replaces it.
+`libmlx.so` calls `cblas_sgemm`, which calls `sgemm_` through the same scope. A library that exports `sgemm_` is
+enough (torch's does not export the other).
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT_VARIABLE = "FASTVLM_BLAS"
-"""A library's path, or `none` to leave MLX with the BLAS of its wheel."""
+"""The environment variable with a library's path, or `none` for the BLAS of MLX's wheel."""
 
 REQUIRED_SYMBOL = "sgemm_"
 
 OMP_PAUSE_SOFT = 1
-"""Of OpenMP 5.0, section 3.2.44: give back what can be had again, keep settings."""
+"""The value of OpenMP 5.0 (section 3.2.44) that releases resources and keeps settings."""
 
 SYSTEM_LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 
 
 @dataclass(frozen=True)
 class Blas:
-    """The BLAS that MLX's matrix products run on, and why it is that one."""
+    """The BLAS of MLX's matrix products, and the reason for the choice."""
 
     name: str
-    """`torch`, `openblas`, `custom` (named by FASTVLM_BLAS), or `default` (MLX's own)."""
+    """The name: `torch`, `openblas`, `custom` (from FASTVLM_BLAS), or `default` (MLX's own)."""
     path: str | None
     reason: str
 
 
 @functools.cache
 def preload_blas() -> Blas:
-    """Loads the best BLAS at hand into the global scope; once per process, and only on Linux.
+    """Loads the best available BLAS into the global scope, once per process and only on Linux.
 
-    Never raises: a library that cannot be loaded is passed over, and `reason` says why.
+    Never raises. A library that cannot be loaded is skipped, and `reason` has the cause.
     """
     if not sys.platform.startswith("linux"):
-        return Blas("default", None, "MLX brings a fast BLAS here (Accelerate, Metal)")
+        return Blas("default", None, "MLX has a fast BLAS on this system (Accelerate, Metal)")
     if "mlx.core" in sys.modules:
         return Blas("default", None, "mlx.core was imported before fastvlm, too early for another BLAS")
     wish = os.environ.get(ENVIRONMENT_VARIABLE, "")
@@ -61,10 +61,10 @@ def preload_blas() -> Blas:
 
 
 def release_torch_threads() -> None:
-    """Ends the threads that torch's operations on this thread have left waiting, before MLX computes again.
+    """Ends the idle threads of torch's operations on this thread, before MLX computes again.
 
-    GNU's OpenMP wakes its threads late once it keeps more of them than there are cores, and torch and MLX's products
-    each keep a team: decoding would take 1.6 times as long. Torch starts its team again when it next needs it.
+    GNU's OpenMP wakes its threads late if it keeps more of them than there are cores, and torch and MLX's products each
+    keep a team. Decoding would take 1.6 times as long. Torch starts its team again on demand.
     """
     if sys.platform.startswith("linux"):
         pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
@@ -73,25 +73,25 @@ def release_torch_threads() -> None:
 
 
 def _candidates(wish: str) -> Iterator[tuple[str, str, str]]:
-    """(name, path, reason), best first.
+    """Yields (name, path, reason), the best first.
 
-    Torch's own comes before any other: torch would otherwise be bound to a foreign one when it is imported later, with
-    another threading library and other conventions for complex results. A system BLAS serves where torch cannot load.
+    Torch's library comes before a system BLAS. A later import of torch would otherwise bind to a foreign BLAS, with
+    another threading library and other conventions for complex results.
     """
     if wish:
-        yield "custom", wish, f"named by {ENVIRONMENT_VARIABLE}"
+        yield "custom", wish, f"set in {ENVIRONMENT_VARIABLE}"
     torch = _torch_library()
     if torch is not None:
-        yield "torch", str(torch), "torch brings it"
+        yield "torch", str(torch), "part of torch"
     for soname in SYSTEM_LIBRARIES:
-        yield "openblas", soname, "the system brings it"
+        yield "openblas", soname, "a library of the system"
 
 
 def _torch_library() -> Path | None:
-    """Where torch keeps its BLAS, found without importing torch (which takes seconds)."""
+    """Returns the path of torch's BLAS without importing torch, which takes seconds."""
     try:
         spec = importlib.util.find_spec("torch")
-    except (ImportError, ValueError):  # ValueError: a stand-in without a spec
+    except (ImportError, ValueError):  # ValueError: a replaced module without a spec
         return None
     if spec is None or spec.origin is None:
         return None
@@ -100,11 +100,11 @@ def _torch_library() -> Path | None:
 
 
 def _load_globally(path: str) -> str | None:
-    """None when the library now serves `sgemm_` to whoever loads later, else what is wrong with it."""
+    """Loads the library so that later libraries find its `sgemm_`. Returns the fault, or None."""
     try:
-        library = ctypes.CDLL(path)  # not yet in the global scope: a wrong library must not get there
+        library = ctypes.CDLL(path)  # not in the global scope yet, where a wrong library would do harm
         if not hasattr(library, REQUIRED_SYMBOL):
-            return f"it has no {REQUIRED_SYMBOL}"
+            return f"{REQUIRED_SYMBOL} is missing"
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
         return str(reason).splitlines()[0]

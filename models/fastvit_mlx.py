@@ -1,7 +1,7 @@
-"""FastViT, the vision encoder of FastVLM, in MLX: reparameterized form, channels last.
+"""The FastViT vision encoder in MLX, in reparameterized form, channels last.
 
-Tensor names are mlx-vlm's (under `vision_tower.vision_model.`), which are Apple's but for the stem's `blocks`: clients
-that run the encoder in MLX load the same file. `fastvit.py` is the torch form, which also trains.
+Tensor names are mlx-vlm's (under `vision_tower.vision_model.`), so that clients with the encoder in MLX load the same
+file. They differ from Apple's in the stem's `blocks`. `fastvit.py` is the torch form, which also trains.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .tensor_names import UNUSED_ENCODER_TENSORS, apple_encoder_shapes
 
 
 def gelu(x: mx.array) -> mx.array:
-    """Exact GELU. Not nn.gelu, which off a Mac runs the system's C++ compiler at first use."""
+    """Returns the exact GELU. `nn.gelu` would run the system's C++ compiler at first use off a Mac."""
     return 0.5 * x * (1.0 + mx.erf(x * 0.5**0.5))
 
 
 class Conv(nn.Module):
-    """A convolution with 'same' padding; `weight` (out, K, K, in / groups)."""
+    """A convolution with 'same' padding and a `weight` (out, K, K, in / groups)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, bias: bool = True
@@ -37,7 +37,7 @@ class Conv(nn.Module):
 
 
 def convolve(x: mx.array, weight: mx.array, stride: int, groups: int) -> mx.array:
-    """(B, H, W, C) -> (B, H / stride, W / stride, out), without a bias."""
+    """Returns the convolution (B, H / stride, W / stride, out) of x (B, H, W, C), without a bias."""
     out_channels, kernel_size, _, in_per_group = weight.shape
     if kernel_size == 1 and stride == 1 and groups == 1:
         return x @ weight.reshape(out_channels, in_per_group).T
@@ -49,7 +49,7 @@ def convolve(x: mx.array, weight: mx.array, stride: int, groups: int) -> mx.arra
 
 
 def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
-    """A depthwise convolution as a sum over its taps: MLX has no kernel for it on a CPU that is worth the name."""
+    """Computes a depthwise convolution as a sum over its taps, since MLX lacks a fast kernel for it on a CPU."""
     _, H, W, _ = x.shape
     kernel_size = weight.shape[1]
     pad = kernel_size // 2
@@ -62,7 +62,7 @@ def depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
 
 
 def doubled_depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
-    """A depthwise convolution with two outputs per channel, as two with one: only these have a fast kernel on Metal."""
+    """Computes a depthwise convolution with two outputs per channel as two with one, which have a fast Metal kernel."""
     out_channels, kernel_size, _, _ = weight.shape
     halves = [
         mx.conv2d(x, weight[half::2], stride=stride, padding=kernel_size // 2, groups=out_channels // 2)
@@ -73,7 +73,7 @@ def doubled_depthwise(x: mx.array, weight: mx.array, stride: int) -> mx.array:
 
 
 class BatchNorm(nn.Module):
-    """What inference needs of a batch norm."""
+    """The tensors of a batch norm in inference."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A 7x7 depthwise convolution without bias, then batch norm; run as one convolution once `fold` was called."""
+    """A 7x7 depthwise convolution without bias and a batch norm, which `fold` makes one convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class ConvNorm(nn.Module):
         self.bn = BatchNorm(channels)
 
     def fold(self) -> None:
-        """Works out the one convolution: in float32, then in the type of the weights."""
+        """Computes the folded convolution in float32, and stores it in the dtype of the weights."""
         norm, weight = self.bn, self.conv.weight
         gain = norm.weight.astype(mx.float32) * mx.rsqrt(norm.running_var.astype(mx.float32) + BATCH_NORM_EPS)  # (C,)
         bias = norm.bias.astype(mx.float32) - norm.running_mean.astype(mx.float32) * gain
@@ -105,6 +105,8 @@ class ConvNorm(nn.Module):
 
 
 class ConvFFN(nn.Module):
+    """A feed-forward network: a depthwise convolution, then two pointwise ones."""
+
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
         self.conv = ConvNorm(channels)
@@ -116,7 +118,7 @@ class ConvFFN(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """What mixes tokens in a RepMixer block, and what encodes positions in front of a stage."""
+    """A depthwise convolution: the token mixer of a RepMixer block, or the position encoding before a stage."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -127,6 +129,8 @@ class DepthwiseConv(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
+    """A block that mixes tokens with a convolution."""
+
     def __init__(self, channels: int, mlp_ratio: int) -> None:
         super().__init__()
         self.token_mixer = DepthwiseConv(channels, 3)
@@ -139,6 +143,8 @@ class RepMixerBlock(nn.Module):
 
 
 class ChannelLayerNorm(nn.Module):
+    """A layer norm over the channels."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = mx.ones((channels,))
@@ -149,7 +155,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the positions of a feature map."""
+    """The multi-head self-attention over the positions of a feature map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -166,6 +172,8 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
+    """A block that mixes tokens with attention."""
+
     def __init__(self, channels: int, mlp_ratio: int) -> None:
         super().__init__()
         self.norm = ChannelLayerNorm(channels)
@@ -180,6 +188,8 @@ class AttentionBlock(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
+    """A gate on the channels, computed from their means."""
+
     def __init__(self, channels: int, reduced_channels: int) -> None:
         super().__init__()
         self.reduce = Conv(channels, reduced_channels, 1)
@@ -191,6 +201,8 @@ class SqueezeExcite(nn.Module):
 
 
 class MobileOneBlock(nn.Module):
+    """A convolution, an optional squeeze-and-excitation gate, and GELU."""
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1, se: int = 0
     ) -> None:
@@ -205,6 +217,8 @@ class MobileOneBlock(nn.Module):
 
 
 class LargeKernelConv(nn.Module):
+    """A 7x7 convolution with stride 2, and GELU."""
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.lkb_reparam = Conv(in_channels, out_channels, 7, stride=2, groups=in_channels)
@@ -214,7 +228,7 @@ class LargeKernelConv(nn.Module):
 
 
 class Downsampling(nn.Module):
-    """Halves the resolution and changes the width."""
+    """A layer that halves the resolution and changes the width."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -225,7 +239,7 @@ class Downsampling(nn.Module):
 
 
 class Stem(nn.Module):
-    """Three convolutions that reduce the resolution 4x."""
+    """The three convolutions that reduce the resolution 4x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -242,7 +256,7 @@ class Stem(nn.Module):
 
 
 class FastViTMLX(nn.Module):
-    """The encoder: `images` (B, 3, S, S) in 0..1 -> `image_features` (B, (S / 64)^2, C)."""
+    """The encoder from `images` (B, 3, S, S) in 0..1 to `image_features` (B, (S / 64)^2, C)."""
 
     def __init__(self, config: FastViTConfig) -> None:
         super().__init__()
@@ -257,7 +271,10 @@ class FastViTMLX(nn.Module):
         return image_features
 
     def results(self, images: mx.array) -> Iterator[tuple[str, mx.array]]:
-        """(`stem`, (B, H, W, C)), (`stage 0`, ...), ... and (`image_features`, (B, N, C) in float32), each launched."""
+        """Yields each intermediate result by name, launched.
+
+        These are `stem` (B, H, W, C), `stage 0`, ... and `image_features` (B, N, C) in float32.
+        """
         images = images.astype(self.conv_exp.reparam_conv.weight.dtype)
         x, stage = self.patch_embed(images.transpose(0, 2, 3, 1)), 0  # (B, H, W, C) from here on
         yield "stem", evaluated(x)
@@ -273,10 +290,10 @@ class FastViTMLX(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, mx.array], dtype: mx.Dtype | None = None) -> FastViTMLX:
-        """The encoder whose tensors are named as mlx-vlm names them.
+        """Returns the encoder for tensors with mlx-vlm's names.
 
-        It computes in `dtype`. None takes bfloat16 on a GPU where the tensors are stored in it, as other clients do,
-        else float32: float16 sums overflow on trained weights, and 16-bit kernels are slow on a CPU.
+        It computes in `dtype`. None is bfloat16 on a GPU if the tensors are stored in it, as in other clients, and else
+        float32. In float16, sums overflow on trained weights, and on a CPU 16-bit kernels are slow.
 
         Raises:
             WeightsError: tensors are missing, unexpected (both listed), of a wrong shape or not finite.
@@ -286,7 +303,7 @@ class FastViTMLX(nn.Module):
             apple_encoder_shapes({name: tensor.shape for name, tensor in tensors.items()})
         )
         if not config.reparameterized:
-            raise WeightsError("the MLX encoder is in training form; MLX runs the reparameterized form only")
+            raise WeightsError("the MLX encoder must be in reparameterized form, got the training form")
         encoder = cls(config)
         parameters = dict(nn.utils.tree_flatten(encoder.parameters()))
         check_tensors(
@@ -300,7 +317,7 @@ class FastViTMLX(nn.Module):
         encoder.load_weights([(name, tensor.astype(dtype)) for name, tensor in tensors.items()])
         damaged = [name for name, tensor in tensors.items() if not mx.isfinite(tensor).all().item()]
         if damaged:
-            raise WeightsError(f"{damaged[0]} holds NaN or infinite values: the folder is damaged, export it again")
+            raise WeightsError(f"{damaged[0]} has NaN or infinite values. Export the model again.")
         mx.eval(encoder.parameters())
         for module in encoder.modules():
             if isinstance(module, ConvNorm):
@@ -309,7 +326,7 @@ class FastViTMLX(nn.Module):
 
 
 def evaluated(x: mx.array) -> mx.array:
-    """`x`, computed on a CPU and launched on a GPU: else all results of the graph wait in memory for their turn."""
+    """Computes `x` on a CPU, or launches it on a GPU, so that intermediate results are freed early. Returns `x`."""
     if on_cpu():
         mx.eval(x)
     else:
@@ -318,7 +335,7 @@ def evaluated(x: mx.array) -> mx.array:
 
 
 def network_parts(config: FastViTConfig) -> list[nn.Module | list[nn.Module]]:
-    """Stages, each behind its downsampling and position convolution, in Apple's numbering."""
+    """Returns the stages, each after its downsampling and position convolution, in Apple's numbering."""
     parts: list[nn.Module | list[nn.Module]] = []
     for i, (depth, width, ratio) in enumerate(zip(config.depths, config.embed_dims, config.mlp_ratios, strict=True)):
         if i:

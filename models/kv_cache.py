@@ -1,4 +1,7 @@
-"""Keys and values of the positions that a decoder has seen: kept, forked, quantized, and put together into batches."""
+"""The caches of keys and values: plain, quantized and padded for batches.
+
+Indices are written `[:, :, start:stop]`. MLX parses an ellipsis on the host in another microsecond, four times a layer.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,22 @@ from ._mlx import mx
 from .errors import UsageError
 
 CACHE_STEP = 256
-"""Positions by which a full cache grows: each growth copies it once."""
+"""The positions by which a full cache grows. Each growth copies it once."""
 
 KV_BITS = 8
-"""The only quantization of keys and values: fewer bits cost answers."""
+"""The only supported width of quantized keys and values. Fewer bits cost accuracy."""
 
 KV_GROUPS = (64, 32)
-"""Values that share a scale, the coarsest first."""
-
+"""The supported group sizes, in values that share a scale, the coarsest first."""
 
 Packed = tuple[mx.array, mx.array, mx.array]
-"""Words, scales and biases of affine groups: (B, H, L, anything) each."""
+"""The words, scales and biases of affine groups, (B, H, L, width) each."""
 
 
 class Padding:
-    """Positions at the beginning of each row of a batch that hold nothing, so that all rows end together.
+    """The left padding of a batch: the number of unused positions at the beginning of each row.
 
-    All layers of a step ask for the same arrays, which are made once.
+    All layers of a step need the same arrays, which are made once.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -36,13 +38,13 @@ class Padding:
         self._shape, self._seen = (0, 0), self._counts
 
     def positions(self, offset: int) -> mx.array:
-        """(B,) the place, in its own row, of the token written at `offset`."""
+        """Returns the position (B,) in its own sequence of the token written at `offset`."""
         if offset != self._offset:
             self._offset, self._positions = offset, offset - self._counts
         return self._positions
 
     def seen(self, length: int, heads: int = 1) -> mx.array:
-        """(B, heads, 1, length) true where a row holds something."""
+        """Returns the mask (B, heads, 1, length), True where a row is not padding."""
         if (heads, length) != self._shape:
             self._shape = heads, length
             seen = (mx.arange(length) >= self._counts[:, None])[:, None, None]  # (B, 1, 1, length)
@@ -53,13 +55,13 @@ class Padding:
 
 
 class KVCache:
-    """Keys and values of one layer for the positions seen so far.
+    """The keys and values of one layer for the positions seen so far.
 
-    The buffers are (B, num_key_value_heads, capacity, head_dim); the first `offset` positions of them are in use.
-    `capacity` positions are allocated at once when it is given; past it the cache grows in steps of 256.
+    The buffers are (B, num_key_value_heads, capacity, head_dim). Their first `offset` positions are in use. The first
+    allocation has `capacity` positions. Beyond it the cache grows in steps of 256.
 
     Attributes:
-        padding: of a batch whose rows differ in length; None where every row is full.
+        padding: The padding of a batch whose rows differ in length, or None.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -70,21 +72,21 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """Sequences that it holds."""
+        """The number of sequences in the cache."""
         return self.buffers[0].shape[0] if self.buffers else 0
 
     @property
     def positions(self) -> int | mx.array:
-        """Where the next token stands in its sequence: one place for all rows, or (B,)."""
+        """The position of the next token in its sequence: one for all rows, or (B,)."""
         return self.offset if self.padding is None else self.padding.positions(self.offset)
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """`positions` on the host: one number for all rows, or one per row."""
+        """The same as `positions`, on the host: one number for all rows, or one per row."""
         return (self.offset,) if self.padding is None else tuple(self.offset - n for n in self.padding.counts)
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Appends (B, H, L, head_dim) keys and values; returns all of them so far, (B, H, offset, head_dim)."""
+        """Appends keys and values (B, H, L, head_dim). Returns all of them so far, (B, H, offset, head_dim)."""
         start, stop = self.offset, self.offset + keys.shape[2]
         parts = self._stored(keys, values)
         self.offset = stop
@@ -92,54 +94,55 @@ class KVCache:
             self._grow(parts, start)
         held = []
         for buffer, part in zip(self.buffers, parts, strict=True):
-            buffer[..., start:stop, :] = part
-            held.append(buffer[..., :stop, :])
+            buffer[:, :, start:stop] = part
+            held.append(buffer[:, :, :stop])
         return self._read(held)
 
     def trim(self, count: int) -> None:
-        """Forgets the last `count` positions, so that others can be written in their place."""
+        """Removes the last `count` positions."""
         if not 0 <= count <= self.offset:
-            raise ValueError(f"cannot forget {count} of {self.offset} positions")
+            raise ValueError(f"cannot remove {count} of {self.offset} positions")
         self.offset -= count
 
     def reserve(self, capacity: int) -> None:
-        """Has the cache grow to `capacity` positions at least, when it next grows."""
+        """Sets the least number of positions to which the cache grows when it next grows."""
         self.capacity = max(self.capacity, capacity)
 
     def fork(self, capacity: int = 0) -> KVCache:
-        """A cache with the same content and room for `capacity` positions; neither sees what the other appends."""
+        """Returns an independent cache with the same content, which grows to `capacity` positions."""
         twin = copy.copy(self)
         twin.capacity = capacity
-        twin.buffers = [buffer[..., : self.offset, :] for buffer in self.buffers]
+        twin.buffers = [buffer[:, :, : self.offset] for buffer in self.buffers]
         return twin
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def _stored(self, keys: mx.array, values: mx.array) -> Sequence[mx.array]:
-        """The parts, (B, anything, L, anything) each, that the buffers take in for keys and values."""
+        """Returns what the buffers store for keys and values, (B, heads, L, width) each."""
         return keys, values
 
     def _read(self, held: list[mx.array]) -> tuple[Any, Any]:
-        """Keys and values of the buffers' used positions."""
+        """Returns the keys and values from the used positions of the buffers."""
         keys, values = held
         return keys, values
 
     def _grow(self, parts: Sequence[mx.array], used: int) -> None:
         if self.offset > self.capacity:
             self.capacity = -(-self.offset // CACHE_STEP) * CACHE_STEP
-        kept = [buffer[..., :used, :] for buffer in self.buffers] or [part[..., :0, :] for part in parts]
+        kept = [buffer[:, :, :used] for buffer in self.buffers] or [part[:, :, :0] for part in parts]
         self.buffers = [_padded(buffer, right=self.capacity - used) for buffer in kept]
 
 
 class QuantizedKVCache(KVCache):
-    """A KVCache that keeps 8 bits per number, affine in groups along head_dim, and returns them packed.
+    """A KVCache with 8 bits per number, affine in groups along head_dim. It returns keys and values packed.
 
-    Its buffers are words, scales and biases, each with the heads of the keys, then those of the values.
+    Its buffers are words, scales and biases, each with the heads of the keys before those of the values.
 
     Raises:
-        UsageError: `head_dim` holds no whole groups.
+        UsageError: `head_dim` does not divide into groups.
     """
 
     def __init__(self, head_dim: int, capacity: int = 0) -> None:
@@ -147,12 +150,13 @@ class QuantizedKVCache(KVCache):
         self.group_size = next((size for size in KV_GROUPS if head_dim % size == 0), 0)
         if not self.group_size:
             raise UsageError(
-                f"the keys and values of this model cannot be kept in {KV_BITS} bits: its heads have {head_dim} "
-                f"channels, and groups have {KV_GROUPS[-1]}; leave kv_bits out"
+                f"kv_bits={KV_BITS} needs attention heads of a multiple of {KV_GROUPS[-1]} channels (got {head_dim}). "
+                "Leave kv_bits out for this model.",
+                "kv_bits",
             )
 
     def dequantized(self, parts: Packed) -> mx.array:
-        """(B, H, L, head_dim) of what `update` returns."""
+        """Returns the array (B, H, L, head_dim) of packed parts from `update`."""
         words, scales, biases = parts
         return mx.dequantize(words, scales, biases, group_size=self.group_size, bits=KV_BITS)
 
@@ -167,34 +171,34 @@ class QuantizedKVCache(KVCache):
 
 
 def check_kv_bits(kv_bits: int | None) -> None:
-    """Raises UsageError unless it is None or 8."""
+    """Raises UsageError unless `kv_bits` is None or 8."""
     if kv_bits not in (None, KV_BITS):
-        raise UsageError(f"kv_bits should be {KV_BITS}, or left out; found {kv_bits!r:.40}")
+        raise UsageError(f"kv_bits must be {KV_BITS} or left out (got {kv_bits!r:.40}).", "kv_bits")
 
 
 def stacked(caches: Sequence[KVCache], room: int) -> KVCache:
-    """One cache with the rows of all, aligned at their ends, and room for `room` positions more."""
+    """Returns one cache with the rows of all, aligned at their ends, and space for `room` more positions."""
     offset = max(cache.offset for cache in caches)
     batch = caches[0].fork(offset + room)
     batch.offset = offset
     batch.buffers = [
         mx.concatenate(
-            [_padded(buffer[..., : cache.offset, :], offset - cache.offset, room) for cache, buffer in rows], axis=0
+            [_padded(buffer[:, :, : cache.offset], offset - cache.offset, room) for cache, buffer in rows], axis=0
         )
         for rows in zip(*([(cache, buffer) for buffer in cache.buffers] for cache in caches), strict=True)
-    ]  # (rows, H, offset + room, anything)
+    ]  # (rows, H, offset + room, width)
     batch.padding = Padding([offset - cache.offset + count for cache in caches for count in _padding_counts(cache)])
     return batch
 
 
 def selected(cache: KVCache, rows: Sequence[int]) -> KVCache:
-    """The `rows` of a batch, without the positions that are padding in each of them."""
+    """Returns a cache with the given rows of a batch, without the padding that they have in common."""
     counts = [_padding_counts(cache)[row] for row in rows]
     shared = min(counts)
     chosen = cache.fork(cache.capacity)
     chosen.offset = cache.offset - shared
     index = mx.array(list(rows))
-    chosen.buffers = [buffer[index][..., shared : cache.offset, :] for buffer in cache.buffers]
+    chosen.buffers = [buffer[index][:, :, shared : cache.offset] for buffer in cache.buffers]
     chosen.padding = Padding([count - shared for count in counts])
     return chosen
 
@@ -204,7 +208,7 @@ def _padding_counts(cache: KVCache) -> tuple[int, ...]:
 
 
 def _padded(buffer: mx.array, left: int = 0, right: int = 0) -> mx.array:
-    """(B, H, left + L + right, anything), zeros beside the L positions of `buffer`."""
+    """Returns (B, H, left + L + right, width): the L positions of `buffer` between zeros."""
     B, heads, _, width = buffer.shape
     sides = [mx.zeros((B, heads, count, width), buffer.dtype) for count in (left, right)]
     return mx.concatenate([sides[0], buffer, sides[1]], axis=2)

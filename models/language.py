@@ -1,4 +1,4 @@
-"""The language side of FastVLM in MLX: projector and decoder, under the names that an exported folder saves them by."""
+"""The language side of FastVLM in MLX: projector and decoder, with the tensor names of an exported folder."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ HEAD = "language_model.lm_head"
 FLOAT_DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 
 MAX_STREAMS = 8
+"""The most threads that expand weights, one per stream."""
 
 _expanding = threading.Lock()
-"""The streams below serve any thread, but one at a time."""
+"""The lock of the streams below, which serve any thread, one at a time."""
 
 MEMORY_SHARE = 0.8
-"""Of the available memory that expanded weights may take: caches, activations and the vision encoder need the rest."""
+"""The share of available memory for expanded weights. Caches, activations and the vision encoder need the rest."""
 
 
 class Projector(nn.Module):
-    """`image_features` (B, N, mm_hidden_size) -> (B, N, hidden_size): two linear layers around an exact GELU."""
+    """The projector from `image_features` to embeddings: two linear layers around an exact GELU."""
 
     def __init__(self, config: FastVLMConfig) -> None:
         super().__init__()
@@ -45,13 +46,14 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size)
 
     def __call__(self, image_features: mx.array) -> mx.array:
+        """Returns (B, N, hidden_size) of (B, N, mm_hidden_size)."""
         x = self.linear_0(image_features.astype(self.linear_0.bias.dtype))
         x = 0.5 * x * (1.0 + mx.erf(x * 0.5**0.5))  # not nn.gelu: see mlx_layers.swiglu
         return self.linear_2(x)
 
 
 class LanguageSide(nn.Module):
-    """Projector and decoder."""
+    """The projector and the decoder."""
 
     def __init__(self, config: FastVLMConfig) -> None:
         super().__init__()
@@ -61,12 +63,12 @@ class LanguageSide(nn.Module):
 
     @property
     def vocabulary_rows(self) -> int:
-        """Ids that can be embedded: the rows of `embed_tokens`, which need not be `vocab_size`."""
+        """The number of ids with an embedding: the rows of `embed_tokens`, which may differ from `vocab_size`."""
         return self.language_model.model.embed_tokens.weight.shape[0]
 
 
 def expected_shapes(config: FastVLMConfig) -> dict[str, Shape]:
-    """Shape by saved name of every tensor on the language side, unquantized."""
+    """Returns the shape of every unquantized tensor of the language side by its saved name."""
     return {saved_name(name): shape for name, shape in language_shapes(config).items()}
 
 
@@ -77,14 +79,14 @@ def load_language(
     quantization: Quantization | None = None,
     expand: bool | None = None,
 ) -> LanguageSide:
-    """The language side with `weights` (saved names), ready to run.
+    """Returns the language side with `weights` by saved name, ready to run.
 
-    A layer with `.scales` is affine-quantized as `quantization` says. `expand` turns every weight into
-    float32; None does so where MLX computes on the CPU, whose quantized and 16-bit kernels are naive, if there is
-    memory for it. Pass `mx.load(...)` without keeping it: each tensor is then read, expanded and freed in turn.
+    A layer with `.scales` is affine-quantized with the parameters in `quantization`. `expand` converts every weight to
+    float32. None does so if MLX computes on the CPU, whose quantized and 16-bit kernels are naive, and memory suffices.
+    Pass `mx.load(...)` without another reference: each tensor is then read, expanded and freed in turn.
 
     Raises:
-        WeightsError: tensors are missing, unexpected or misshapen, all of them named.
+        WeightsError: tensors are missing, unexpected or of a wrong shape. All are listed.
     """
     weights = dict(weights)
     config = settled_config(weights, config, quantization)
@@ -100,7 +102,7 @@ def load_language(
             quantized = {name: quantization.of(name).as_dict() for name in quantized_layers(weights)}
             nn.quantize(side, class_predicate=lambda path, _: quantized.get(path, False))
         loaded = list(weights.items())
-    side.load_weights(loaded, strict=False)  # strictness was above, in our words
+    side.load_weights(loaded, strict=False)  # `settled_config` has checked the names
     if not on_cpu():
         weights.clear()
         loaded.clear()  # each block's tensors are freed as soon as they are joined
@@ -112,12 +114,12 @@ def load_language(
 def settled_config(
     weights: dict[str, mx.array], config: FastVLMConfig, quantization: Quantization | None
 ) -> FastVLMConfig:
-    """`config` with what the weights decide: whether the head is tied, how many rows the embeddings have.
+    """Returns `config` with the fields that the weights determine: a tied head, and the rows of the embeddings.
 
-    A head that only repeats the embeddings is taken out of `weights`.
+    Removes a head that only repeats the embeddings from `weights`.
 
     Raises:
-        WeightsError: tensors are missing, unexpected, misshapen or of a wrong dtype, all of them named.
+        WeightsError: tensors are missing, unexpected, of a wrong shape or dtype. All are listed.
     """
     config = _settle_head(weights, config)
     quantized = quantized_layers(weights)
@@ -132,14 +134,14 @@ def settled_config(
 
 
 def quantized_layers(weights: Mapping[str, mx.array]) -> set[str]:
-    """Names of the layers that are stored in affine groups: those with `.scales`."""
+    """Returns the names of the layers in affine groups: those with `.scales`."""
     return {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping: the machine's or the container's, whichever is less."""
+    """Returns the memory that is available without swapping, of the machine or its container, whichever is less."""
     meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():  # not Linux: all that is built in
+    if not meminfo.is_file():  # not Linux: the installed memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -151,7 +153,7 @@ def available_memory_bytes() -> int:
 
 
 def _settle_head(weights: dict[str, mx.array], config: FastVLMConfig) -> FastVLMConfig:
-    """`tie_word_embeddings` is sometimes wrong: the weights decide. Drops a head that only repeats the embeddings."""
+    """Corrects `tie_word_embeddings` by the weights. Removes a head that only repeats the embeddings."""
     head = [name for name in weights if name.startswith(f"{HEAD}.")]
     if not config.decoder.tie_word_embeddings:
         return config
@@ -169,13 +171,13 @@ def _check_quantization(quantized: set[str], quantization: Quantization | None) 
     if quantization is None:
         if quantized:
             raise WeightsError(
-                f"{len(quantized)} layers are quantized (they have .scales), but config.json names no 'quantization'"
+                f"config.json: 'quantization' is missing, but {len(quantized)} layers are quantized (they have .scales)"
             )
         return
     unknown = sorted(quantization.layers.keys() - quantized)
     if unknown:
         raise WeightsError(
-            f"config.json names a quantization for {unknown[0]} and {len(unknown) - 1} more layers without .scales"
+            f"config.json: 'quantization' lists {unknown[0]} and {len(unknown) - 1} more layers without .scales"
         )
 
 
@@ -184,11 +186,11 @@ def _check_dtypes(weights: Mapping[str, mx.array], quantized: set[str]) -> None:
         packed = name.endswith(".weight") and name.removesuffix(".weight") in quantized
         if weight.dtype not in ((mx.uint32,) if packed else FLOAT_DTYPES):
             wanted = "packed uint32" if packed else "bfloat16, float16 or float32"
-            raise WeightsError(f"{name} holds {str(weight.dtype).removeprefix('mlx.core.')}; it should hold {wanted}")
+            raise WeightsError(f"{name} must be {wanted}, got {str(weight.dtype).removeprefix('mlx.core.')}")
 
 
 def _with_rows_found(expected: dict[str, Shape], weights: Mapping[str, mx.array]) -> dict[str, Shape]:
-    """Vocabularies are padded and cut at will: embeddings and head may have other rows than `vocab_size`."""
+    """Takes the rows of embeddings and head from the weights, since vocabularies are often padded or cut."""
     for name in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
         if name in expected and name in weights and weights[name].ndim == 2:
             expected[name] = (weights[name].shape[0], expected[name][1])
@@ -198,7 +200,7 @@ def _with_rows_found(expected: dict[str, Shape], weights: Mapping[str, mx.array]
 def quantized_shapes(
     expected: Mapping[str, Shape], quantized: set[str], quantization: Quantization
 ) -> dict[str, Shape]:
-    """`expected` with each quantized layer's weight packed into 32-bit words, and its scales and biases."""
+    """Returns `expected` with the packed weight, scales and biases of each quantized layer."""
     shapes: dict[str, Shape] = {}
     for name, shape in expected.items():
         layer = name.removesuffix(".weight")
@@ -212,9 +214,9 @@ def quantized_shapes(
 
 
 def _expanded(weights: dict[str, mx.array], quantization: Quantization | None) -> Iterator[tuple[str, mx.array]]:
-    """(name, float32 tensor), taken out of `weights` a few at a time, so that their sources are freed at once.
+    """Yields (name, float32 tensor). Removes a few at a time from `weights`, which frees their sources at once.
 
-    Tensors of like sizes share a turn, the largest first.
+    Tensors of similar sizes are expanded together, the largest first.
     """
     streams = _cpu_streams()
     names = [name for name in weights if not name.endswith((".scales", ".biases"))]
@@ -230,9 +232,9 @@ def _expanded(weights: dict[str, mx.array], quantization: Quantization | None) -
 
 @functools.cache
 def _cpu_streams() -> tuple[Any, ...]:
-    """Streams, behind each of which is a thread on the CPU that MLX never ends: they serve every load.
+    """Returns the CPU streams for every load. MLX never ends the thread of a stream.
 
-    Where MLX is older, all streams serve any thread.
+    In older versions of MLX all streams serve any thread.
     """
     new_stream = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
     return tuple(new_stream(mx.cpu) for _ in range(min(os.cpu_count() or 1, MAX_STREAMS)))
@@ -241,7 +243,7 @@ def _cpu_streams() -> tuple[Any, ...]:
 def dequantized(
     weights: dict[str, mx.array], name: str, quantization: Quantization | None, stream: Any = None
 ) -> mx.array:
-    """The tensor `name` in float32, taken out of `weights` with the scales and biases that belong to it."""
+    """Returns the tensor `name` in float32. Removes it from `weights`, with its scales and biases."""
     weight, layer = weights.pop(name), name.removesuffix(".weight")
     scales, biases = (weights.pop(f"{layer}.{part}", None) for part in ("scales", "biases"))
     if scales is None or biases is None or quantization is None:

@@ -1,7 +1,7 @@
-"""The language side run layer by layer, each layer's weights read when its turn comes and freed after it.
+"""The layer-by-layer run of the language side, which reads the weights of one layer at a time.
 
-It needs the memory of one layer and the embedding table, where `load_language` needs that of the whole model: exports
-of any size can be quantized, and compared with their checkpoint, on any machine.
+It takes the memory of one layer and the embedding table. Exports of any size can thus be quantized, and compared with
+their checkpoint, on any machine. `load_language` takes the memory of the whole model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .tensor_names import language_shapes, saved_name
 M = TypeVar("M", bound=nn.Module)
 
 ReadTensor = Callable[[str], mx.array]
-"""A tensor's saved name -> its values, float32, not quantized."""
+"""A function from a tensor's saved name to its values, float32, not quantized."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids around one image."""
+    """A prompt with one image: its features, and the token ids before and after them."""
 
     before: Sequence[int]
     image_features: np.ndarray
@@ -37,22 +37,23 @@ class Prompt:
     after: Sequence[int]
 
     def continued(self, token_ids: Sequence[int]) -> Prompt:
+        """Returns the prompt with more token ids at its end."""
         return Prompt(self.before, self.image_features, [*self.after, *token_ids])
 
 
 def checkpoint_reader(checkpoint: Checkpoint) -> ReadTensor:
-    """Reads from a source checkpoint."""
+    """Returns the reader of a source checkpoint."""
     apple_names = {saved_name(name): name for name in language_shapes(checkpoint.config)}
     return lambda name: mx.array(checkpoint.read(apple_names[name], "mlx")).astype(mx.float32)
 
 
 def saved_reader(weights: dict[str, mx.array], config: FastVLMConfig) -> ReadTensor:
-    """Reads from an exported folder's weights, taking each out of `weights`, so that it is freed after its use."""
+    """Returns the reader of an exported folder's weights. It removes each tensor from `weights`, to free it early."""
     return lambda name: dequantized(weights, name, config.quantization)
 
 
 class LayerwiseDecoder:
-    """Projector and decoder whose parts are read when they are asked for; use them once, in the order given here."""
+    """A projector and decoder that read their parts on demand. Use each part once, in the order of the methods."""
 
     def __init__(self, read: ReadTensor, config: FastVLMConfig) -> None:
         self.read = read
@@ -60,48 +61,51 @@ class LayerwiseDecoder:
         self._table: mx.array | None = None
 
     def projector(self) -> Projector:
+        """Reads the projector."""
         return self._loaded(Projector(self.config), "multi_modal_projector.")
 
     def table(self) -> mx.array:
-        """The embedding table, (rows, D); kept for the head when they are tied."""
+        """Reads the embedding table (rows, D), and keeps it for a tied head."""
         table = self.read(f"{EMBEDDING}.weight")
         if self.config.decoder.tie_word_embeddings:
             self._table = table
         return table
 
     def blocks(self) -> Iterator[Block]:
+        """Reads and yields the blocks in turn."""
         decoder = self.config.decoder
         for index in range(decoder.num_hidden_layers):
             yield self._loaded(Block(decoder), f"{layer_prefix(index)}.")
 
     def norm(self) -> nn.RMSNorm:
+        """Reads the final norm."""
         decoder = self.config.decoder
         return self._loaded(nn.RMSNorm(decoder.hidden_size, decoder.rms_norm_eps), "language_model.model.norm.")
 
     def head(self) -> mx.array:
-        """The matrix that gives logits, (rows, D)."""
+        """Reads the matrix (rows, D) of the head."""
         return self._table if self._table is not None else self.read(f"{HEAD}.weight")
 
     def _loaded(self, module: M, prefix: str) -> M:
-        """`module` with its weights, whose saved names begin with `prefix`."""
+        """Returns `module` with its weights, whose saved names begin with `prefix`."""
         module.load_weights([(name, self.read(prefix + name)) for name in named_parameters(module)])
         return module
 
 
 def named_parameters(module: nn.Module) -> dict[str, mx.array]:
-    """Every tensor of a module by its name there."""
+    """Returns every tensor of a module by its name in the module."""
     from mlx.utils import tree_flatten
 
     return dict(tree_flatten(module.parameters()))
 
 
 def layer_prefix(index: int) -> str:
-    """The saved name that the tensors of a block begin with."""
+    """Returns the prefix of a block's saved names."""
     return f"language_model.model.layers.{index}"
 
 
 class _Recorder(nn.Module):
-    """A layer that keeps what it last read."""
+    """A wrapper around a layer that keeps its last input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class _Recorder(nn.Module):
 def recorded_inputs(block: Block, names: Sequence[str]) -> Iterator[dict[str, mx.array]]:
     """Records the inputs (B, L, width) of the block's layers `names`, such as `mlp.down_proj`.
 
-    The block is called once inside the `with`; the inputs are in the dictionary afterwards.
+    Call the block once inside the `with`. The dictionary has the inputs afterwards.
     """
     inputs: dict[str, mx.array] = {}
     places = [(getattr(block, name.split(".")[0]), name.split(".")[1]) for name in names]
@@ -133,7 +137,7 @@ def recorded_inputs(block: Block, names: Sequence[str]) -> Iterator[dict[str, mx
 
 
 def embedded(prompt: Prompt, projector: Projector, table: mx.array) -> mx.array:
-    """The prompt as the decoder is fed with it, (1, L, D)."""
+    """Returns the decoder's input (1, L, D) for the prompt."""
     image = projector(mx.array(prompt.image_features))  # (1, N, D)
     texts = (table[mx.array([list(ids)], mx.int32)] for ids in (prompt.before, prompt.after))  # (1, L, D) each
     before, after = texts
@@ -144,29 +148,30 @@ def embedded(prompt: Prompt, projector: Projector, table: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a decoder computes for a prompt."""
+    """The logits and magnitudes of a decoder for a prompt."""
 
     logits: np.ndarray
-    """At the positions behind the image, (positions, vocabulary), float32."""
+    """The logits at the positions after the image, (positions, vocabulary), float32."""
     largest: float
-    """The largest magnitude on the way: in the residual stream, or in front of a down projection."""
+    """The largest magnitude in the residual stream or in the input of a down projection."""
     largest_layer: int
+    """The index of the layer with the largest magnitude."""
 
 
 class LayerwiseRun:
-    """A prompt through a decoder, one part after the other."""
+    """A run of a prompt through a decoder, one part after the other."""
 
     def __init__(self, decoder: LayerwiseDecoder, prompt: Prompt, caches: Sequence[KVCache] | None = None) -> None:
         self._decoder = decoder
         self._prompt = prompt
         self._caches = caches or [KVCache() for _ in range(decoder.config.decoder.num_hidden_layers)]
         self.probe: Probe | None = None
-        """The result, once the parts are through."""
+        """The result after the last part."""
 
     def parts(self) -> Iterator[tuple[str, nn.Module | mx.array]]:
-        """Runs; yields each part with the saved name that its tensors begin with, as soon as it is read.
+        """Runs the prompt, and yields each part with the prefix of its saved names as soon as it is read.
 
-        Two runs side by side can so be compared part by part, in the memory of two parts.
+        Two runs in lockstep can be compared part by part in the memory of two parts.
         """
         projector = self._decoder.projector()
         yield "multi_modal_projector", projector
@@ -192,7 +197,7 @@ class LayerwiseRun:
 
 
 def run_layerwise(decoder: LayerwiseDecoder, prompt: Prompt, caches: Sequence[KVCache] | None = None) -> Probe:
-    """The decoder's logits in float32; `caches`, one for each layer, keep keys and values for a continuation."""
+    """Returns the decoder's result in float32. `caches`, one per layer, keep keys and values for a continuation."""
     run = LayerwiseRun(decoder, prompt, caches)
     for _ in run.parts():
         pass

@@ -1,8 +1,8 @@
-"""Layers and operations that take another form on a CPU than on a GPU, under the names that architectures use.
+"""The layers and operations that differ between a CPU and a GPU, under the names that architectures use.
 
-A CPU gets few rows multiplied with their sides swapped, and attention and rotary positions made of cheap operations
-(`mlx_cpu`). A GPU gets MLX's fused kernels and few launches: one product for q, k and v, one for gate and up, one
-kernel for SwiGLU.
+On a CPU, products with few rows swap their sides, and attention and rotary positions consist of cheap operations
+(`mlx_cpu`). On a GPU, MLX's fused kernels and joined matrices reduce the launches: one product for q, k and v, one for
+gate and up, one kernel for SwiGLU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, but for few rows on a CPU."""
+    """An `nn.Linear` with another product for few rows on a CPU."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if not _swaps(x, self.weight):
@@ -30,14 +30,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, whose product as a head is that of `Linear`."""
+    """An `nn.Embedding` whose product as a head is that of `Linear`."""
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Returns the logits (..., rows) of hidden states (..., D)."""
         return mlx_cpu.swapped_product(x, self.weight) if _swaps(x, self.weight) else super().as_linear(x)
 
 
 class RoPE(nn.Module):
-    """Rotary positions over half-split heads."""
+    """The rotary positions over half-split heads."""
 
     def __init__(self, head_dim: int, base: float) -> None:
         super().__init__()
@@ -45,16 +46,16 @@ class RoPE(nn.Module):
         self.base = base
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """(B, heads, L, head_dim) turned by the positions that follow those in `cache`."""
+        """Rotates (B, heads, L, head_dim) by the positions that follow those in `cache`."""
         if on_cpu():
             return mlx_cpu.rotated(x, cache.offsets, self.base)
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=cache.positions)
 
 
 def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: KVCache, scale: float) -> mx.array:
-    """Causal attention, (B, H, L, head_dim), of L queries, the last of which is at the last of the keys.
+    """Returns causal attention (B, H, L, head_dim) of L queries, the last of which is at the last key.
 
-    `keys` and `values` are what `cache.update` returns: arrays, or packed. L is 1 where the cache has padding.
+    `keys` and `values` come from `cache.update`, as arrays or packed. L is 1 if the cache has padding.
     """
     mask: mx.array | str | None
     L = queries.shape[2]
@@ -63,9 +64,9 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
     if isinstance(cache, QuantizedKVCache):
         if L == 1 and not on_cpu():
             return quantized_attention(queries, keys, values, cache, scale)
-        keys, values = cache.dequantized(keys), cache.dequantized(values)  # read L times: expanded once
+        keys, values = cache.dequantized(keys), cache.dequantized(values)  # expanded once, since L queries read them
     if padding is not None:
-        # Metal's kernel copies a mask that is not (B, H, L, N) in every layer: made whole once per step
+        # Metal's kernel copies a mask of another shape than (B, H, L, N) in every layer. One copy per step suffices.
         mask = padding.seen(keys.shape[2], heads=1 if on_cpu() else queries.shape[1])
     elif on_cpu():
         return mlx_cpu.causal_attention(queries, keys, values, scale)
@@ -77,9 +78,9 @@ def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cach
 def quantized_attention(
     queries: mx.array, keys: Packed, values: Packed, cache: QuantizedKVCache, scale: float
 ) -> mx.array:
-    """Attention of one query per row (B, H, 1, head_dim), multiplied with keys and values in their 8 bits.
+    """Returns the attention of one query per row (B, H, 1, head_dim), with products of 8-bit keys and values.
 
-    The heads of a group are the rows of one product, so that each key is read once.
+    The heads of a group are the rows of one product, which reads each key once.
     """
     B, H, _, head_dim = queries.shape
     product = functools.partial(mx.quantized_matmul, group_size=cache.group_size, bits=KV_BITS)
@@ -93,7 +94,7 @@ def quantized_attention(
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x. Not nn.silu, which off a Mac runs the system's C++ compiler at first use (0.5 s)."""
+    """Returns silu(gate) * x. `nn.silu` would run the system's C++ compiler at first use off a Mac (0.5 s)."""
     if not on_cpu():
         return _fused_swiglu(gate, x)
     return (mlx_cpu.silu(gate) if gate.dtype == mx.float32 else gate * mx.sigmoid(gate)) * x
@@ -105,7 +106,10 @@ def _fused_swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 class JoinedAttention(nn.Module):
-    """The attention of a Qwen2 block with q, k and v as one product, and one rotation."""
+    """The attention of a Qwen2 block with q, k and v as one product, and one rotation.
+
+    Layers are read as items. As attributes they take MLX ten times as long, which adds up in the host's time per token.
+    """
 
     def __init__(self, attention: nn.Module, qkv_proj: nn.Module) -> None:
         super().__init__()
@@ -116,24 +120,25 @@ class JoinedAttention(nn.Module):
         self.rope = attention.rope
         self.qkv_proj = qkv_proj
         self.o_proj = attention.o_proj
-        self._ends = [self.num_attention_heads, self.num_attention_heads + self.num_key_value_heads]
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """Takes the keys and values of x (B, L, D) into `cache` and returns (B, L, D)."""
         B, L, D = x.shape
-        heads = self.qkv_proj(x)  # (B, L, (H + 2 KV) * head_dim)
-        if L == 1:  # there is nothing to transpose
+        H, KV = self.num_attention_heads, self.num_key_value_heads
+        heads = self["qkv_proj"](x)  # (B, L, (H + 2 KV) * head_dim)
+        if L == 1:  # nothing to transpose
             heads = heads.reshape(B, -1, 1, self.head_dim)
         else:
             heads = heads.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)  # (B, H + 2 KV, L, head_dim)
-        # The values are turned too, and not used: a slice without them would be copied for the kernel.
-        queries, keys, _ = mx.split(self.rope(heads, cache), self._ends, axis=1)
-        keys, values = cache.update(keys, heads[:, -self.num_key_value_heads :])
+        # The values are rotated too, and not used. A slice without them would be copied for the kernel.
+        queries, keys, _ = mx.split(self["rope"](heads, cache), [H, H + KV], axis=1)
+        keys, values = cache.update(keys, heads[:, -KV:])
         output = scaled_dot_product_attention(queries, keys, values, cache, self.scale)  # (B, H, L, head_dim)
-        return self.o_proj((output if L == 1 else output.transpose(0, 2, 1, 3)).reshape(B, L, D))
+        return self["o_proj"]((output if L == 1 else output.transpose(0, 2, 1, 3)).reshape(B, L, D))
 
 
 class JoinedMLP(nn.Module):
-    """The MLP of a Qwen2 block with gate and up as one product."""
+    """The MLP of a Qwen2 block with gate and up as one product. Layers are read as items, as in `JoinedAttention`."""
 
     def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
@@ -141,14 +146,16 @@ class JoinedMLP(nn.Module):
         self.down_proj = down_proj
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # (B, L, intermediate_size) each
-        return self.down_proj(swiglu(gate, up))
+        """Returns down(silu(gate(x)) * up(x)) of x (B, L, D)."""
+        gate, up = mx.split(self["gate_up_proj"](x), 2, axis=-1)  # (B, L, intermediate_size) each
+        return self["down_proj"](swiglu(gate, up))
 
 
 def join_projections(decoder: nn.Module) -> None:
-    """Makes one product of q, k, v and one of gate, up in every block of a Qwen2: exact, as outputs are independent.
+    """Joins q, k, v into one product and gate, up into another in every block of a Qwen2.
 
-    Layers that differ in bits or group size stay apart. Each block's weights are copied and freed in turn.
+    Outputs are independent, so the results stay the same. Layers that differ in bits or group size stay apart. Each
+    block's weights are copied and freed in turn.
     """
     for block in decoder.model.layers:
         attention, mlp = block.self_attn, block.mlp
@@ -159,7 +166,7 @@ def join_projections(decoder: nn.Module) -> None:
 
 
 def joined(layers: Sequence[Layer]) -> Layer | None:
-    """One linear layer with the outputs of all `layers`, or None where they are stored differently."""
+    """Returns one linear layer with the outputs of all `layers`, or None if they are stored differently."""
     forms = {
         (type(layer), *(getattr(layer, name, None) for name in ("bits", "group_size", "mode"))) for layer in layers
     }

@@ -1,7 +1,7 @@
-"""The Qwen2 decoder in MLX, fed with embeddings so that an image's features can take places among the text's.
+"""The Qwen2 decoder in MLX. Its input is embeddings, among which are the features of images.
 
-Architecture: Qwen2 technical report (arXiv 2407.10671) and Hugging Face `modeling_qwen2.py`, whose names are kept:
-pre-norm blocks, grouped-query attention with biases on q, k and v, rotary positions over half-split heads, SwiGLU.
+Architecture: Qwen2 technical report (arXiv 2407.10671) and Hugging Face `modeling_qwen2.py`, with the same names.
+Pre-norm blocks, grouped-query attention with biases on q, k and v, rotary positions over half-split heads, SwiGLU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .mlx_layers import Embedding, Linear, RoPE, scaled_dot_product_attention, s
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """The causal grouped-query attention."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.rope = RoPE(head_dim, base=config.rope_theta)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """(B, L, D) at the positions that follow those in `cache`, which takes in their keys and values."""
+        """Returns (B, L, D) for x (B, L, D) at the positions after those in `cache`, and adds them to `cache`."""
         B, L, _ = x.shape
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         queries = queries.reshape(B, L, self.num_attention_heads, -1).transpose(0, 2, 1, 3)  # (B, H, L, head_dim)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """The SwiGLU network: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -57,6 +57,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.self_attn = Attention(config)
@@ -70,7 +72,7 @@ class Block(nn.Module):
 
 
 class Qwen2Model(nn.Module):
-    """Embeddings, blocks and final norm."""
+    """The embeddings, blocks and final norm."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class Qwen2Model(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The decoder with its head: its own, or the embeddings again when they are tied."""
+    """The decoder with its head, which is its own or the tied embeddings."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -98,9 +100,9 @@ class Qwen2(nn.Module):
     def __call__(
         self, inputs_embeds: mx.array, cache: list[KVCache] | None = None, all_positions: bool = False
     ) -> mx.array:
-        """Logits (B, 1, V) at the last position, or (B, L, V) at all of them; V is the rows of the head.
+        """Returns logits (B, 1, V) at the last position, or (B, L, V) at all, where V is the rows of the head.
 
-        `inputs_embeds` (B, L, D) are at the positions that follow those in `cache`, which takes in theirs.
+        `inputs_embeds` (B, L, D) are at the positions after those in `cache`, and are added to it.
         """
         hidden = self.model(inputs_embeds, cache or self.make_cache(), last_only=not all_positions)
         if self.config.tie_word_embeddings:
@@ -108,18 +110,18 @@ class Qwen2(nn.Module):
         return self.lm_head(hidden)
 
     def extend(self, inputs_embeds: mx.array, cache: list[KVCache]) -> None:
-        """Takes (B, L, D) into `cache` without computing logits."""
+        """Adds (B, L, D) to `cache` without computing logits."""
         self.model(inputs_embeds, cache, last_only=True)
 
     def embed(self, ids: mx.array) -> mx.array:
-        """(B, L) ids -> (B, L, D)."""
+        """Returns the embeddings (B, L, D) of ids (B, L)."""
         return self.model.embed_tokens(ids)
 
     def make_cache(self, capacity: int = 0, kv_bits: int | None = None) -> list[KVCache]:
-        """An empty cache per layer, with room for `capacity` positions at once; in 8 bits where `kv_bits` is 8.
+        """Returns an empty cache per layer with space for `capacity` positions, in 8 bits if `kv_bits` is 8.
 
         Raises:
-            UsageError: another number of bits, or heads that hold no whole groups.
+            UsageError: `kv_bits` has another value, or the heads do not divide into groups.
         """
         check_kv_bits(kv_bits)
         if kv_bits is None:

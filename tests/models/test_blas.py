@@ -105,7 +105,7 @@ def test_next_library_is_taken_when_the_named_one_cannot_serve(tmp_path: Path, k
 
 def test_named_library_is_taken_first(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv(blas.ENVIRONMENT_VARIABLE, "/opt/good.so")
-    assert decide() == blas.Blas("custom", "/opt/good.so", "named by FASTVLM_BLAS")
+    assert decide() == blas.Blas("custom", "/opt/good.so", "set in FASTVLM_BLAS")
 
 
 def test_system_library_serves_only_when_torchs_does_not(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_bfloat16_weights_are_run_in_float32(tensors: dict[str, mx.array]) -> No
         ),
         (
             lambda t: t.update({"network.7.0.norm.bias": t["network.7.0.norm.bias"] * float("nan")}),
-            "network.7.0.norm.bias holds NaN",
+            "network.7.0.norm.bias has NaN",
         ),
         (lambda t: t.pop("conv_exp.se.expand.weight"), "not a whole FastViT"),
     ],

@@ -169,7 +169,7 @@ def test_answer_goes_on_from_what_is_left_when_the_cache_was_trimmed(close: Clos
 def test_trim_is_refused_when_there_are_fewer_positions(count: int) -> None:
     cache = KVCache()
     cache.update(mx.zeros((1, 2, 3, 8)), mx.zeros((1, 2, 3, 8)))
-    with pytest.raises(ValueError, match=f"forget {count} of 3"):
+    with pytest.raises(ValueError, match=f"remove {count} of 3"):
         cache.trim(count)
 
 

@@ -444,7 +444,7 @@ def test_note_is_made_when_weights_stay_small_on_a_cpu(write_folder: Write, open
 
 
 def test_usage_error_comes_before_the_folder_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="kv_bits should be 8, or left out; found 4"):
+    with pytest.raises(UsageError, match="kv_bits must be 8 or left out \\(got 4\\)"):
         fastvlm.load(tmp_path, kv_bits=4)
 
 
