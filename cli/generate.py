@@ -71,7 +71,7 @@ def generate_command(
             encoder_process=encoder_process,
             on_wait=progress,
         )
-    stream = model.answer(request)
+    stream = model.engine.stream(request)
     if as_json:
         for _ in stream:
             pass

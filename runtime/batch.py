@@ -1,27 +1,24 @@
-"""Many answers decoded together: each step reads the weights once for all of them."""
+"""Batched decoding: each step reads the weights once for all answers."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..models._mlx import mx
 from ..models.errors import FastVLMError, UsageError
 from ..models.images import ImageSource
 from ..models.kv_cache import CACHE_STEP, KVCache, selected, stacked
+from .engine import Engine, PrefillResult, PreparedRequest
 from .generate import AnswerReader, Generation, decode_one_token, default_lookahead
+from .prompt_cache import CachedPrompt
 from .request import Request, prepare
-from .reuse import Memory
 from .sampling import id_on_host, ids_on_host, pick
-from .start import Prepared, Start
-
-if TYPE_CHECKING:
-    from .fastvlm import FastVLM
 
 BATCH_SIZE = 8
-"""Answers decoded at a time: a step of eight takes little longer than a step of one."""
+"""Answers decoded at a time. A step of eight takes little longer than a step of one."""
 
 Outcome = Generation | FastVLMError
 
@@ -31,16 +28,16 @@ def requests_for(
     prompts: str | Sequence[str],
     options: Mapping[str, Any],
 ) -> Iterator[Request]:
-    """A request for each image and prompt, made when it is asked for: images are not all open at once.
+    """Yields a request for each image and prompt, lazily, so that few images are open at once.
 
     Raises:
-        UsageError: (at once) there are not as many images as prompts.
-        FastVLMError: (when it is asked for) see `prepare`.
+        UsageError: (at once) the numbers of images and prompts differ.
+        FastVLMError: (while iterating) see `prepare`.
     """
     texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
     if len(texts) != len(images):
         raise UsageError(
-            f"there should be one prompt, or one for each image; found prompts: {len(texts)}, images: {len(images)}"
+            f"prompts must be one string, or one per image (got {len(texts)} prompts, {len(images)} images)", "prompts"
         )
     return (prepare(image, text, **options) for image, text in zip(images, texts, strict=True))
 
@@ -51,38 +48,38 @@ class Row:
 
     number: int
     request: Request
-    start: Start
-    cold: bool
+    prefilled: PrefillResult
     reader: AnswerReader
     token: mx.array
-    """The id (1,) that its next step takes in; not yet evaluated while that of an earlier step is in flight."""
+    """The input id (1,) of its next step. It is lazy while an earlier step is in flight."""
     count: int = 0
     """Ids read so far."""
     launched: int = 0
-    """Steps launched whose ids are not read yet."""
+    """Steps that were launched and whose ids were not read yet."""
 
     @property
     def may_step(self) -> bool:
-        return self.count + self.launched < self.start.room
+        """Whether another step may be launched for this answer."""
+        return self.count + self.launched < self.prefilled.max_new_tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One more token for some rows, launched."""
+    """A step of some rows that was launched."""
 
     rows: list[Row]
     ids: mx.array
-    """(B,), of each of the rows."""
+    """The next id of each row (B,), lazy."""
 
 
 class Upcoming:
-    """The next requests, in their order. An encoder that works beside the decoder has the images of a few of them."""
+    """The next requests in order. An encoder process encodes the images of the first few ahead."""
 
-    def __init__(self, model: FastVLM, requests: Iterable[Request | FastVLMError]) -> None:
-        self._model = model
+    def __init__(self, engine: Engine, requests: Iterable[Request | FastVLMError]) -> None:
+        self._engine = engine
         self._waiting = enumerate(requests)
         self._more = True
-        self._taken: deque[tuple[int, Request | Prepared | FastVLMError]] = deque()
+        self._taken: deque[tuple[int, Request | PreparedRequest | FastVLMError]] = deque()
 
     @property
     def is_empty(self) -> bool:
@@ -90,16 +87,16 @@ class Upcoming:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next one need not wait for its images."""
+        """Whether the images of the next request are encoded."""
         request = self._taken[0][1]
-        return not isinstance(request, Prepared) or request.is_encoded
+        return not isinstance(request, PreparedRequest) or request.is_encoded
 
-    def take(self) -> tuple[int, Request | Prepared | FastVLMError]:
-        """The next one and its number."""
+    def take(self) -> tuple[int, Request | PreparedRequest | FastVLMError]:
+        """Returns the next request and its number."""
         return self._taken.popleft()
 
     def fill(self, count: int) -> None:
-        """Asks for requests until there are `count`, or no more come."""
+        """Takes requests from the source until `count` are here or the source is empty."""
         while self._more and len(self._taken) < count:
             number, request = next(self._waiting, (-1, None))
             if request is None:
@@ -108,45 +105,49 @@ class Upcoming:
                 self._taken.append((number, request))
 
     def look_ahead(self) -> None:
-        """Gives the images of the next few to the encoder; returns at once."""
-        self.fill(self._model.ahead)
+        """Submits the images of the next few requests to the encoder process, and returns at once."""
+        self.fill(self._engine.encode_ahead_limit)
         for place, (number, request) in enumerate(self._taken):
-            if place >= self._model.ahead:
+            if place >= self._engine.encode_ahead_limit:
                 break
             if not isinstance(request, FastVLMError):
                 try:
-                    self._taken[place] = number, self._model.look_ahead(request)
+                    self._taken[place] = number, self._engine.encode_ahead(request)
                 except FastVLMError as reason:
                     self._taken[place] = number, reason
 
 
 class Batch:
-    """A run of answers, some of them at a time. A place that becomes free is taken by the next request.
+    """Continuous batching: a request joins as soon as an answer ends.
 
-    As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. An
-    answer may have ended in the meantime: what such a step found for it is dropped.
+    As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. If an
+    answer has ended in the meantime, its id from such a step is dropped.
     """
 
-    def __init__(self, model: FastVLM, size: int = BATCH_SIZE, lookahead: int | None = None) -> None:
+    def __init__(self, engine: Engine, size: int = BATCH_SIZE, lookahead: int | None = None) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"batch_size should be a whole number from 1; found {size!r:.60}")
-        self._model = model
+            raise UsageError(f"batch_size must be an integer of at least 1 (got {size!r:.60})", "batch_size")
+        self._engine = engine
         self._size = size
         self._lookahead = default_lookahead() if lookahead is None else lookahead
         self._rows: list[Row] = []
         self._steps: deque[Step] = deque()
         self._cache: list[KVCache] = []
         self._cached: list[Row] = []
-        """The rows that the cache holds, in its order."""
+        """The rows of the cache, in its order."""
         self._done: dict[int, Outcome] = {}
 
     def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
-        """See `FastVLM.answer_all`."""
-        with self._model.memory.in_use():
+        """Yields the answer to each request, or the error that prevented it, in the order of the requests.
+
+        An error among the requests passes through. Requests are taken one by one, when the batch has room, and two more
+        if the encoder has a process of its own.
+        """
+        with self._engine.memory.in_use():
             yield from self._outcomes(requests)
 
     def _outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
-        upcoming = Upcoming(self._model, requests)
+        upcoming = Upcoming(self._engine, requests)
         number = 0
         while True:
             self._begin_ready(upcoming)
@@ -159,7 +160,7 @@ class Batch:
                 return
 
     def _begin_ready(self, upcoming: Upcoming) -> None:
-        """Begins answers while there is room for them. It waits for an image only where no other answer can go on."""
+        """Starts answers while there is room. It waits for an image only if no other answer can continue."""
         while len(self._rows) < self._size:
             upcoming.fill(1)
             upcoming.look_ahead()  # in their order, so that the first image is the first to be encoded
@@ -170,39 +171,38 @@ class Batch:
             self._begin(number, request)
         upcoming.look_ahead()
 
-    def _begin(self, number: int, request: Request | Prepared | FastVLMError) -> None:
-        """Begins an answer."""
+    def _begin(self, number: int, request: Request | PreparedRequest | FastVLMError) -> None:
+        """Computes the prompt and the first token of an answer."""
         if isinstance(request, FastVLMError):
             self._done[number] = request
             return
         try:
-            start, cold = self._model.start(request, Memory())
+            prefilled = self._engine.prefill(request, CachedPrompt())
         except FastVLMError as reason:
             self._done[number] = reason
             return
-        asked = request.request if isinstance(request, Prepared) else request
-        eos = () if asked.options.ignore_eos else self._model.eos_token_ids
-        reader = AnswerReader(self._model.tokenizer, eos, asked.options.stop)
-        row = Row(number, asked, start, cold, reader, start.first)
-        if self._goes_on(row, id_on_host(start.first)):
+        asked = request.request if isinstance(request, PreparedRequest) else request
+        reader = AnswerReader(self._engine.tokenizer, self._engine.stop_ids(asked), asked.options.stop)
+        row = Row(number, asked, prefilled, reader, prefilled.first_token)
+        if self._continues(row, id_on_host(prefilled.first_token)):
             self._rows.append(row)
 
     def _step(self) -> None:
-        """Reads one more token for every answer, with later steps launched; answers that end with it leave."""
-        model = self._model
-        with model.turn, model.stream_of_turn():
+        """Reads one more token for every answer, after later steps were launched. Answers that end leave the batch."""
+        engine = self._engine
+        with engine.lock, engine.mlx_stream():
             while self._steps and not any(row in self._rows for row in self._steps[0].rows):
-                self._steps.popleft()  # all of them have ended meanwhile
+                self._steps.popleft()  # all its answers have ended in the meantime
             while len(self._steps) <= self._lookahead and self._launch():
                 pass
             step = self._steps.popleft()
             for row, token_id in zip(step.rows, ids_on_host(step.ids), strict=True):
                 row.launched -= 1
-                if row in self._rows and not self._goes_on(row, token_id):
+                if row in self._rows and not self._continues(row, token_id):
                     self._rows.remove(row)
 
     def _launch(self) -> bool:
-        """Begins a step of all answers that may have another token; False when there is none."""
+        """Launches a step of all answers that may have another token. Returns False if there are none."""
         rows = [row for row in self._rows if row.may_step]
         if not rows:
             return False
@@ -211,8 +211,8 @@ class Batch:
         rows = self._cached
         unchanged = last is not None and last.rows == rows
         tokens = last.ids if last and unchanged else mx.concatenate([row.token for row in rows])  # (B,)
-        logits = decode_one_token(self._model.language.language_model, tokens, self._cache)  # (B, V)
-        samplers = [row.start.sampler for row in rows]
+        logits = decode_one_token(self._engine.language.language_model, tokens, self._cache)  # (B, V)
+        samplers = [row.prefilled.sampler for row in rows]
         ids = pick(samplers, logits)
         mx.async_eval(ids, *(sampler.state for sampler in samplers))
         self._steps.append(Step(rows, ids))
@@ -222,24 +222,24 @@ class Batch:
         return True
 
     def _gather(self, rows: list[Row]) -> None:
-        """Brings the cache to `rows`: others leave, those that have begun since are put to it."""
+        """Removes rows that are not in `rows` from the cache, and appends those that are new."""
         places = [place for place, row in enumerate(self._cached) if row in rows]
         if len(places) < len(self._cached):
             self._cache = [selected(layer, places) for layer in self._cache] if places else []
         kept = [self._cached[place] for place in places]
-        begun = [row for row in rows if row not in kept]
-        if begun:
-            room = min(max(row.start.room for row in rows), CACHE_STEP)
-            layers = zip(*([self._cache] if kept else []), *(row.start.cache for row in begun), strict=True)
+        new = [row for row in rows if row not in kept]
+        if new:
+            room = min(max(row.prefilled.max_new_tokens for row in rows), CACHE_STEP)
+            layers = zip(*([self._cache] if kept else []), *(row.prefilled.cache for row in new), strict=True)
             self._cache = [stacked(layer, room) for layer in layers]
-        self._cached = kept + begun
+        self._cached = kept + new
 
-    def _goes_on(self, row: Row, token_id: int) -> bool:
-        """Hands a token to its answer. False when the answer ends with it, and is done."""
+    def _continues(self, row: Row, token_id: int) -> bool:
+        """Appends a token to its answer. Returns False if the answer ends with it."""
         row.reader.push(token_id)
         row.count += 1
-        if not row.reader.ended and row.count < row.start.room:
+        if not row.reader.ended and row.count < row.prefilled.max_new_tokens:
             return True
         row.reader.flush()
-        self._done[row.number] = self._model.generation(row.request, row.start, row.reader.ending, row.cold)
+        self._done[row.number] = self._engine.generation(row.request, row.prefilled, row.reader.result)
         return False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..models.errors import FastVLMError, ImageError, OutputError, PackageError, UsageError
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME
 from ..models.images import SUFFIXES
+from .batch import Batch
 from .generate import Generation
 from .request import Request, prepare
 
@@ -205,7 +206,7 @@ class Captions:
 
         An image that cannot be opened or encoded gets a line with an error. Raises FastVLMError for anything else.
         """
-        outcomes = model.answer_all(self._requests(), batch_size)
+        outcomes = Batch(model.engine, batch_size).outcomes(self._requests())
         for name, outcome in zip(self.waiting, outcomes, strict=True):
             if isinstance(outcome, Generation):
                 self._out.add(name, entry_of(outcome))

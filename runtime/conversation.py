@@ -1,86 +1,142 @@
-"""Questions with history: what has been read and answered is not read again."""
+"""Conversations: the history stays in the KV cache, so a question pays only for its own tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UsageError
 from ..models.images import ImageSource
+from .engine import Engine
 from .generate import Generation, Stream
 from .prompt import Message
+from .prompt_cache import CachedPrompt, ImageItem
 from .request import Request, as_list, opened, prepare
-from .reuse import Memory, Picture
 from .tokenizer import check_unicode
-
-if TYPE_CHECKING:
-    from .fastvlm import FastVLM
 
 
 class Conversation:
-    """Questions to one model, each with the history of those before. Made by `FastVLM.chat`; not for two threads.
+    """Questions to one model, each with the history before it. Use `FastVLM.chat` to get one. Not for two threads.
 
-    The keys and values of the history are kept, and an answer stands in it with the ids that were generated, not with
-    those that its text would be encoded to. A question whose stream is closed before its end has not been asked.
+    An answer is kept in the history with the ids that were generated, because its text could encode to others. A
+    question whose stream is closed before its end leaves the history as it was.
 
     Attributes:
-        messages: what was said, from the system prompt (if one was given) to the last answer.
+        messages: the history, from the system prompt (if one was given) to the last answer.
     """
 
     def __init__(
-        self, model: FastVLM, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None
+        self, engine: Engine, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None
     ) -> None:
         if not isinstance(system, str | None):
-            raise UsageError("system should be a text")
+            raise UsageError(f"system must be a string (got {type(system).__name__})", "system")
         check_unicode("the system prompt", system)
-        self._model = model
+        self._engine = engine
         self._system = () if system is None else (Message("system", system),)
-        self._waiting = opened(image)
-        self._memory = Memory()
-        self._pictures: tuple[Picture, ...] = ()
+        self._next_images = opened(image)
+        self._cached = CachedPrompt()
+        self._images: tuple[ImageItem, ...] = ()
         self._open: Stream | None = None
         self.messages: tuple[Message, ...] = self._system
 
-    def ask(self, prompt: str, image: ImageSource | Sequence[ImageSource] | None = None, **options: Any) -> Generation:
-        """The whole answer; see `stream`."""
-        return self.stream(prompt, image, **options).read()
+    def ask(
+        self,
+        prompt: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fit: str | None = None,
+    ) -> Generation:
+        """Returns the whole answer. See `stream`."""
+        return self.stream(
+            prompt,
+            image,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            fit=fit,
+        ).read()
 
-    def stream(self, prompt: str, image: ImageSource | Sequence[ImageSource] | None = None, **options: Any) -> Stream:
-        """The answer in pieces. `image` is what the question adds to the images before; `options` as in `generate`.
+    def stream(
+        self,
+        prompt: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fit: str | None = None,
+    ) -> Stream:
+        """Returns the answer as a stream of text.
 
-        A stream of this conversation that was not read to its end is closed.
+        `image` is added to the images of the conversation. The other options are those of `FastVLM.generate`. An
+        earlier stream of this conversation that was not read to its end is closed.
 
         Raises:
-            UsageError: an option is out of range, or `system` is among them: it belongs to `FastVLM.chat`.
+            UsageError: an option is out of range.
             ImageError: an image cannot be opened.
-            PromptError: (while reading) the conversation does not fit the context; it stays as it was.
+            PromptError: (while reading) the conversation does not fit the context. It stays as it was.
         """
-        if "system" in options:
-            raise UsageError("the system prompt belongs to the whole conversation: give it to chat()")
-        request = prepare([*self._waiting, *as_list(image)], prompt, **options)
+        request = prepare(
+            [*self._next_images, *as_list(image)],
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            fit=fit,
+        )
         if self._open is not None:
             self._open.close()
         self._open = Stream(self._answer(request))
         return self._open
 
-    def show(self, image: ImageSource | Sequence[ImageSource]) -> None:
-        """The next question is about `image`. Raises ImageError."""
-        self._waiting = opened(image)
+    def add_image(self, image: ImageSource | Sequence[ImageSource]) -> None:
+        """Opens an image, or several, for the next question. They replace images that were added and not used yet.
+
+        Raises:
+            ImageError: an image cannot be opened.
+        """
+        self._next_images = opened(image)
 
     def reset(self) -> None:
-        """Forgets what was said and shown, but for the system prompt."""
+        """Clears the history and its images, but keeps the system prompt."""
         if self._open is not None:
             self._open.close()
-        self._memory.clear()
-        self._pictures, self._waiting, self.messages = (), (), self._system
+        self._cached.clear()
+        self._images, self._next_images, self.messages = (), (), self._system
 
     def _answer(self, request: Request) -> Generator[str, None, Generation]:
         question = request.messages[-1]
         asked = replace(request, messages=(*self.messages, question))
-        waiting, pictures = self._waiting, self._pictures
-        generation = yield from self._model.pieces(asked, self._memory, pictures)
-        self._pictures = self._memory.pictures
-        self._waiting = () if self._waiting is waiting else self._waiting
+        next_images = self._next_images
+        generation = yield from self._engine.answer(asked, self._cached, self._images)
+        self._images = self._cached.images
+        self._next_images = () if self._next_images is next_images else self._next_images
         self.messages = (*asked.messages, Message("assistant", generation.text, ids=generation.token_ids))
         return generation

@@ -1,14 +1,12 @@
-"""FastVLM as a whole: a model folder, loaded, that answers prompts about images."""
+"""The public face of a loaded model: answers, streams, batches and chats."""
 
 from __future__ import annotations
 
-import itertools
-import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError
@@ -18,32 +16,30 @@ from ..models.language import LanguageSide, load_language
 from ..models.tokenizer_files import IMAGE_TOKEN
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
-from .device_memory import DeviceMemory
 from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder, open_encoder
+from .engine import Engine
 from .folder import ModelFolder, open_folder
-from .generate import Ending, Generation, Stream, decode, read_answer
+from .generate import Generation, Stream
 from .prompt import PromptEncoder
-from .request import Request, prepare
-from .reuse import Memory, Picture
-from .sampling import id_on_host
-from .shared_stream import SharedStream
-from .start import Prepared, Start, Starter
-from .timings import Timings
+from .request import prepare
 from .tokenizer import Tokenizer
 
-_answers = itertools.count()
+APPLE_IMAGE_SENTINEL = -200
+"""The id that stands for an image in Apple's prompts, for folders that name none themselves."""
 
 
 class FastVLM:
-    """A loaded model. Several threads may ask it: they take turns, token by token.
+    """A loaded model. Use `fastvlm.load` to get one.
+
+    Several threads may ask one model. They take turns, token by token.
 
     Attributes:
+        folder: the model folder.
+        config: its `config.json`.
         trained: False for random weights, whose text means nothing.
-        notes: what a user should know of this folder on this machine.
-        feature_cache: the features of the last few images; clear it to measure the time that encoding takes.
-        load_ms: time that loading took, without the first-use compilation of the package.
-        memory: the GPU's, to be in use while answers are computed.
-        turn: held by whoever computes with this model, in what `stream_of_turn` gives.
+        notes: what a user should know about this folder on this machine.
+        load_ms: time to load the model, without the first-use compilation of the package.
+        engine: the parts of the model, for code that schedules its own requests.
     """
 
     def __init__(
@@ -57,20 +53,11 @@ class FastVLM:
     ) -> None:
         self.folder = folder
         self.config = folder.config
-        self.encoder = encoder
-        self.language = language
-        self.tokenizer = tokenizer
-        self.load_ms = load_ms
         self.trained = folder.trained
-        self.memory = DeviceMemory(language)
-        self.notes = (*folder.notes, *_machine_notes(language), *self.memory.notes)
-        self._prompts = PromptEncoder(folder.path, tokenizer, _image_token_index(folder, tokenizer))
-        self._starter = Starter(self.config, encoder, language, self._prompts, kv_bits)
-        self.feature_cache = self._starter.feature_cache
-        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.eos_token_ids = tuple(dict.fromkeys((*self.config.eos_token_ids, *own)))
-        self.turn = threading.Lock()
-        self.stream_of_turn = SharedStream()
+        prompts = PromptEncoder(folder.path, tokenizer, _image_token_index(folder, tokenizer))
+        self.engine = Engine(folder.config, encoder, language, tokenizer, prompts, kv_bits)
+        self.engine.load_ms = load_ms
+        self.notes = (*folder.notes, *_machine_notes(language), *self.engine.memory.notes)
 
     @classmethod
     def load(
@@ -84,21 +71,28 @@ class FastVLM:
         encoder_process: bool = False,
         on_wait: OnWait | None = None,
     ) -> FastVLM:
-        """The model in an exported folder. What its chat template writes in front of every image is read here, once.
+        """Loads an exported model folder.
 
-        `vision` is `coreml` (default on a Mac: Neural Engine and CPU), `reference` (default elsewhere, works anywhere)
-        or `mlx` (for folders that hold the encoder in MLX). `compute_units` are Core ML's: `CPU_AND_NE` (default),
-        `CPU_ONLY`, `CPU_AND_GPU` or `ALL`. `kv_bits=8` keeps keys and values in 8 bits: a third of what float32 takes.
-        `verify_hashes` compares every byte with the manifest, not only sizes and samples. Core ML runs in a process of
-        its own; with `encoder_process` the reference executor does too. `on_wait` is called with what loading waits
-        for and the seconds so far, several times a second, where the first use on the engine takes more than 2 s.
+        The prefix that the chat template writes before every image is computed here, once.
+
+        Args:
+            folder: an exported folder, or the hub id of one.
+            vision: `coreml` (the default on a Mac), `reference` (the default elsewhere, runs anywhere) or `mlx` (for
+                folders that have the encoder in MLX).
+            compute_units: the units of Core ML: `CPU_AND_NE` (default), `CPU_ONLY`, `CPU_AND_GPU` or `ALL`. The
+                environment variable FASTVLM_COMPUTE_UNITS changes the default.
+            kv_bits: 8 stores keys and values in 8 bits, a third of the memory of float32.
+            verify_hashes: compare every byte with the manifest, not only sizes and samples.
+            encoder_process: run the reference executor in a process of its own, as Core ML always does.
+            on_wait: called several times a second with a message and the seconds so far, while the first use on the
+                Neural Engine takes more than 2 s.
 
         Raises:
             ModelFolderError: the folder is incomplete or does not match its manifest.
-            CheckpointError: a config, tokenizer or weight file in it is malformed.
+            CheckpointError: a config, tokenizer or weight file is malformed.
             PackageError: the vision encoder cannot be read, or its process crashed.
-            MachineError: this machine lacks the back end, or space for the memory that it shares with the process.
-            UsageError: `vision`, `compute_units` or `kv_bits` is none of these, or does not fit the model.
+            MachineError: this machine lacks the backend, or memory to share with the process.
+            UsageError: an argument is invalid, or does not fit the model.
         """
         check_kv_bits(kv_bits)
         start = time.perf_counter()
@@ -109,18 +103,12 @@ class FastVLM:
         try:
             language = load_language(opened.weights(), config, quantization=config.quantization)
             model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)
-            model._starter.warm()
-            before = time.perf_counter()
-            if isinstance(encoder, SeparateEncoder):
-                encoder.wait_ready()
-                waited_ms = 1000 * (time.perf_counter() - before)
-                compiling_ms = min(encoder.compile_ms, waited_ms)
-            else:
-                compiling_ms = encoder.compile_ms
+            model.engine.warm_up()
+            compile_ms = _wait_for(encoder)
         except BaseException:
             close_encoder(encoder)
             raise
-        model.load_ms = 1000 * (time.perf_counter() - start) - compiling_ms
+        model.engine.load_ms = 1000 * (time.perf_counter() - start) - compile_ms
         return model
 
     def __enter__(self) -> Self:
@@ -132,38 +120,114 @@ class FastVLM:
         self.close()
 
     def close(self) -> None:
-        """Ends the encoder's process, where it has one, at once; else it ends with the last reference to this model.
+        """Ends the encoder process, if there is one. No image can be encoded after that.
 
-        No image can be encoded after that.
+        Without it the process ends with the last reference to this model.
         """
-        close_encoder(self.encoder)
+        close_encoder(self.engine.encoder)
 
-    def generate(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Generation:
-        """The whole answer; `options` are those of `prepare`."""
-        return self.stream(image, prompt, **options).read()
+    @property
+    def load_ms(self) -> float:
+        """Time to load the model in milliseconds, without the first-use compilation of the package."""
+        return self.engine.load_ms
 
-    def stream(self, image: ImageSource | Sequence[ImageSource] | None, prompt: str, **options: Any) -> Stream:
-        """The answer in pieces, computed while they are read. `options` are those of `prepare`.
+    def generate(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        *,
+        system: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fit: str | None = None,
+    ) -> Generation:
+        """Returns the whole answer to a prompt about an image, several images or none.
+
+        Args:
+            image: a path, bytes, a PIL image, a uint8 array (H, W, 3), a sequence of these, or None.
+            prompt: the question. `<image>` in it marks the place of an image. Without a mark the images come first.
+            system: the system prompt. The default is the chat template's.
+            max_tokens: the most tokens of the answer.
+            temperature: 0 takes the most likely token, above 0 samples.
+            top_p: sample from the most likely tokens that together have this probability.
+            top_k: sample from at most this many tokens. 0 means all.
+            min_p: drop tokens less likely than this share of the most likely.
+            repetition_penalty: above 1 discourages tokens that were used already.
+            seed: makes sampling repeatable.
+            stop: one or more strings that end the answer. They are not part of it.
+            ignore_eos: continue after the end token, for measurements.
+            fit: `pad` or `crop` the image to a square. The default is how the model was trained.
+
+        Raises:
+            UsageError: an option is out of range.
+            ImageError: an image cannot be opened.
+            PromptError: the prompt does not fit the images or the context.
+            PackageError: the encoder failed.
+        """
+        return self.stream(
+            image,
+            prompt,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            fit=fit,
+        ).read()
+
+    def stream(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        *,
+        system: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fit: str | None = None,
+    ) -> Stream:
+        """Returns the answer as a stream of text, which is decoded while it is read. See `generate`.
 
         Raises:
             UsageError: an option is out of range.
             ImageError: an image cannot be opened.
             PromptError: (while reading) the prompt does not fit the images or the context.
+            PackageError: (while reading) the encoder failed.
         """
-        return self.answer(prepare(image, prompt, **options))
-
-    def answer(self, request: Request) -> Stream:
-        """The answer to a request from `prepare`."""
-        return Stream(self.pieces(request, Memory()))
-
-    def chat(self, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None) -> Conversation:
-        """A conversation, whose first question is about `image`.
-
-        Raises:
-            ImageError: an image cannot be opened.
-            UsageError: `system` is no text.
-        """
-        return Conversation(self, image, system)
+        request = prepare(
+            image,
+            prompt,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            fit=fit,
+        )
+        return self.engine.stream(request)
 
     def generate_batch(
         self,
@@ -171,101 +235,57 @@ class FastVLM:
         prompts: str | Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
-        **options: Any,
+        system: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fit: str | None = None,
     ) -> list[Generation]:
-        """The answers to many prompts, `batch_size` of them decoded at a time.
+        """Returns the answers to many prompts, decoded `batch_size` at a time.
 
-        Their ids are those of `generate`, on a Mac up to float16's rounding: other kernels compute several rows.
-
-        `images[n]` belongs to `prompts[n]`, or to the one prompt; `options` are those of `prepare`, the same for all.
+        `images[n]` belongs to `prompts[n]`, or to the one prompt. The other options are those of `generate`, and so are
+        the token ids. On a Mac the ids agree up to float16 rounding, because other kernels compute several rows.
 
         Raises:
             UsageError: images and prompts differ in number, or an option is out of range.
-            FastVLMError: whatever `generate` raises, for the first of them that fails.
+            FastVLMError: any error of `generate`, for the first request that fails.
         """
-        outcomes = self.answer_all(requests_for(images, prompts, options), batch_size)
-        return [_generation(outcome) for outcome in outcomes]
+        requests = requests_for(
+            images,
+            prompts,
+            {
+                "system": system,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "seed": seed,
+                "stop": stop,
+                "ignore_eos": ignore_eos,
+                "fit": fit,
+            },
+        )
+        return [_generation(outcome) for outcome in Batch(self.engine, batch_size).outcomes(requests)]
 
-    def answer_all(
-        self, requests: Iterable[Request | FastVLMError], batch_size: int = BATCH_SIZE
-    ) -> Iterator[Generation | FastVLMError]:
-        """The answer to each request, in their order, or why there is none. An error passes through.
+    def chat(self, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None) -> Conversation:
+        """Returns a new conversation, whose first question is about `image`.
 
-        Requests are taken one by one, when there is room for another in the batch, and two more where the encoder has a
-        process of its own, which then encodes their images. Raises UsageError for no batch size.
+        Raises:
+            ImageError: an image cannot be opened.
+            UsageError: `system` is not a string.
         """
-        return Batch(self, batch_size).outcomes(requests)
-
-    def pieces(
-        self, request: Request, memory: Memory, pictures: Sequence[Picture] = ()
-    ) -> Generator[str, None, Generation]:
-        """The answer to a request whose beginning may be in `memory`, which is kept up with what is read."""
-        with self.memory.in_use():
-            start, cold = self.start(request, memory, pictures)
-            eos = () if request.options.ignore_eos else self.eos_token_ids
-            ending = yield from read_answer(self._ids(start, memory), self.tokenizer, eos, request.options.stop)
-        return self.generation(request, start, ending, cold)
-
-    @property
-    def ahead(self) -> int:
-        """Requests whose images can be encoded before they begin; 0 where the encoder has no process of its own."""
-        return self._starter.ahead
-
-    def look_ahead(self, request: Request | Prepared) -> Prepared:
-        """Gives the images of a request to the encoder's process, as far as it has room; returns at once."""
-        prepared = request if isinstance(request, Prepared) else self._starter.prepare(request)
-        self._starter.submit(prepared)
-        return prepared
-
-    def start(
-        self, request: Request | Prepared, memory: Memory, pictures: Sequence[Picture] = ()
-    ) -> tuple[Start, bool]:
-        """The first token of an answer, and whether it is the first of this process. See `Starter.start`."""
-        with self.turn, self.stream_of_turn():
-            start = self._starter.start(request, memory, pictures)
-            self.memory.after_prefill()
-        return start, next(_answers) == 0  # counted once it has worked
-
-    def generation(self, request: Request, start: Start, ending: Ending, cold: bool) -> Generation:
-        """What is told of an answer that has ended."""
-        timings = Timings(
-            **start.stages_ms,
-            load_ms=self.load_ms,
-            image_open_ms=request.image_open_ms,
-            compile_ms=self.encoder.compile_ms,
-            decode_tps=ending.decode_tps,
-            prompt_tokens=start.prompt_tokens,
-            generated_tokens=len(ending.token_ids),
-            cold=cold,
-            cached_images=start.cached_images,
-            reused_tokens=start.reused_tokens,
-        )
-        full = ending.finish_reason == "length" and len(ending.token_ids) < request.options.max_tokens
-        return Generation(
-            ending.text, ending.token_ids, timings, "context" if full else ending.finish_reason, start.prompt_tokens
-        )
-
-    def _ids(self, start: Start, memory: Memory) -> Iterator[int]:
-        """The answer's ids, each of them noted in `memory`, which an error empties."""
-        decoder = self.language.language_model
-        rest = itertools.chain(
-            [id_on_host(start.first)], decode(decoder, start.first, start.cache, start.sampler, start.room - 1)
-        )
-        while True:
-            try:
-                with self.turn, self.stream_of_turn():
-                    token_id = next(rest, None)
-            except BaseException:
-                memory.clear()
-                raise
-            if token_id is None:
-                return
-            memory.cells.append(token_id)
-            yield token_id
+        return Conversation(self.engine, image, system)
 
 
 load = FastVLM.load
-"""The model in an exported folder: see there."""
 
 
 def _generation(outcome: Generation | FastVLMError) -> Generation:
@@ -274,14 +294,23 @@ def _generation(outcome: Generation | FastVLMError) -> Generation:
     return outcome
 
 
+def _wait_for(encoder: VisionEncoder) -> float:
+    """Waits until the encoder is loaded. Returns how long its first-use compilation was waited for, in ms."""
+    if not isinstance(encoder, SeparateEncoder):
+        return encoder.compile_ms
+    before = time.perf_counter()
+    encoder.wait_ready()
+    return min(encoder.compile_ms, 1000 * (time.perf_counter() - before))
+
+
 def _image_token_index(folder: ModelFolder, tokenizer: Tokenizer) -> int:
-    """The id that stands for an image; Apple's sentinel where neither config nor tokenizer names one."""
+    """Returns the id that stands for an image."""
     if folder.config.image_token_index is not None:
         return folder.config.image_token_index
-    return tokenizer.control_tokens.get(IMAGE_TOKEN, -200)
+    return tokenizer.control_tokens.get(IMAGE_TOKEN, APPLE_IMAGE_SENTINEL)
 
 
 def _machine_notes(language: LanguageSide) -> tuple[str, ...]:
     if on_cpu() and language.language_model.model.norm.weight.dtype != mx.float32:
-        return ("too little memory to expand the weights to float32: decoding on this CPU will be slow",)
+        return ("too little memory to expand the weights to float32, so decoding on this CPU will be slow",)
     return ()

@@ -1,4 +1,4 @@
-"""Token by token: prefill, decoding, and what ends an answer."""
+"""Prefill, decoding token by token, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import UsageError
@@ -17,53 +18,59 @@ from .timings import Clock, Timings
 from .tokenizer import TextStream, Tokenizer
 
 PREFILL_CHUNK = 2048
-"""Positions per forward pass: bounds the memory that attention scores and activations take."""
+"""Positions per forward pass. The limit bounds the memory for attention scores and activations."""
 
-FinishReason = Literal["eos", "stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When an answer ends, and how its tokens are picked."""
+    """When an answer ends, and how its tokens are sampled."""
 
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
-    """Texts that end the answer, and are no part of it."""
+    """Strings that end the answer. They are not part of it."""
     ignore_eos: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
-            raise UsageError(f"max_tokens should be a whole number from 1; found {self.max_tokens!r:.60}")
+            raise UsageError(f"max_tokens must be an integer of at least 1 (got {self.max_tokens!r:.60})", "max_tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop should hold texts of at least one character; found {self.stop!r:.60}")
+            raise UsageError(f"stop must be strings of at least one character (got {self.stop!r:.60})", "stop")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer."""
+    """One answer.
+
+    `finish_reason` is `stop` if the model or a stop string ended the answer, `length` if it has `max_tokens`, and
+    `context` if the context is full.
+    """
 
     text: str
     token_ids: tuple[int, ...]
-    """Generated ids, without the prompt and without the token that stopped the answer."""
+    """The generated ids, without the prompt and without the token that ended the answer."""
     timings: Timings
     finish_reason: FinishReason
-    """`eos`: the model ended it; `stop`: a stop text came; `length`: it has max_tokens; `context`: there is no room."""
     prompt_tokens: int
+    stop_reason: int | str | None = None
+    """The end token or the stop string that ended the answer. None for `length` and `context`."""
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What is known of an answer once it has ended."""
+class DecodeResult:
+    """The text and ids of an answer that has ended. The fields are those of `Generation` and `Timings`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     decode_tps: float | None
+    stop_reason: int | str | None = None
 
 
 def prefill(decoder: Qwen2, inputs_embeds: mx.array, cache: list[KVCache]) -> mx.array:
-    """Takes (B, L, D) into `cache`; logits (B, V) at the last position, not yet evaluated."""
+    """Extends `cache` with `inputs_embeds` (B, L, D). Returns lazy logits (B, V) at the last position."""
     L = inputs_embeds.shape[1]
     last = (L - 1) // PREFILL_CHUNK * PREFILL_CHUNK
     for start in range(0, last, PREFILL_CHUNK):
@@ -73,22 +80,22 @@ def prefill(decoder: Qwen2, inputs_embeds: mx.array, cache: list[KVCache]) -> mx
 
 
 def decode_one_token(decoder: Qwen2, tokens: mx.array, cache: list[KVCache]) -> mx.array:
-    """Takes tokens (B,) into `cache`; logits (B, V) of what follows them, not yet evaluated."""
+    """Extends `cache` with tokens (B,). Returns lazy logits (B, V) of the next token."""
     return decoder(decoder.embed(tokens[:, None]), cache)[:, -1]  # (B, V)
 
 
 def default_lookahead() -> int:
-    """Steps to launch before an id is read: a GPU should never wait for the host, and a CPU is the host."""
+    """Returns how many steps to launch before an id is read: 1 on a GPU, so that it never waits, and 0 on a CPU."""
     return 0 if on_cpu() else 1
 
 
 def decode(
     decoder: Qwen2, first: mx.array, cache: list[KVCache], sampler: Sampler, count: int, lookahead: int | None = None
 ) -> Iterator[int]:
-    """`count` ids that follow the token `first` (1,).
+    """Yields `count` ids after the token `first` (1,).
 
-    `lookahead` steps are launched before an id is handed out (None: see `default_lookahead`). When an answer ends
-    early, `cache` holds that many positions more than were handed out.
+    `lookahead` steps are launched before an id is yielded (None: see `default_lookahead`). If the answer ends early,
+    `cache` holds that many more positions than were yielded.
     """
     if lookahead is None:
         lookahead = default_lookahead()
@@ -109,8 +116,8 @@ def read_answer(
     eos_token_ids: Sequence[int],
     stop: Sequence[str],
     clock: Clock = time.perf_counter,
-) -> Generator[str, None, Ending]:
-    """Turns ids into pieces of text until the answer ends; returns what it came to."""
+) -> Generator[str, None, DecodeResult]:
+    """Yields the text of an answer as its ids come, and returns the whole of it."""
     reader = AnswerReader(tokenizer, eos_token_ids, stop, clock)
     for token_id in token_ids:
         if piece := reader.push(token_id):
@@ -119,14 +126,14 @@ def read_answer(
             break
     if held := reader.flush():
         yield held
-    return reader.ending
+    return reader.result
 
 
 class AnswerReader:
-    """Turns ids into text, one by one, and sees where the answer ends.
+    """Turns ids into text, one by one, and finds the end of the answer.
 
     Attributes:
-        ended: whether an end-of-text token or a stop text has come.
+        ended: True once an end token or a stop string was found.
     """
 
     def __init__(
@@ -136,73 +143,86 @@ class AnswerReader:
         stop: Sequence[str],
         clock: Clock = time.perf_counter,
     ) -> None:
-        self._characters, self._pieces = TextStream(tokenizer), StopTexts(stop)
+        self._characters, self._filter = TextStream(tokenizer), StopStrings(stop)
         self._eos_token_ids = eos_token_ids
         self._ids: list[int] = []
         self._text: list[str] = []
         self._reason: FinishReason = "length"
+        self._stop_reason: int | str | None = None
         self._clock = clock
         self._first = self._last = clock()
         self.ended = False
 
     def push(self, token_id: int) -> str:
-        """The text that is complete with this id; often none."""
+        """Returns the text that is complete with this id. Often it is empty."""
         now = self._clock()
         if token_id in self._eos_token_ids:
-            self._reason, self.ended = "eos", True
+            self._end(token_id)
             return ""
         self._first, self._last = (self._first if self._ids else now), now
         self._ids.append(token_id)
-        piece = self._pieces.push(self._characters.push(token_id))
+        piece = self._filter.push(self._characters.push(token_id))
         self._text.append(piece)
-        if self._pieces.found:
-            self._reason, self.ended = "stop", True
+        if self._filter.found is not None:
+            self._end(self._filter.found)
         return piece
 
     def flush(self) -> str:
-        """What was held back as the beginning of a stop text, when no more ids come."""
-        held = "" if self._pieces.found else self._pieces.flush()
+        """Returns the text that was held back as the possible start of a stop string. Called when no more ids come."""
+        held = "" if self._filter.found is not None else self._filter.flush()
         self._text.append(held)
         return held
 
     @property
-    def ending(self) -> Ending:
-        """What the answer has come to so far."""
+    def result(self) -> DecodeResult:
+        """The answer so far."""
         count, seconds = len(self._ids), self._last - self._first
         tps = (count - 1) / seconds if count > 1 and seconds > 0 else None
-        return Ending("".join(self._text), tuple(self._ids), self._reason, tps)
+        return DecodeResult("".join(self._text), tuple(self._ids), self._reason, tps, self._stop_reason)
+
+    def _end(self, stop_reason: int | str) -> None:
+        self._reason, self._stop_reason, self.ended = "stop", stop_reason, True
 
 
-class StopTexts:
-    """Lets text through up to the first stop text; holds back what may be the beginning of one."""
+class StopStrings:
+    """Passes text on up to the first stop string, and holds back what may be the start of one.
+
+    Attributes:
+        found: the stop string that was found, or None.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is now known to stand before any stop text."""
+        """Returns the text that is known to be before any stop string."""
         text = self._held + piece
-        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
-        self.found = bool(places)
-        end = min(places) if places else len(text) - self._open_end(text)
+        places = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            end, self.found = min(places)
+        else:
+            end = len(text) - self._open_end(text)
         self._held = text[end:]
         return text[:end]
 
     def flush(self) -> str:
-        """What was held back, when no more text comes."""
+        """Returns the text that was held back. Called when no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _open_end(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop text."""
+        """Returns the length of the longest end of `text` that starts a stop string."""
         lengths = range(min(len(text), max(map(len, self._stop), default=1) - 1), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
 
 
 class Stream:
-    """The pieces of an answer as they come; `generation` is the whole once they have."""
+    """An answer that is decoded while it is read: an iterator over text, and a context manager.
+
+    Leaving the context closes the stream, so that nothing more is computed.
+    """
 
     def __init__(self, pieces: Generator[str, None, Generation]) -> None:
         self._pieces = pieces
@@ -210,19 +230,6 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         return self
-
-    def read(self) -> Generation:
-        """The whole answer, once its pieces have come."""
-        for _ in self:
-            pass
-        return self.generation
-
-    def close(self) -> None:
-        """Ends the answer here: nothing more is computed, and what it held is freed."""
-        try:
-            self._pieces.close()
-        except ValueError:  # "generator already executing"
-            raise UsageError("the answer is being read in another thread: it can be closed there") from None
 
     def __next__(self) -> str:
         try:
@@ -232,15 +239,40 @@ class Stream:
                 self._generation = end.value
             raise StopIteration from None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self) -> Generation:
+        """Reads the stream to its end and returns the whole answer."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Ends the answer here and frees its memory. Nothing more is computed.
+
+        Raises:
+            UsageError: another thread is reading the stream.
+        """
+        try:
+            self._pieces.close()
+        except ValueError:  # "generator already executing"
+            raise UsageError("another thread is reading this answer. Close it there") from None
+
     @property
     def generation(self) -> Generation:
-        """Raises UsageError while pieces are left."""
+        """The whole answer. Raises UsageError before the end of the stream."""
         if self._generation is None:
-            raise UsageError("the answer is not complete: read the stream to its end first")
+            raise UsageError("the answer is not complete. Read the stream to its end first")
         return self._generation
 
 
 def options_from(stop: Any, max_tokens: int, ignore_eos: bool, sampling: SamplingOptions) -> GenerationOptions:
-    """`stop` may be one text or several. Raises UsageError."""
-    texts = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-    return GenerationOptions(max_tokens, texts, ignore_eos, sampling)
+    """Returns the options. `stop` is one string or several. Raises UsageError."""
+    strings = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+    return GenerationOptions(max_tokens, strings, ignore_eos, sampling)

@@ -64,8 +64,8 @@ def measure(
 
 def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -> tuple[Run, Timings]:
     """Measures one answer, with an image that is not cached."""
-    model.feature_cache.clear()
-    stream = model.answer(request)
+    model.engine.feature_cache.clear()
+    stream = model.engine.stream(request)
     begin = clock()
     for _ in stream:
         pass
@@ -85,7 +85,7 @@ def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: 
     return Configuration(
         label=model.folder.path.resolve().name,
         folder=folder_facts(model.folder),
-        vision=model.encoder.name,
+        vision=model.engine.encoder.name,
         compute_units=units_label(units, share),
         kv_bits=loading.kv_bits,
         decoder=str(mx.default_device()),
@@ -102,9 +102,9 @@ def _configuration(model: FastVLM, loading: Loading, timings: Timings, process: 
 
 def compute_units_of(model: FastVLM, loading: Loading) -> str | None:
     """Returns the compute units that Core ML was asked for, None for another backend."""
-    if model.encoder.name != "coreml":
+    if model.engine.encoder.name != "coreml":
         return None
-    return getattr(model.encoder, "compute_units", None) or loading.compute_units or COMPUTE_UNITS[0]
+    return getattr(model.engine.encoder, "compute_units", None) or loading.compute_units or COMPUTE_UNITS[0]
 
 
 def planned(package: Path, compute_units: str | None, share_of: ShareOf = planned_share) -> tuple[float | None, str]:

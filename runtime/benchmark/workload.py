@@ -72,7 +72,7 @@ class Workload:
             UsageError: the image and the prompt alone need more.
         """
 
-        encoder = PromptEncoder(model.folder.path, model.tokenizer, STAND_IN_ID)
+        encoder = PromptEncoder(model.folder.path, model.engine.tokenizer, STAND_IN_ID)
 
         def size(fillers: int) -> int:
             messages = (Message("user", self.prompt + FILLER * fillers, image_count=1),)

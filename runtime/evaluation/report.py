@@ -185,6 +185,6 @@ def environment(model: FastVLM) -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "machine": f"{platform.system()} {platform.machine()}",
-        "vision": model.encoder.name,
+        "vision": model.engine.encoder.name,
         "decoder": str(mx.default_device()),
     }

@@ -94,10 +94,7 @@ class EvaluationRun:
 
     def _answer(self, sample: Sample) -> Answer:
         request = prepare(sample.image, self._data.prompt(sample), **self._options)
-        stream = self._model.answer(request)
-        for _ in stream:
-            pass
-        found = stream.generation
+        found = self._model.engine.stream(request).read()
         score = self._data.score(sample, found.text)
         return Answer(sample, found.text, score, digest(sample, request), found.timings)
 

@@ -41,19 +41,25 @@ def batch_figures(vlm: Any, runs: int, tokens: int) -> dict[str, Any]:
     from fastvlm.models._mlx import mx
     from fastvlm.models.kv_cache import stacked
     from fastvlm.runtime.generate import decode_one_token
+    from fastvlm.runtime.prompt_cache import CachedPrompt
     from fastvlm.runtime.request import prepare
-    from fastvlm.runtime.reuse import Memory
 
     questions = ["What is it? " * (n + 1) for n in range(BATCH)]
-    starts = [vlm.start(prepare(picture(0), question, max_tokens=1000), Memory())[0] for question in questions]
-    decoder = vlm.language.language_model
+    starts = [
+        vlm.engine.prefill(prepare(picture(0), question, max_tokens=1000), CachedPrompt()) for question in questions
+    ]
+    decoder = vlm.engine.language.language_model
     seconds: dict[str, list[float]] = {"one_by_one": [], "batch": []}
     ids: dict[str, Any] = {}
     for turn in range(runs + 1):
         begin = time.perf_counter()
         alone = []
         for start in starts:
-            cache, token, own = [layer.fork(start.prompt_tokens + tokens) for layer in start.cache], start.first, []
+            cache, token, own = (
+                [layer.fork(start.prompt_tokens + tokens) for layer in start.cache],
+                start.first_token,
+                [],
+            )
             for layer in cache:
                 layer.trim(layer.offset - start.prompt_tokens)
             for _ in range(tokens):
@@ -63,7 +69,7 @@ def batch_figures(vlm: Any, runs: int, tokens: int) -> dict[str, Any]:
         middle = time.perf_counter()
         caches = [[layer.fork() for layer in start.cache] for start in starts]
         cache = [stacked(layer, tokens) for layer in zip(*caches, strict=True)]
-        token, together = mx.concatenate([start.first for start in starts]), []
+        token, together = mx.concatenate([start.first_token for start in starts]), []
         for _ in range(tokens):
             token = mx.argmax(decode_one_token(decoder, token, cache), axis=-1)
             together.append(token.tolist())

@@ -124,7 +124,7 @@ def test_answers_are_the_same_with_the_projector_in_the_package(
     assert whole.encoder.projected
     pixel_values = to_pixel_values(preprocess(open_image(PICTURE), SIZE, "pad"))
     assert whole.encoder.encode(pixel_values).shape == (1, 4, 128)
-    projectors = [vlm.language.multi_modal_projector for vlm in (plain, whole)]
+    projectors = [vlm.engine.language.multi_modal_projector for vlm in (plain, whole)]
     computed: list[object] = []
     project = type(projectors[0]).__call__
     monkeypatch.setattr(type(projectors[0]), "__call__", lambda self, x: computed.append(self) or project(self, x))

@@ -82,9 +82,9 @@ def test_inspect_says_what_a_folder_without_a_package_is(exported: Path, tmp_pat
 
 def test_folder_without_a_package_answers(exported: Path, encoder: FastViT) -> None:
     vlm = fastvlm.load(exported)
-    assert vlm.encoder.name == "mlx"
+    assert vlm.engine.encoder.name == "mlx"
     pixels = verification_images(256)[0]
-    features = vlm.encoder.encode(pixels)
+    features = vlm.engine.encoder.encode(pixels)
     assert fastvlm.load(exported, vision="mlx").encoder.encode(pixels).tobytes() == features.tobytes()
     assert features.shape == (1, 16, 512)
     answer = vlm.generate(Image.new("RGB", (90, 60), "red"), "Describe the image.", max_tokens=4)

@@ -46,7 +46,7 @@ def main() -> None:
         raise SystemExit(f"the encoder process ended while nothing was asked of it: {processes}")
     result = {
         "python": platform.python_version(),
-        "vision": model.encoder.name,
+        "vision": model.engine.encoder.name,
         "answers": PICTURES,
         "seconds_after_each": arguments.seconds,
         "allocations": allocations,
@@ -57,7 +57,7 @@ def main() -> None:
 
 def encoder_process(model: fastvlm.FastVLM) -> int | None:
     """The process id of the encoder; None where it runs in this process."""
-    return getattr(model.encoder, "pid", None)
+    return getattr(model.engine.encoder, "pid", None)
 
 
 def picture(number: int) -> np.ndarray:

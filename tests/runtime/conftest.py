@@ -17,9 +17,8 @@ from fastvlm.models.config import FastVLMConfig
 from fastvlm.models.language import expected_shapes, load_language
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tokenizer_files import added_token
-from fastvlm.runtime import fastvlm as fastvlm_module
+from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime import request as request_module
-from fastvlm.runtime import start as start_module
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.folder import open_folder
 from fastvlm.runtime.generate import read_answer
@@ -159,7 +158,7 @@ class StandingClock:
 def standing_clock(monkeypatch: pytest.MonkeyPatch) -> StandingClock:
     """What answers are timed by."""
     clock = StandingClock(monkeypatch)
-    for module in (start_module, request_module):
+    for module in (engine_module, request_module):
         monkeypatch.setattr(module, "LapClock", functools.partial(LapClock, clock))
-    monkeypatch.setattr(fastvlm_module, "read_answer", functools.partial(read_answer, clock=clock))
+    monkeypatch.setattr(engine_module, "read_answer", functools.partial(read_answer, clock=clock))
     return clock

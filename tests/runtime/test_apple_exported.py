@@ -90,10 +90,12 @@ def test_folder_of_apples_scripts_answers_as_it_is(
     pixels = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     with torch.inference_mode():
         expected = encoder(torch.from_numpy(pixels)).numpy()
-    features = vlm.encoder.encode(pixels)
+    features = vlm.engine.encoder.encode(pixels)
     assert np.abs(features - expected).max() < tolerance("encoder_float32") * np.abs(expected).max()
     image = (255 * pixels[0].transpose(1, 2, 0)).astype(np.uint8)
     with_image = vlm.generate(image, "Describe.", max_tokens=6, ignore_eos=True)
     without = vlm.generate(None, "Describe.", max_tokens=6, ignore_eos=True)
-    assert with_image.prompt_tokens == without.prompt_tokens + (SIZE // 64) ** 2 + len(vlm.tokenizer.encode("\n"))
+    assert with_image.prompt_tokens == without.prompt_tokens + (SIZE // 64) ** 2 + len(
+        vlm.engine.tokenizer.encode("\n")
+    )
     assert len(with_image.token_ids) == 6

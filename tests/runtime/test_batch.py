@@ -18,8 +18,8 @@ from fastvlm.runtime import batch as batch_module
 from fastvlm.runtime.batch import Batch, requests_for
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.prompt_cache import CachedPrompt
 from fastvlm.runtime.request import Request, prepare
-from fastvlm.runtime.reuse import Memory
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -43,7 +43,7 @@ def test_answers_are_those_of_one_by_one(
         options |= {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "top_k": 40}
     images, prompts = [image for image, _ in pairs], [prompt for _, prompt in pairs]
     expected = [vlm.generate(image, prompt, **options) for image, prompt in pairs]
-    found = list(Batch(vlm, size, lookahead).outcomes(requests_for(images, prompts, options)))
+    found = list(Batch(vlm.engine, size, lookahead).outcomes(requests_for(images, prompts, options)))
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     assert [(one.text, one.finish_reason, one.prompt_tokens) for one in found] == [
         (one.text, one.finish_reason, one.prompt_tokens) for one in expected
@@ -51,9 +51,9 @@ def test_answers_are_those_of_one_by_one(
 
 
 def test_answers_are_those_of_one_by_one_in_8_bits(vlm: FastVLM) -> None:
-    small = FastVLM(vlm.folder, vlm.encoder, vlm.language, vlm.tokenizer, 1.0, kv_bits=8)
-    start, _ = small.start(prepare(PICTURE, "Hi"), Memory())
-    assert {type(layer) for layer in start.cache} == {QuantizedKVCache}
+    small = FastVLM(vlm.folder, vlm.engine.encoder, vlm.engine.language, vlm.engine.tokenizer, 1.0, kv_bits=8)
+    prefilled = small.engine.prefill(prepare(PICTURE, "Hi"), CachedPrompt())
+    assert {type(layer) for layer in prefilled.cache} == {QuantizedKVCache}
     prompts = ["Hi", "What is it?", "Why, then?"]
     expected = [small.generate(PICTURE, prompt, max_tokens=8, temperature=1.0, seed=1).token_ids for prompt in prompts]
     found = small.generate_batch([PICTURE] * 3, prompts, max_tokens=8, temperature=1.0, seed=1, batch_size=2)
@@ -70,12 +70,12 @@ def varied(vlm: FastVLM, stops: list[tuple[str, ...]], lengths: list[int]) -> li
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_each_answer_ends_where_it_would_alone(vlm: FastVLM, lookahead: int) -> None:
     lengths = [1, 30, 7, 2, 12, 30]
-    whole = [vlm.answer(request).read().text for request in varied(vlm, [()] * 6, [30] * 6)]
+    whole = [vlm.engine.stream(request).read().text for request in varied(vlm, [()] * 6, [30] * 6)]
     stops = [(), (whole[1][3:6],), (), (), (whole[4][5:7],), ("never comes",)]
     requests = varied(vlm, stops, lengths)
-    expected = [vlm.answer(request).read() for request in requests]
+    expected = [vlm.engine.stream(request).read() for request in requests]
     assert {one.finish_reason for one in expected} >= {"stop", "length"}
-    found = list(Batch(vlm, 3, lookahead).outcomes(requests))
+    found = list(Batch(vlm.engine, 3, lookahead).outcomes(requests))
     assert [(one.token_ids, one.text, one.finish_reason) for one in found] == [
         (one.token_ids, one.text, one.finish_reason) for one in expected
     ]
@@ -96,7 +96,7 @@ def test_places_are_taken_by_the_next_and_ended_answers_drop_out(
         batch_module, "decode_one_token", lambda d, tokens, c: sizes.append(tokens.size) or original(d, tokens, c)
     )
     requests = [prepare(None, f"Q{n}", max_tokens=length, ignore_eos=True) for n, length in enumerate([2, 4, 3, 1, 6])]
-    found = list(Batch(vlm, 2, lookahead).outcomes(requests))
+    found = list(Batch(vlm.engine, 2, lookahead).outcomes(requests))
     assert [len(one.token_ids) for one in found] == [2, 4, 3, 1, 6]
     assert sizes == expected
 
@@ -109,7 +109,7 @@ def test_batch_reads_once_per_step_with_the_next_step_launched(
     rows, tokens, events = 8, 10, EventLog(monkeypatch)
     options = {} if greedy else {"temperature": 1.0, "seed": 1}
     requests = [prepare(None, f"Q{n}", max_tokens=tokens, ignore_eos=True, **options) for n in range(rows)]
-    batch = Batch(vlm, rows, lookahead=1)
+    batch = Batch(vlm.engine, rows, lookahead=1)
     monkeypatch.setattr(batch_module.Batch, "_begin", events.apart(batch_module.Batch._begin))
     assert len(list(batch.outcomes(requests))) == rows
     steps = tokens - 1
@@ -154,8 +154,8 @@ def test_answer_reads_once_per_token_with_the_next_step_launched(
     computing_on("gpu")
     request = prepare(None, "Hi", max_tokens=9, ignore_eos=True)
     events = EventLog(monkeypatch)
-    monkeypatch.setattr(vlm, "start", events.apart(vlm.start))
-    vlm.answer(request).read()
+    monkeypatch.setattr(vlm.engine, "prefill", events.apart(vlm.engine.prefill))
+    vlm.engine.stream(request).read()
     # the first id was read at the start: its item() finds it computed
     assert events.names == ["read", "launch"] + ["launch", "read"] * 7 + ["read"]
 
@@ -168,7 +168,7 @@ def test_requests_are_made_when_there_is_room(vlm: FastVLM) -> None:
             made.append(n)
             yield prepare(None, f"Q{n}", max_tokens=3, ignore_eos=True)
 
-    answers = vlm.answer_all(requests(), 2)
+    answers = Batch(vlm.engine, 2).outcomes(requests())
     next(answers)
     assert made == [0, 1]
     assert len(list(answers)) == 4
@@ -180,7 +180,7 @@ def test_errors_stand_in_their_places(vlm: FastVLM) -> None:
     wrong = prepare(None, "Hi", max_tokens=2)
     wrong = type(wrong)((), fine.messages, None, wrong.options, 0.0)  # a message with an image, which is not there
     error = ImageError("broken")
-    found = list(vlm.answer_all([fine, wrong, error, fine], 2))
+    found = list(Batch(vlm.engine, 2).outcomes([fine, wrong, error, fine]))
     assert [type(one) for one in found] == [Generation, PromptError, ImageError, Generation]
     assert found[2] is error
     assert found[0].token_ids == found[3].token_ids
@@ -203,11 +203,11 @@ def test_timings_are_each_answers_own(vlm: FastVLM) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
 def test_usage_error_when_the_size_is_out_of_range(vlm: FastVLM, size: object) -> None:
-    with pytest.raises(UsageError, match="batch_size should be"):
+    with pytest.raises(UsageError, match="batch_size must be"):
         vlm.generate_batch([None], "Hi", batch_size=size)  # type: ignore[arg-type]
 
 
 def test_usage_error_when_images_and_prompts_differ_in_number(vlm: FastVLM) -> None:
-    with pytest.raises(UsageError, match="found prompts: 2, images: 1"):
+    with pytest.raises(UsageError, match="got 2 prompts, 1 images"):
         vlm.generate_batch([None], ["a", "b"])
     assert vlm.generate_batch([], []) == []

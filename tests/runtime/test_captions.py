@@ -86,10 +86,10 @@ def test_interrupted_run_resumes(caption: Callable[..., list], tmp_path: Path, s
 
 def test_complete_file_is_not_written_again(caption: Callable[..., list], vlm: FastVLM, tmp_path: Path) -> None:
     caption()
-    before, calls = (tmp_path / "out.jsonl").read_bytes(), len(vlm.encoder.calls)
+    before, calls = (tmp_path / "out.jsonl").read_bytes(), len(vlm.engine.encoder.calls)
     caption()
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    assert len(vlm.encoder.calls) == calls
+    assert len(vlm.engine.encoder.calls) == calls
 
 
 def test_usage_error_when_the_file_is_of_another_run(caption: Callable[..., list], tmp_path: Path) -> None:
@@ -179,14 +179,14 @@ def test_line_is_whole_when_the_system_writes_it_in_parts(tmp_path: Path, monkey
 
 
 def test_image_that_cannot_be_encoded_gets_an_error(caption: Callable[..., list], vlm: FastVLM) -> None:
-    encode, calls = vlm.encoder.encode, iter(range(99))
+    encode, calls = vlm.engine.encoder.encode, iter(range(99))
 
     def failing(pixel_values: np.ndarray) -> np.ndarray:
         if next(calls) == 1:
             raise PackageError("not finite")
         return encode(pixel_values)
 
-    vlm.encoder.encode = failing  # type: ignore[method-assign]
+    vlm.engine.encoder.encode = failing  # type: ignore[method-assign]
     errors = {line["file"]: line["error"] for line in caption() if "error" in line}
     assert errors["b.png"] == "not finite"
     assert set(errors) == {"b.png", BROKEN}

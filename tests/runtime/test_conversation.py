@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ImageError, PromptError, UsageError
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
-from fastvlm.runtime import start as start_module
+from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime.conversation import Conversation
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.prompt import Message
-from fastvlm.runtime.reuse import Picture
+from fastvlm.runtime.prompt_cache import ImageItem
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -34,13 +34,13 @@ def fresh_answer(vlm: FastVLM, chat: Conversation, question: str, image: object,
     """The likeliest ids after the whole history and a question, in one pass over all cells per id."""
     before = chat.messages
     asked = Message("user", question, 0 if image is None else 1)
-    prompt = vlm._prompts.encode([*before, asked])
-    squares = [picture.pixels for picture in chat._pictures]
+    prompt = vlm.engine.prompts.encode([*before, asked])
+    squares = [picture.pixels for picture in chat._images]
     if image is not None:
         squares.append(square(vlm, image))
-    projector = vlm.language.multi_modal_projector
-    features = iter(projector(mx.array(vlm.encoder.encode(to_pixel_values(pixels)))) for pixels in squares)
-    decoder, answer = vlm.language.language_model, []
+    projector = vlm.engine.language.multi_modal_projector
+    features = iter(projector(mx.array(vlm.engine.encoder.encode(to_pixel_values(pixels)))) for pixels in squares)
+    decoder, answer = vlm.engine.language.language_model, []
     parts = [
         next(features) if n in prompt.places else decoder.embed(mx.array([[token_id]]))
         for n, token_id in enumerate(prompt.ids)
@@ -78,29 +78,29 @@ def test_answers_are_those_of_a_fresh_run_over_the_history(
 
 def test_second_question_reads_its_own_tokens_alone(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    original = start_module.prefill
-    monkeypatch.setattr(start_module, "prefill", lambda d, x, c: read.append(x.shape[1]) or original(d, x, c))
+    original = engine_module.prefill
+    monkeypatch.setattr(engine_module, "prefill", lambda d, x, c: read.append(x.shape[1]) or original(d, x, c))
     chat = vlm.chat(PICTURE)
     first = chat.ask("What is it?", max_tokens=5, ignore_eos=True)
-    calls = len(vlm.encoder.calls)
+    calls = len(vlm.engine.encoder.calls)
     second = chat.ask("Why?", max_tokens=5)
     own = second.prompt_tokens - first.prompt_tokens - 5
     assert own < 40
     assert read[1] == own + 1  # and the last token of the answer, which nothing followed
     assert second.timings.reused_tokens == first.prompt_tokens + 4
-    assert len(vlm.encoder.calls) == calls
+    assert len(vlm.engine.encoder.calls) == calls
 
 
 def test_image_added_later_stands_where_it_was_added(vlm: FastVLM) -> None:
     chat = vlm.chat(PICTURE)
     chat.ask("One?", max_tokens=3, ignore_eos=True)
     before = chat.ask("Two?", max_tokens=3, ignore_eos=True).prompt_tokens
-    chat.show(OTHER)
+    chat.add_image(OTHER)
     third = chat.ask("Three?", max_tokens=3, ignore_eos=True)
     fourth = chat.ask("Four?", max_tokens=1)
     assert (third.prompt_tokens - before) - (fourth.prompt_tokens - third.prompt_tokens) > 10  # 17 for the picture
     assert [message.image_count for message in chat.messages if message.role == "user"] == [1, 0, 1, 0]
-    assert list(chat._pictures) == [Picture(square(vlm, image)) for image in (PICTURE, OTHER)]
+    assert list(chat._images) == [ImageItem(square(vlm, image)) for image in (PICTURE, OTHER)]
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 3])
@@ -132,7 +132,7 @@ def test_error_on_the_way_costs_nothing_but_time(vlm: FastVLM, monkeypatch: pyte
     usual, chat = vlm.chat(PICTURE), vlm.chat(PICTURE)
     for conversation in (usual, chat):
         conversation.ask("What is it?", **options)
-    decoder = type(vlm.language.language_model)
+    decoder = type(vlm.engine.language.language_model)
     original, calls = decoder.__call__, iter(range(100))
 
     def failing(self: object, *args: object, **named: object) -> mx.array:
@@ -157,7 +157,7 @@ def test_full_context_ends_an_answer_and_refuses_the_next(write_folder: Write, o
     assert first.finish_reason == "context"
     assert first.prompt_tokens + len(first.token_ids) == 80
     messages = chat.messages
-    with pytest.raises(PromptError, match="the context holds 80 .* begin a conversation anew"):
+    with pytest.raises(PromptError, match="the context has 80 .* start a new chat"):
         chat.ask("And?")
     assert chat.messages == messages
     chat.reset()
@@ -187,25 +187,25 @@ def test_history_is_read_again_when_the_template_rewrites_it(write_folder: Write
 
 
 def test_usage_error_when_the_system_prompt_comes_with_a_question(vlm: FastVLM) -> None:
-    with pytest.raises(UsageError, match="belongs to the whole conversation"):
+    with pytest.raises(TypeError, match="system"):
         vlm.chat().ask("Hi", system="Be brief.")
-    with pytest.raises(UsageError, match="system should be a text"):
+    with pytest.raises(UsageError, match="system must be a string"):
         vlm.chat(system=3)  # type: ignore[arg-type]
 
 
 def test_image_error_leaves_the_conversation_as_it_was(vlm: FastVLM, tmp_path: Path) -> None:
     chat = vlm.chat(PICTURE)
     with pytest.raises(ImageError):
-        chat.show(tmp_path / "gone.png")
+        chat.add_image(tmp_path / "gone.png")
     with pytest.raises(ImageError):
         chat.stream("Hi", tmp_path / "gone.png")
     assert chat.ask("Hi", max_tokens=1).prompt_tokens == vlm.generate(PICTURE, "Hi", max_tokens=1).prompt_tokens
 
 
 def test_same_picture_is_known_by_its_pixels() -> None:
-    assert Picture(PICTURE) == Picture(PICTURE.copy())
-    assert Picture(PICTURE) != Picture(OTHER)
-    assert Picture(PICTURE) != 3
+    assert ImageItem(PICTURE) == ImageItem(PICTURE.copy())
+    assert ImageItem(PICTURE) != ImageItem(OTHER)
+    assert ImageItem(PICTURE) != 3
 
 
 def test_system_prompt_that_is_no_unicode_is_told_at_once(vlm: FastVLM) -> None:

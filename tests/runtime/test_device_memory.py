@@ -36,16 +36,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch, computing_on: Callable) -> SimpleNamesp
 
 
 def weight_bytes(vlm: FastVLM) -> int:
-    return sum(array.nbytes for _, array in _mlx.nn.utils.tree_flatten(vlm.language.parameters()))
+    return sum(array.nbytes for _, array in _mlx.nn.utils.tree_flatten(vlm.engine.language.parameters()))
 
 
 def test_freed_buffers_are_bounded_and_nothing_is_wired_at_load(vlm: FastVLM, gpu: SimpleNamespace) -> None:
-    assert DeviceMemory(vlm.language).notes == ()
+    assert DeviceMemory(vlm.engine.language).notes == ()
     assert gpu.calls == [("set_cache_limit", CACHE_BYTES)]
 
 
 def test_weights_are_wired_until_the_last_answer_ends(vlm: FastVLM, gpu: SimpleNamespace) -> None:
-    memory = DeviceMemory(vlm.language)
+    memory = DeviceMemory(vlm.engine.language)
     gpu.calls.clear()
     wired = [("set_wired_limit", weight_bytes(vlm) + HEADROOM_BYTES)]
     with memory.in_use():
@@ -60,12 +60,12 @@ def test_weights_are_wired_until_the_last_answer_ends(vlm: FastVLM, gpu: SimpleN
 
 def test_no_more_is_wired_than_the_device_recommends(vlm: FastVLM, gpu: SimpleNamespace) -> None:
     gpu.info["max_recommended_working_set_size"] = weight_bytes(vlm) + 1000
-    with DeviceMemory(vlm.language).in_use():
+    with DeviceMemory(vlm.engine.language).in_use():
         assert gpu.calls[1:] == [("set_wired_limit", weight_bytes(vlm) + 1000)]
 
 
 def test_answers_are_computed_with_the_weights_wired(vlm: FastVLM, gpu: SimpleNamespace) -> None:
-    model = FastVLM(vlm.folder, vlm.encoder, vlm.language, vlm.tokenizer, 1.0)
+    model = FastVLM(vlm.folder, vlm.engine.encoder, vlm.engine.language, vlm.engine.tokenizer, 1.0)
     gpu.calls.clear()
     around = [
         ("set_wired_limit", weight_bytes(vlm) + HEADROOM_BYTES),
@@ -86,14 +86,14 @@ def test_answers_are_computed_with_the_weights_wired(vlm: FastVLM, gpu: SimpleNa
 
 def test_note_is_made_when_the_weights_do_not_fit(vlm: FastVLM, gpu: SimpleNamespace) -> None:
     gpu.info["max_recommended_working_set_size"] = 10**6
-    (note,) = DeviceMemory(vlm.language).notes
+    (note,) = DeviceMemory(vlm.engine.language).notes
     assert "--decoder-bits 4" in note
 
 
 @pytest.mark.parametrize("info", [{}, {"max_recommended_working_set_size": 0}, {"architecture": "cuda"}], ids=str)
 def test_nothing_is_set_where_nothing_is_recommended(vlm: FastVLM, gpu: SimpleNamespace, info: dict[str, Any]) -> None:
     gpu.info = info
-    memory = DeviceMemory(vlm.language)
+    memory = DeviceMemory(vlm.engine.language)
     with memory.in_use():
         memory.after_prefill()
     assert (gpu.calls, memory.notes) == ([], ())
@@ -101,7 +101,7 @@ def test_nothing_is_set_where_nothing_is_recommended(vlm: FastVLM, gpu: SimpleNa
 
 def test_nothing_is_set_on_a_cpu(vlm: FastVLM, gpu: SimpleNamespace, computing_on: Callable) -> None:
     computing_on("cpu")
-    memory = DeviceMemory(vlm.language)
+    memory = DeviceMemory(vlm.engine.language)
     with memory.in_use():
         memory.after_prefill()
     assert (gpu.calls, memory.notes) == ([], ())

@@ -13,6 +13,7 @@ import pytest
 
 from fastvlm.models._mlx import mx, on_cpu
 from fastvlm.models.errors import FastVLMError
+from fastvlm.runtime.batch import Batch
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import Request, prepare
@@ -48,12 +49,12 @@ def ids(answers: Iterable[Generation | FastVLMError]) -> list[tuple[int, ...]]:
 
 
 def test_threads_that_ask_leave_none_behind(vlm: FastVLM) -> None:
-    alone = ids(vlm.answer(request).read() for request in requests())
+    alone = ids(vlm.engine.stream(request).read() for request in requests())
     answers: list[list[tuple[int, ...]]] = []
 
     def ask() -> None:
-        answers.append(ids(vlm.answer(request).read() for request in requests()))
-        answers.append(ids(vlm.answer_all(requests())))
+        answers.append(ids(vlm.engine.stream(request).read() for request in requests()))
+        answers.append(ids(Batch(vlm.engine).outcomes(requests())))
 
     in_new_threads(ask, 3)
     count = thread_count()
@@ -63,8 +64,8 @@ def test_threads_that_ask_leave_none_behind(vlm: FastVLM) -> None:
 
 
 def test_batch_goes_on_in_another_thread(vlm: FastVLM) -> None:
-    alone = ids(vlm.answer(request).read() for request in requests())
-    batch, found = vlm.answer_all(requests()), []
+    alone = ids(vlm.engine.stream(request).read() for request in requests())
+    batch, found = Batch(vlm.engine).outcomes(requests()), []
     for _ in range(3):
         in_new_threads(lambda: found.append(next(batch)), 1)
     assert ids(found) == alone

@@ -33,10 +33,10 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def our_logits(vlm: fastvlm.FastVLM, pixels: np.ndarray | None = None) -> np.ndarray:
     """Of `IDS`, with an image's features behind the third where there are pixels."""
-    decoder = vlm.language.language_model
+    decoder = vlm.engine.language.language_model
     embedded = [decoder.embed(mx.array([IDS]))]
     if pixels is not None:
-        features = vlm.language.multi_modal_projector(mx.array(vlm.encoder.encode(pixels)))
+        features = vlm.engine.language.multi_modal_projector(mx.array(vlm.engine.encoder.encode(pixels)))
         embedded = [decoder.embed(mx.array([IDS[:3]])), features, decoder.embed(mx.array([IDS[3:]]))]
     return np.array(decoder(mx.concatenate(embedded, axis=1), all_positions=True)[0])
 
@@ -70,7 +70,7 @@ def test_mlx_vlm_gives_our_logits(
     client.set_dtype(mx.float32)
     vlm = fastvlm.load(exact)
     picture = Image.fromarray(np.indices((90, 120)).sum(0).astype(np.uint8)).convert("RGB")
-    pixels = to_pixel_values(preprocess(picture, vlm.encoder.image_size, "pad"))
+    pixels = to_pixel_values(preprocess(picture, vlm.engine.encoder.image_size, "pad"))
     text = client(mx.array([IDS]), None, None).logits[0]
     assert relative_error(np.array(text), our_logits(vlm)) < tolerance("client_logits_float32")
     image = client(mx.array([[*IDS[:3], SENTINEL, *IDS[3:]]]), mx.array(pixels), None).logits[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastvlm.models.errors import FastVLMError, MachineError, PackageError
+from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime import generate as generate_module
-from fastvlm.runtime import start as start_module
 from fastvlm.runtime.benchmark import measure as measure_module
 from fastvlm.runtime.benchmark.markdown import about, report
 from fastvlm.runtime.benchmark.measure import answer, measure, planned, sizes_bytes, units_label
@@ -22,11 +22,11 @@ from ..conftest import StandingClock
 
 def test_stages_and_decoding_add_up_to_the_answer_time(vlm: FastVLM, standing_clock: StandingClock) -> None:
     for owner, name, seconds in [
-        (start_module, "preprocess", 0.5),
-        (vlm.encoder, "encode", 4.0),
-        (vlm._starter, "_project", 1.0),
-        (start_module, "prefill", 8.0),
-        (start_module, "Sampler", 2.0),
+        (engine_module, "preprocess", 0.5),
+        (vlm.engine.encoder, "encode", 4.0),
+        (vlm.engine, "_project", 1.0),
+        (engine_module, "prefill", 8.0),
+        (engine_module, "Sampler", 2.0),
         (generate_module, "decode_one_token", 0.25),
     ]:
         standing_clock.slow(owner, name, seconds)
@@ -39,13 +39,13 @@ def test_stages_and_decoding_add_up_to_the_answer_time(vlm: FastVLM, standing_cl
 
 
 def test_work_outside_the_stages_is_unaccounted(vlm: FastVLM, standing_clock: StandingClock) -> None:
-    standing_clock.slow(vlm, "generation", 1.0)
+    standing_clock.slow(vlm.engine, "generation", 1.0)
     run, _ = answer(vlm, Workload(max_tokens=1).request("Describe the image."), standing_clock)
     assert (run.ttft_ms, run.as_dict()["unaccounted_ms"]) == (0, 1000)
 
 
 def test_every_run_encodes_its_image(vlm: FastVLM, standing_clock: StandingClock) -> None:
-    standing_clock.slow(vlm.encoder, "encode", 4.0)
+    standing_clock.slow(vlm.engine.encoder, "encode", 4.0)
     request = Workload(max_tokens=2).request("Describe the image.")
     assert [answer(vlm, request, standing_clock)[0].encode_ms for _ in range(3)] == [4000, 4000, 4000]
 
@@ -102,8 +102,8 @@ def test_units_without_the_engine_need_no_plan(units: str | None) -> None:
 
 
 def test_fallback_reaches_every_form_of_the_report(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vlm.encoder, "name", "coreml", raising=False)
-    monkeypatch.setattr(vlm.encoder, "compute_units", "CPU_AND_NE", raising=False)
+    monkeypatch.setattr(vlm.engine.encoder, "name", "coreml", raising=False)
+    monkeypatch.setattr(vlm.engine.encoder, "compute_units", "CPU_AND_NE", raising=False)
     monkeypatch.setattr(measure_module, "load", lambda *_, **__: vlm)
     monkeypatch.setattr(measure_module, "planned", lambda package, units: planned(package, units, shares(0.12)))
     found = measure("folder", Workload(max_tokens=2, runs=1, warmup=0))

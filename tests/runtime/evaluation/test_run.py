@@ -25,7 +25,7 @@ SHORT = {"max_tokens": 5}
 def test_answers_are_those_of_generate(vlm: FastVLM, own_questions: Own) -> None:
     found = evaluate(vlm, own_questions(4), **SHORT)
     samples = list(open_data(own_questions(4)).samples)
-    vlm.feature_cache.clear()
+    vlm.engine.feature_cache.clear()
     expected = [vlm.generate(sample.image, sample.question, **SHORT).text for sample in samples]
     assert [answer.text for answer in found.answers] == expected
     assert [answer.sample.id for answer in found.answers] == ["q0", "q1", "q2", "q3"]
@@ -35,7 +35,7 @@ def test_answers_are_those_of_generate(vlm: FastVLM, own_questions: Own) -> None
 
 def test_every_image_is_encoded_once(vlm: FastVLM, own_questions: Own) -> None:
     found = evaluate(vlm, own_questions(6), **SHORT)
-    assert len(vlm.encoder.calls) == 3
+    assert len(vlm.engine.encoder.calls) == 3
     assert [answer.timings.cached_images for answer in found.answers] == [0, 1] * 3
     assert 1 <= len(found.ttft_ms) <= 3  # the process's first answer is cold
 
@@ -88,7 +88,7 @@ def test_long_questions_and_image_marks_do_not_end_the_run(write_folder, open_vl
 
 @pytest.mark.parametrize("count", [3, 30])
 def test_model_that_cannot_answer_raises_an_error(vlm: FastVLM, own_questions: Own, count: int) -> None:
-    vlm.language.language_model.model.norm.weight = mx.full((128,), np.nan)
+    vlm.engine.language.language_model.model.norm.weight = mx.full((128,), np.nan)
     run = EvaluationRun(vlm, open_data(own_questions(count)))
     with pytest.raises(WeightsError, match="not finite"):
         list(run)

@@ -14,9 +14,9 @@ from fastvlm.models.errors import UsageError
 from fastvlm.runtime import generate
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import (
-    Ending,
+    DecodeResult,
     GenerationOptions,
-    StopTexts,
+    StopStrings,
     Stream,
     decode,
     decode_one_token,
@@ -37,7 +37,7 @@ letters = st.text("ab", min_size=1, max_size=2)
 
 def read(
     tokenizer: Tokenizer, ids: list[int], eos: tuple[int, ...] = (EOS,), stop: tuple[str, ...] = ()
-) -> tuple[list[str], Ending]:
+) -> tuple[list[str], DecodeResult]:
     """The pieces of an answer, with a clock that goes a tenth of a second per look."""
     ticks = iter(range(1000))
     answer = read_answer(iter(ids), tokenizer, eos, stop, clock=lambda: next(ticks) / 10)
@@ -56,14 +56,14 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def embeddings(vlm: FastVLM, length: int) -> mx.array:
     ids = np.random.default_rng(length).integers(0, 1000, (1, length))
-    return vlm.language.language_model.embed(mx.array(ids))
+    return vlm.engine.language.language_model.embed(mx.array(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 6, 11, 12, 13])
 def test_prefill_in_chunks_equals_prefill_at_once(
     vlm: FastVLM, chunk: int, tolerance: Callable[[str], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, x = vlm.language.language_model, embeddings(vlm, 12)
+    decoder, x = vlm.engine.language.language_model, embeddings(vlm, 12)
     whole = np.array(decoder(x)[:, -1])
     monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
     cache = decoder.make_cache()
@@ -84,7 +84,7 @@ def watched(call: Callable, lengths: list[int]) -> Callable:
 
 
 def test_one_token_at_a_time_equals_all_at_once(vlm: FastVLM, tolerance: Callable[[str], float]) -> None:
-    decoder, ids = vlm.language.language_model, mx.array([5, 900, 33, 7])
+    decoder, ids = vlm.engine.language.language_model, mx.array([5, 900, 33, 7])
     whole = np.array(decoder(decoder.embed(ids[None]), all_positions=True)[0])
     cache = decoder.make_cache()
     found = [np.array(decode_one_token(decoder, ids[n : n + 1], cache)[0]) for n in range(4)]
@@ -98,7 +98,7 @@ def test_one_token_at_a_time_equals_all_at_once(vlm: FastVLM, tolerance: Callabl
 def test_ids_are_the_same_however_far_decoding_looks_ahead(
     vlm: FastVLM, options: SamplingOptions, lookahead: int
 ) -> None:
-    decoder = vlm.language.language_model
+    decoder = vlm.engine.language.language_model
 
     def run(count: int, lookahead: int) -> tuple[list[int], int]:
         cache, sampler = decoder.make_cache(), Sampler(options, (1, 2))
@@ -113,11 +113,15 @@ def test_ids_are_the_same_however_far_decoding_looks_ahead(
 
 
 def test_decoding_begins_no_step_when_none_is_asked_for(vlm: FastVLM) -> None:
-    assert list(decode(vlm.language.language_model, mx.array([1]), [], Sampler(SamplingOptions()), 0)) == []
+    assert list(decode(vlm.engine.language.language_model, mx.array([1]), [], Sampler(SamplingOptions()), 0)) == []
 
 
 def test_ids_follow_from_the_logits_of_all_before_them(vlm: FastVLM) -> None:
-    decoder, x, options = vlm.language.language_model, embeddings(vlm, 6), SamplingOptions(temperature=1.0, seed=4)
+    decoder, x, options = (
+        vlm.engine.language.language_model,
+        embeddings(vlm, 6),
+        SamplingOptions(temperature=1.0, seed=4),
+    )
     cache, sampler = decoder.make_cache(), Sampler(options)
     first = sampler(prefill(decoder, x, cache)[0])
     ids = [id_on_host(first), *decode(decoder, first, cache, sampler, 5)]
@@ -132,12 +136,12 @@ def test_answer_ends_at_eos_and_leaves_it_out(tokenizer: Tokenizer) -> None:
     ids = encode(tokenizer, "abc")
     pieces, ending = read(tokenizer, [*ids, EOS, *ids])
     assert pieces == ["a", "b", "c"]
-    assert (ending.text, ending.token_ids, ending.finish_reason) == ("abc", tuple(ids), "eos")
+    assert (ending.text, ending.token_ids, ending.finish_reason) == ("abc", tuple(ids), "stop")
 
 
 @pytest.mark.parametrize("eos", [5, 700, EOS])
 def test_answer_ends_at_any_of_several_eos_ids(tokenizer: Tokenizer, eos: int) -> None:
-    assert read(tokenizer, [*encode(tokenizer, "a"), eos, 9], eos=(700, EOS, 5))[1].finish_reason == "eos"
+    assert read(tokenizer, [*encode(tokenizer, "a"), eos, 9], eos=(700, EOS, 5))[1].stop_reason == eos
 
 
 def test_answer_goes_on_past_eos_when_none_is_named(tokenizer: Tokenizer) -> None:
@@ -149,7 +153,7 @@ def test_answer_goes_on_past_eos_when_none_is_named(tokenizer: Tokenizer) -> Non
 def test_answer_is_empty_when_eos_comes_first(tokenizer: Tokenizer) -> None:
     pieces, ending = read(tokenizer, [EOS])
     assert pieces == []
-    assert ending == Ending("", (), "eos", None)
+    assert ending == DecodeResult("", (), "stop", None, EOS)
 
 
 def test_answer_ends_with_length_when_ids_run_out(tokenizer: Tokenizer) -> None:
@@ -167,14 +171,14 @@ def test_stop_text_ends_the_answer_and_is_left_out(tokenizer: Tokenizer) -> None
     ids = encode(tokenizer, "yes. END more")
     pieces, ending = read(tokenizer, ids, stop=("END", "never"))
     assert "".join(pieces) == ending.text == "yes. "
-    assert ending.finish_reason == "stop"
+    assert (ending.finish_reason, ending.stop_reason) == ("stop", "END")
     assert ending.token_ids == tuple(ids[: len("yes. END")])
 
 
 def test_stop_text_is_found_when_one_token_holds_more(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(" assistant user")
     assert len(ids) == 2
-    assert read(tokenizer, ids, stop=("ist",))[1] == Ending(" ass", (ids[0],), "stop", None)
+    assert read(tokenizer, ids, stop=("ist",))[1] == DecodeResult(" ass", (ids[0],), "stop", None, "ist")
 
 
 @pytest.mark.parametrize("last", [[], [EOS]])
@@ -193,12 +197,12 @@ def test_half_a_character_is_dropped_when_the_answer_ends(tokenizer: Tokenizer) 
 
 @given(st.lists(letters), st.lists(words, min_size=1, max_size=3))
 def test_stop_texts_are_cut_as_in_the_whole_text(pieces: list[str], stop: list[str]) -> None:
-    texts, out, seen = StopTexts(stop), "", ""
+    texts, out, seen = StopStrings(stop), "", ""
     for piece in pieces:
         out += texts.push(piece)
         seen += piece
         places = [place for place in (seen.find(text) for text in stop) if place >= 0]
-        assert texts.found is bool(places)
+        assert (texts.found is not None) is bool(places)
         if places:
             assert out == seen[: min(places)]
             return
@@ -207,7 +211,7 @@ def test_stop_texts_are_cut_as_in_the_whole_text(pieces: list[str], stop: list[s
 
 @given(st.lists(words, min_size=1), st.lists(words, max_size=3))
 def test_no_more_text_is_held_back_than_a_stop_text_could_need(pieces: list[str], stop: list[str]) -> None:
-    texts, out, seen = StopTexts(stop), "", ""
+    texts, out, seen = StopStrings(stop), "", ""
     for piece in pieces:
         out += texts.push(piece)
         seen += piece
@@ -224,7 +228,7 @@ def pieces_of(texts: list[str], value: object) -> Iterator[str]:
 
 def test_stream_gives_pieces_and_then_the_generation() -> None:
     stream = Stream(pieces_of(["a", "b"], "whole"))
-    with pytest.raises(UsageError, match="read the stream to its end"):
+    with pytest.raises(UsageError, match="Read the stream to its end"):
         _ = stream.generation
     assert next(stream) == "a"
     with pytest.raises(UsageError):
@@ -237,16 +241,25 @@ def test_stream_gives_pieces_and_then_the_generation() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, "3", None, True])
 def test_usage_error_when_max_tokens_is_out_of_range(max_tokens: object) -> None:
-    with pytest.raises(UsageError, match=r"^max_tokens should be"):
+    with pytest.raises(UsageError, match=r"^max_tokens must be"):
         GenerationOptions(max_tokens=max_tokens)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stop", ["", ("a", ""), 3, (3,), None])
 def test_usage_error_when_stop_is_no_text(stop: object) -> None:
-    with pytest.raises(UsageError, match=r"^stop should hold texts"):
+    with pytest.raises(UsageError, match=r"^stop must be strings"):
         options_from(stop, 1, False, SamplingOptions())
 
 
 @pytest.mark.parametrize(("stop", "texts"), [("END", ("END",)), ([], ()), (["a", "b"], ("a", "b")), ((), ())])
 def test_stop_may_be_one_text_or_several(stop: object, texts: tuple[str, ...]) -> None:
     assert options_from(stop, 1, False, SamplingOptions()).stop == texts
+
+
+def test_stream_is_closed_when_its_context_ends() -> None:
+    pieces = pieces_of(["a", "b"], "whole")
+    with Stream(pieces) as stream:
+        assert next(stream) == "a"
+    assert list(stream) == []
+    with pytest.raises(UsageError):
+        _ = stream.generation

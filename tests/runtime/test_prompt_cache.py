@@ -14,13 +14,13 @@ import fastvlm
 from fastvlm.models._mlx import mx
 from fastvlm.models.kv_cache import KVCache
 from fastvlm.models.qwen2 import Qwen2, Qwen2Model
+from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime import fastvlm as runtime
-from fastvlm.runtime import start as start_module
 from fastvlm.runtime.encoders import VisionEncoder
+from fastvlm.runtime.engine import reusable_prefix
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.prompt import Message
-from fastvlm.runtime.reuse import MAX_PREFIX, Memory, Picture, lead_of, segments, shared_count
-from fastvlm.runtime.start import fixed_lead
+from fastvlm.runtime.prompt_cache import MAX_PREFIX_TOKENS, CachedPrompt, ImageItem, segments, shared_count, text_prefix
 from fastvlm.runtime.timings import TTFT_STAGES
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
@@ -37,7 +37,7 @@ Write = Callable[..., Path]
 def loaded(write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch) -> FastVLM:
     """A model that came through `load`."""
     path = write_folder()
-    encoder = open_vlm(path).encoder
+    encoder = open_vlm(path).engine.encoder
     monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
     return fastvlm.load(path)
 
@@ -75,17 +75,17 @@ def test_stages_add_up_with_and_without_a_known_beginning(loaded: FastVLM) -> No
 
 def test_load_time_holds_the_reading(write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_folder()
-    encoder = open_vlm(path).encoder
+    encoder = open_vlm(path).engine.encoder
     monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
     now = [0.0]
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
-    original = start_module.Starter.warm
+    original = engine_module.Engine.warm_up
 
-    def slow(self: start_module.Starter) -> None:
+    def slow(self: engine_module.Engine) -> None:
         now[0] += 7.0
         original(self)
 
-    monkeypatch.setattr(start_module.Starter, "warm", slow)
+    monkeypatch.setattr(engine_module.Engine, "warm_up", slow)
     assert fastvlm.load(path).load_ms == 7000
 
 
@@ -97,16 +97,16 @@ def test_template_that_takes_no_plain_question_is_left_to_the_request(
         "{% if messages|length < 2 %}{{ raise_exception('x') }}{% endif %}"
         "{{ messages[0].content }}{{ messages[1].content }}"
     )
-    encoder = open_vlm(path).encoder
+    encoder = open_vlm(path).engine.encoder
     monkeypatch.setattr(runtime, "open_encoder", lambda *args: encoder)
     assert fastvlm.load(path).generate(None, "Hi", system="S", max_tokens=1).timings.reused_tokens == 0
 
 
 def test_logits_are_computed_for_the_last_position_alone(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    original = start_module.prefill
-    monkeypatch.setattr(start_module, "prefill", lambda *args: [x := original(*args), shapes.append(x.shape)][0])
-    head = type(vlm.language.language_model.model.embed_tokens)
+    original = engine_module.prefill
+    monkeypatch.setattr(engine_module, "prefill", lambda *args: [x := original(*args), shapes.append(x.shape)][0])
+    head = type(vlm.engine.language.language_model.model.embed_tokens)
     as_linear = head.as_linear
     monkeypatch.setattr(head, "as_linear", lambda self, x: shapes.append(x.shape) or as_linear(self, x))
     vlm.generate(PICTURE, "Describe it.", max_tokens=1)
@@ -141,8 +141,8 @@ class SlowEncoder:
 def test_text_is_read_while_an_image_is_encoded(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = vlm.generate(PICTURE, "Hi", system="S", **VARIED).token_ids
     reading, extend = threading.Event(), Qwen2.extend
-    encoder = SlowEncoder(vlm.encoder, reading)
-    slow = FastVLM(vlm.folder, encoder, vlm.language, vlm.tokenizer, 0.0)
+    encoder = SlowEncoder(vlm.engine.encoder, reading)
+    slow = FastVLM(vlm.folder, encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0)
     monkeypatch.setattr(Qwen2, "extend", lambda *args: reading.set() or extend(*args))
     found = slow.generate(PICTURE, "Hi", system="S", **VARIED)
     assert found.token_ids == expected
@@ -201,39 +201,39 @@ def test_one_answer_may_be_read_by_several_threads_in_turn(loaded: FastVLM) -> N
 
 
 def test_cells_are_found_again_and_split() -> None:
-    one, other = Picture(PICTURE), Picture(OTHER)
+    one, other = ImageItem(PICTURE), ImageItem(OTHER)
     assert list(segments([1, 2, one, 3, one, other])) == [[1, 2], one, [3], one, other]
     assert list(segments([])) == []
-    assert shared_count([1, 2, one, 3], [1, 2, Picture(PICTURE.copy()), 4]) == 3
+    assert shared_count([1, 2, one, 3], [1, 2, ImageItem(PICTURE.copy()), 4]) == 3
     assert shared_count([1, one], [1, other]) == 1
     assert shared_count([], [1]) == 0
-    assert lead_of([5, 6, one, 7]) == [5, 6]
-    assert lead_of([5, 6]) == lead_of([one, 5]) == []
+    assert text_prefix([5, 6, one, 7]) == [5, 6]
+    assert text_prefix([5, 6]) == text_prefix([one, 5]) == []
 
 
 def test_beginning_is_kept_where_no_user_wrote_it(vlm: FastVLM) -> None:
-    one, rest = Picture(PICTURE), [7, 8]
+    one, rest = ImageItem(PICTURE), [7, 8]
     asked = [Message("system", "S"), Message("user", "What?", 1), Message("user", "a <image>", 1)]
-    assert fixed_lead(asked, [1, 2, one, *rest]) == [1, 2]
-    assert fixed_lead([Message("user", "<image> What?", 1)], [1, 2, one, *rest]) == [1, 2]
-    assert fixed_lead([Message("user", "See <image> What?", 1)], [1, 2, one, *rest]) == []
-    assert fixed_lead([Message("user", "What?", 0), Message("user", "What?", 1)], [1, 2, one]) == []
-    assert fixed_lead([Message("user", "What?", 1)], [1] * (MAX_PREFIX + 1) + [one]) == []
-    assert fixed_lead([Message("system", "S")], [1, 2]) == []
+    assert reusable_prefix(asked, [1, 2, one, *rest]) == [1, 2]
+    assert reusable_prefix([Message("user", "<image> What?", 1)], [1, 2, one, *rest]) == [1, 2]
+    assert reusable_prefix([Message("user", "See <image> What?", 1)], [1, 2, one, *rest]) == []
+    assert reusable_prefix([Message("user", "What?", 0), Message("user", "What?", 1)], [1, 2, one]) == []
+    assert reusable_prefix([Message("user", "What?", 1)], [1] * (MAX_PREFIX_TOKENS + 1) + [one]) == []
+    assert reusable_prefix([Message("system", "S")], [1, 2]) == []
     vlm.generate(PICTURE, "See <image> now.", max_tokens=1)
     assert vlm.generate(PICTURE, "See <image> now.", max_tokens=1).timings.reused_tokens == 0
 
 
 def test_memory_leaves_out_what_the_cache_does_not_hold(vlm: FastVLM) -> None:
-    decoder = vlm.language.language_model
+    decoder = vlm.engine.language.language_model
     cache = decoder.make_cache()
     decoder.extend(mx.zeros((1, 18, 128)), cache)
-    picture = Picture(PICTURE)
-    memory = Memory([picture, 1, 2, 3], cache)  # 3 was handed out, and nothing has followed it
+    picture = ImageItem(PICTURE)
+    memory = CachedPrompt([picture, 1, 2, 3], cache)  # 3 was handed out, and nothing has followed it
     assert memory.take([picture, 1, 2, 3, 4], 16) == (3, cache)
     assert cache[0].offset == 18
-    assert (memory.cells, memory.cache) == ([], [])
+    assert (memory.items, memory.cache) == ([], [])
     memory.put([picture, 1, 2, 3], cache)
     assert memory.take([picture, 1], 16)[0] == 1  # the last cell is read again, for its logits
     assert cache[0].offset == 16
-    assert Memory().take([1, 2], 16) == (0, [])
+    assert CachedPrompt().take([1, 2], 16) == (0, [])
