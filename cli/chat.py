@@ -133,7 +133,7 @@ class Session:
         elif name == "/reset":
             self._conversation.reset()
         elif name == "/image" and argument:
-            self._conversation.show(Path(argument.strip("\"'")).expanduser())
+            self._conversation.add_image(Path(argument.strip("\"'")).expanduser())
         else:
             what = "/image needs a file" if name == "/image" else f"{name:.40} is not a command"
             raise UsageError(f"{what}. See /help")

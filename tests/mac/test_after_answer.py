@@ -16,16 +16,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class Model:
-    """Answers; its encoder's process gets another number when it was started anew."""
+    """Answers; its encoder's process gets another number when it was restarted."""
 
     def __init__(self, pids: list[int | None]) -> None:
         self._pids = iter(pids)
-        self.encoder = SimpleNamespace(name="coreml", pid=next(self._pids))
+        self.engine = SimpleNamespace(encoder=SimpleNamespace(name="coreml", pid=next(self._pids)))
         self.asked: list[np.ndarray] = []
 
     def generate(self, image: np.ndarray, prompt: str, **options: object) -> None:
         self.asked.append(image)
-        self.encoder.pid = next(self._pids)
+        self.engine.encoder.pid = next(self._pids)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_wait_after_the_last_answer_is_watched_too(wait: Callable, monkeypatch: 
     def allocate(seconds: float) -> int:
         waits.append(seconds)
         if len(waits) == 3:
-            model.encoder.pid = None
+            model.engine.encoder.pid = None
         return 1
 
     monkeypatch.setattr(script, "allocate", allocate)

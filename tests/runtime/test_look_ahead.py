@@ -13,12 +13,13 @@ import pytest
 from fastvlm.models.errors import CrashError, FastVLMError
 from fastvlm.models.images import to_pixel_values
 from fastvlm.runtime import batch as batch_module
+from fastvlm.runtime.batch import Batch
 from fastvlm.runtime.encoder_process import EncoderProcess
 from fastvlm.runtime.encoders import Shapes
+from fastvlm.runtime.engine import ENCODE_AHEAD, PreparedRequest
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import prepare
-from fastvlm.runtime.start import AHEAD, Prepared
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -51,7 +52,7 @@ def make(vlm: FastVLM) -> Iterator[Make]:
     def make(fault: str = "none", when: object = "never", once: object = "-") -> FastVLM:
         program = (str(CHILD), fault, str(when), str(once))
         encoder = EncoderProcess(vlm.folder.package, Shapes.of(vlm.config), program=program)
-        made.append(FastVLM(vlm.folder, encoder, vlm.language, vlm.tokenizer, 0.0))
+        made.append(FastVLM(vlm.folder, encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0))
         return made[-1]
 
     yield make
@@ -63,7 +64,7 @@ def make(vlm: FastVLM) -> Iterator[Make]:
 def expected(vlm: FastVLM) -> list[tuple[int, ...]]:
     """The ids of each image's answer, one by one, encoded in process."""
     encoder = Means(vlm.config.image_size, vlm.config.mm_hidden_size)
-    alone = FastVLM(vlm.folder, encoder, vlm.language, vlm.tokenizer, 0.0)
+    alone = FastVLM(vlm.folder, encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0)
     return [alone.generate(image, f"Q{n}", **options_of(n)).token_ids for n, image in enumerate(IMAGES)]
 
 
@@ -78,7 +79,7 @@ def requests() -> Iterator[Any]:
 @pytest.mark.parametrize("size", [1, 3, 16])
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
 def test_batch_gives_the_ids_of_each_image_alone(size: int, seconds: float, make: Make, expected: list) -> None:
-    outcomes = list(make("slow", seconds).answer_all(requests(), size))
+    outcomes = list(Batch(make("slow", seconds).engine, size).outcomes(requests()))
     assert [outcome.token_ids for outcome in outcomes if isinstance(outcome, Generation)] == expected
 
 
@@ -87,12 +88,12 @@ def test_next_images_are_submitted_while_answers_are_decoded(make: Make, monkeyp
     original = batch_module.Batch._step
 
     def step(batch: batch_module.Batch) -> None:
-        waiting.append(len([one for one in list(model._starter._prepared) if one.submitted]))
+        waiting.append(len([one for one in list(model.engine._prepared) if one.submitted]))
         original(batch)
 
     monkeypatch.setattr(batch_module.Batch, "_step", step)
-    list(model.answer_all(requests(), 2))
-    assert max(waiting) == AHEAD
+    list(Batch(model.engine, 2).outcomes(requests()))
+    assert max(waiting) == ENCODE_AHEAD
 
 
 def test_requests_are_taken_two_ahead_at_most(make: Make) -> None:
@@ -103,13 +104,13 @@ def test_requests_are_taken_two_ahead_at_most(make: Make) -> None:
             taken.append(n)
             yield request
 
-    outcomes = make().answer_all(counted(), 1)
+    outcomes = Batch(make().engine, 1).outcomes(counted())
     for n, _ in enumerate(outcomes):
-        assert len(taken) <= n + 2 + AHEAD
+        assert len(taken) <= n + 2 + ENCODE_AHEAD
 
 
 def test_crash_is_the_error_of_one_image(make: Make, expected: list, tmp_path: Path) -> None:
-    outcomes = list(make("segv", 3, tmp_path / "once").answer_all(requests(), 2))
+    outcomes = list(Batch(make("segv", 3, tmp_path / "once").engine, 2).outcomes(requests()))
     failed = [n for n, outcome in enumerate(outcomes) if isinstance(outcome, FastVLMError)]
     assert failed == [2], outcomes[failed[0]]
     assert isinstance(outcomes[2], CrashError)
@@ -120,17 +121,23 @@ def test_crash_is_the_error_of_one_image(make: Make, expected: list, tmp_path: P
 def test_image_that_is_asked_about_twice_is_encoded_once(make: Make) -> None:
     model = make("exit", 3)  # a third image would end the process
     again = [prepare(IMAGES[n // 4], f"Q{n}", max_tokens=3, ignore_eos=True) for n in range(8)]
-    outcomes = list(model.answer_all(again, 2))
+    outcomes = list(Batch(model.engine, 2).outcomes(again))
     assert [type(outcome) for outcome in outcomes] == [Generation] * 8
     assert sum(outcome.timings.cached_images for outcome in outcomes) == 6
 
 
 def test_images_of_one_question_may_be_more_than_there_is_room_for(make: Make, vlm: FastVLM) -> None:
-    alone = FastVLM(vlm.folder, Means(vlm.config.image_size, vlm.config.mm_hidden_size), vlm.language, vlm.tokenizer, 0)
+    alone = FastVLM(
+        vlm.folder,
+        Means(vlm.config.image_size, vlm.config.mm_hidden_size),
+        vlm.engine.language,
+        vlm.engine.tokenizer,
+        0,
+    )
     images = IMAGES[:5]
     expected = alone.generate(images, "Hi", max_tokens=4, ignore_eos=True).token_ids
     requests = [prepare(images, "Hi", max_tokens=4, ignore_eos=True) for _ in range(2)]
-    assert [found.token_ids for found in make().answer_all(requests, 1)] == [expected] * 2
+    assert [found.token_ids for found in Batch(make().engine, 1).outcomes(requests)] == [expected] * 2
 
 
 @pytest.mark.slow
@@ -143,23 +150,21 @@ def test_encoding_and_decoding_take_their_time_together(make: Make, monkeypatch:
         original(batch)
 
     model = make("slow", 0.4)
-    model.encoder.wait_ready()
+    model.engine.encoder.wait_ready()
     monkeypatch.setattr(batch_module.Batch, "_step", step)
     asked = [prepare(image, "Hi", max_tokens=3, ignore_eos=True) for image in IMAGES[:6]]  # two steps each
     start = time.perf_counter()
-    assert len(list(model.answer_all(asked, 1))) == 6
+    assert len(list(Batch(model.engine, 1).outcomes(asked))) == 6
     assert time.perf_counter() - start < 0.8 * (6 * 0.4 + 6 * 0.4)
 
 
 def test_prepared_request_is_encoded_once_its_images_are(make: Make) -> None:
     model = make("slow", 0.2)
-    prepared = model.look_ahead(prepare(IMAGES[0], "Hi"))
-    assert isinstance(prepared, Prepared)
+    prepared = model.engine.encode_ahead(prepare(IMAGES[0], "Hi"))
+    assert isinstance(prepared, PreparedRequest)
     assert not prepared.is_encoded
     np.testing.assert_array_equal(
         prepared.submitted[0][1].result(),
-        Means(model.config.image_size, model.config.mm_hidden_size).encode(
-            to_pixel_values(prepared.pictures[0].pixels)
-        ),
+        Means(model.config.image_size, model.config.mm_hidden_size).encode(to_pixel_values(prepared.images[0].pixels)),
     )
     assert prepared.is_encoded
