@@ -140,22 +140,21 @@ def test_images_of_one_question_may_be_more_than_there_is_room_for(make: Make, v
     assert [found.token_ids for found in Batch(make().engine, 1).outcomes(requests)] == [expected] * 2
 
 
-@pytest.mark.slow
-def test_encoding_and_decoding_take_their_time_together(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder waits too, so that a busy machine changes little: each half takes 6 x 0.4 s."""
+def test_decoder_waits_less_than_encoding_takes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes steps longer, and waits for images no longer: the two are not compared by wall time."""
     original = batch_module.Batch._step
 
     def step(batch: batch_module.Batch) -> None:
-        time.sleep(0.2)
+        time.sleep(0.1)
         original(batch)
 
-    model = make("slow", 0.4)
+    model = make("slow", 0.2)
     model.engine.encoder.wait_ready()
     monkeypatch.setattr(batch_module.Batch, "_step", step)
     asked = [prepare(image, "Hi", max_tokens=3, ignore_eos=True) for image in IMAGES[:6]]  # two steps each
-    start = time.perf_counter()
-    assert len(list(Batch(model.engine, 1).outcomes(asked))) == 6
-    assert time.perf_counter() - start < 0.8 * (6 * 0.4 + 6 * 0.4)
+    waited_ms = [outcome.timings.encode_ms for outcome in Batch(model.engine, 1).outcomes(asked)]
+    assert waited_ms[0] > 100
+    assert sum(waited_ms) < 0.6 * 6 * 200
 
 
 def test_prepared_request_is_encoded_once_its_images_are(make: Make) -> None:
