@@ -1,16 +1,45 @@
-"""The decoder and projector weights of an exported folder: float16, or affine in groups."""
+"""The decoder and projector weights of an exported folder: float16, or affine in groups.
+
+Groups are rounded to the nearest levels (`rtn`), or calibrated (`gptq`). Calibration quantizes the decoder block by
+block, each block on the prompts' activations after the quantized blocks before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from ..models._mlx import mx
+import numpy as np
+
+from ..models._mlx import mx, nn
 from ..models.checkpoint import Checkpoint, check_tensors, iter_float_tensors, shapes
 from ..models.errors import WeightsError
-from ..models.layerwise import LayerwiseDecoder, Prompt
+from ..models.kv_cache import KVCache
+from ..models.language import EMBEDDING, HEAD
+from ..models.layerwise import LayerwiseDecoder, Prompt, embedded, layer_prefix, named_parameters, recorded_inputs
+from ..models.mlx_cpu import dequantize
+from ..models.quantization import Affine
+from ..models.qwen2 import Block
 from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes, saved_name
-from .decoder_gptq import gptq_tensors
+from .affine_groups import Packed, fitted
 from .decoder_scheme import DecoderScheme
+from .gptq import Feedback, Hessian, gptq
+
+PARTS = ("weight", "scales", "biases")
+"""The names of the tensors of a quantized layer, in the order of MLX's functions."""
+
+RECORDED_INPUTS = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_proj": "mlp.gate_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
+}
+"""The layer whose inputs are recorded for each matrix of a block. q, k and v share theirs, and so do gate and up."""
+
+Tensors = Iterator[tuple[str, mx.array]]
+"""The names and arrays of tensors to save."""
 
 
 def check_language_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -30,9 +59,7 @@ def check_language_tensors(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]
     return expected
 
 
-def saved_tensors(
-    checkpoint: Checkpoint, scheme: DecoderScheme, prompts: Sequence[Prompt] = ()
-) -> Iterator[tuple[str, mx.array]]:
+def saved_tensors(checkpoint: Checkpoint, scheme: DecoderScheme, prompts: Sequence[Prompt] = ()) -> Tensors:
     """Yields (name, array) of every tensor of `model.safetensors`, one at a time in the order of the computation.
 
     A quantized matrix becomes three tensors: `.weight` (uint32, packed), `.scales` and `.biases` (float16, one per
@@ -47,7 +74,7 @@ def saved_tensors(
         return _read(checkpoint, apple_names[saved])
 
     if scheme.is_quantized and scheme.quantizer == "gptq":
-        yield from gptq_tensors(LayerwiseDecoder(read, checkpoint.config), list(apple_names), scheme, prompts)
+        yield from _gptq_tensors(LayerwiseDecoder(read, checkpoint.config), list(apple_names), scheme, prompts)
         return
     for saved in apple_names:
         weight, layer = read(saved).astype(mx.float16), saved.removesuffix(".weight")
@@ -57,7 +84,7 @@ def saved_tensors(
         affine = scheme.affine(layer)
         # On the CPU, also where there is a GPU: the two need not round alike, and equal checkpoints give equal bytes.
         packed = mx.quantize(weight, group_size=affine.group_size, bits=affine.bits, stream=mx.cpu)
-        yield from zip((saved, f"{layer}.scales", f"{layer}.biases"), packed, strict=True)
+        yield from _quantized_tensors(layer, packed)
 
 
 def _read(checkpoint: Checkpoint, name: str) -> mx.array:
@@ -69,3 +96,96 @@ def _read(checkpoint: Checkpoint, name: str) -> mx.array:
             f"{name} holds NaN, infinite values or numbers beyond float16's 65,504. Check the checkpoint."
         )
     return weight.astype(mx.float32)
+
+
+def _gptq_tensors(
+    decoder: LayerwiseDecoder, names: Sequence[str], scheme: DecoderScheme, prompts: Sequence[Prompt]
+) -> Tensors:
+    """Yields every tensor to save with calibrated matrices, in the order of `names`, which is that of the computation.
+
+    The groups of the embedding table, and of a tied head with it, are only fitted, since its rows are looked up.
+    """
+    projector = decoder.projector()
+    yield from _plain("multi_modal_projector", projector, names)
+    name = f"{EMBEDDING}.weight"
+    table = decoder.read(name)
+    if scheme.applies_to(name, table.shape):
+        found = fitted(np.array(table, copy=False), scheme.affine(EMBEDDING))
+        yield from _quantized_tensors(EMBEDDING, map(mx.array, found))
+        table = dequantized(found, scheme.affine(EMBEDDING))
+    else:
+        yield name, table.astype(mx.float16)
+    streams = [embedded(prompt, projector, table) for prompt in prompts]
+    del projector, table
+    for index, block in enumerate(decoder.blocks()):
+        yield from _block_tensors(block, layer_prefix(index), names, scheme, streams)
+        streams = [block(x, KVCache()) for x in streams]
+        mx.eval(streams)
+    norm = decoder.norm()
+    yield from _plain("language_model.model.norm", norm, names)
+    if not decoder.config.decoder.tie_word_embeddings:
+        yield from _head_tensors(decoder.read(f"{HEAD}.weight"), [norm(x) for x in streams], scheme)
+
+
+def _block_tensors(
+    block: Block, prefix: str, names: Sequence[str], scheme: DecoderScheme, streams: Sequence[mx.array]
+) -> Tensors:
+    """Yields the block's tensors, and replaces its matrices by the quantized ones for the next blocks' inputs."""
+    parameters = named_parameters(block)
+    factors: dict[str, Feedback] = {}
+    hessians = _hessians(block, scheme, streams)
+    for name in names:
+        own = name.removeprefix(f"{prefix}.")
+        if own == name:
+            continue
+        layer, weight = name.removesuffix(".weight"), parameters[own]
+        if not scheme.applies_to(name, weight.shape):
+            yield name, weight.astype(mx.float16)
+            continue
+        reader, affine = RECORDED_INPUTS[own.removesuffix(".weight")], scheme.affine(layer)
+        if reader not in factors:
+            factors[reader] = hessians.pop(reader).feedback()
+        found = gptq(np.array(weight, copy=False), factors[reader], affine)
+        block.load_weights([(own, dequantized(found, affine))], strict=False)
+        yield from _quantized_tensors(layer, map(mx.array, found))
+
+
+def _hessians(block: Block, scheme: DecoderScheme, streams: Sequence[mx.array]) -> dict[str, Hessian]:
+    """Returns the Hessians of all streams by the layer whose inputs were recorded."""
+    hessians: dict[str, Hessian] = {}
+    for x in streams:
+        with recorded_inputs(block, sorted(set(RECORDED_INPUTS.values()))) as inputs:
+            block(x, KVCache())
+        for reader, values in inputs.items():
+            columns = values.shape[-1]
+            if columns % scheme.group_size == 0:
+                hessian = hessians.setdefault(reader, Hessian(columns, scheme.group_size))
+                hessian.add(np.array(values, copy=False).reshape(-1, columns))
+    return hessians
+
+
+def _head_tensors(head: mx.array, inputs: Sequence[mx.array], scheme: DecoderScheme) -> Tensors:
+    name, columns = f"{HEAD}.weight", head.shape[1]
+    if not scheme.applies_to(name, head.shape):
+        yield name, head.astype(mx.float16)
+        return
+    hessian = Hessian(columns, scheme.group_size)
+    for x in inputs:
+        hessian.add(np.array(x).reshape(-1, columns))
+    found = gptq(np.array(head, copy=False), hessian.feedback(), scheme.affine(HEAD))
+    yield from _quantized_tensors(HEAD, map(mx.array, found))
+
+
+def _plain(prefix: str, module: nn.Module, names: Sequence[str]) -> Tensors:
+    parameters = {f"{prefix}.{name}": array for name, array in named_parameters(module).items()}
+    yield from ((name, parameters[name].astype(mx.float16)) for name in names if name in parameters)
+
+
+def _quantized_tensors(layer: str, arrays: Iterable[mx.array]) -> Tensors:
+    yield from zip((f"{layer}.{part}" for part in PARTS), arrays, strict=True)
+
+
+def dequantized(found: Packed, affine: Affine) -> mx.array:
+    """Returns the matrix (rows, columns) of packed codes in float32, as the saved decoder computes with it."""
+    scales, biases = (mx.array(part).astype(mx.float32) for part in (found.scales, found.biases))
+    return dequantize(mx.array(found.weight), scales, biases, affine)

@@ -10,7 +10,9 @@ from ..models.errors import UsageError
 from ..models.quantization import GROUP_SIZES, Affine, Quantization
 
 DECODER_BITS = (4, 5, 6, 8, 16)
+"""The uniform widths of a decoder's weights. 16 is float16."""
 MIXED = "mixed"
+"""The value of `bits` for a width per matrix."""
 MIXED_BITS = (4, 5, 6, 8)
 """The bits that matrices of a mixed decoder may have. With MLX's 3 and 2 bits they would keep only 15 and 9 dB."""
 
@@ -118,7 +120,7 @@ class DecoderScheme:
         if not self.is_mixed:
             return Affine(self.group_size, int(self.bits))
         if layer not in self.layers:
-            raise UsageError(f"recipe: there are no bits for {layer}. Pass a recipe for this decoder.")
+            raise UsageError(f"recipe: the bits of {layer} are missing. Pass a recipe for this decoder.")
         return Affine(self.group_size, self.layers[layer])
 
     def quantization(self) -> Quantization | None:

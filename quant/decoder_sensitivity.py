@@ -1,4 +1,4 @@
-"""Bits for each of the decoder's matrices, by what rounding it alone does to the answer."""
+"""The choice of bits for each of the decoder's matrices, by the effect of its rounding on the logits."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ PROMPTS = 2
 IMAGE_TOKENS = 16
 TEXT_TOKENS = 48
 POSITIONS = 16
-"""What the measuring looks at, per prompt; at its end the positions whose logits count. Cost is proportional."""
+"""The prompts of a measurement, the tokens of each, and the last positions, whose logits count.
+
+The time of a measurement is proportional to them.
+"""
 
 STREAMS_AT_ONCE = 32
+"""The variants of a prompt that run through a block together, which bounds memory."""
 
 
 def mixed_bits(
     checkpoint: Checkpoint, scheme: DecoderScheme, prompts: Sequence[Prompt], on_stage: Callable[[str], None]
 ) -> dict[str, int]:
-    """Bits by saved layer name, as many on average as the scheme says.
+    """Returns the bits by saved layer name, with the scheme's average.
 
-    Every matrix is rounded to the fewest bits alone, and followed to the logits: how far they diverge from the original
-    (KL) is what it costs. All are followed at once, layer by layer, in the memory of a layer. More bits are counted as
-    less noise by the square of the step.
+    Every matrix is rounded to the fewest bits alone. Its cost is the divergence (KL) of the logits from the original.
+    All variants run at once, layer by layer, in the memory of a layer. Noise is assumed to fall with the square of the
+    step.
     """
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
     shapes = {saved_name(name): shape for name, shape in language_shapes(checkpoint.config, rows).items()}
@@ -53,6 +57,7 @@ def mixed_bits(
 
 
 def shortened(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the first prompts with fewer tokens of image and text."""
     return [
         replace(prompt, image_features=thinned(prompt.image_features, IMAGE_TOKENS), after=prompt.after[:TEXT_TOKENS])
         for prompt in prompts[:PROMPTS]
@@ -60,7 +65,7 @@ def shortened(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def chosen_bits(costs: Mapping[str, float], sizes: Mapping[str, int], scheme: DecoderScheme) -> dict[str, int]:
-    """Bits by layer: from the fewest on, the step that saves most for its bytes comes first, while it fits."""
+    """Returns the bits by layer. From the fewest bits, it takes the step with the largest saving per byte that fits."""
     bits = dict.fromkeys(sizes, MIXED_BITS[0])
     left = (scheme.bits_per_weight - 32 / scheme.group_size - MIXED_BITS[0]) * sum(sizes.values())
     steps = [_step(layer, 0, costs[layer], sizes[layer]) for layer in sizes]
@@ -78,21 +83,21 @@ def chosen_bits(costs: Mapping[str, float], sizes: Mapping[str, int], scheme: De
 
 
 def _step(layer: str, rung: int, cost: float, size: int) -> tuple[float, str, int]:
-    """The step from one number of bits to the next: less is better."""
+    """Returns the step to the next number of bits as (priority, layer, rung). The least priority is best."""
     fewer, more = MIXED_BITS[rung], MIXED_BITS[rung + 1]
     saved = cost * (noise_share(fewer) - noise_share(more))
     return -saved / (size * (more - fewer)), layer, rung
 
 
 def noise_share(bits: int) -> float:
-    """Power of the rounding noise next to that at the fewest bits: it goes with the square of the step."""
+    """Returns the power of the rounding noise as a share of that at the fewest bits."""
     return ((2 ** MIXED_BITS[0] - 1) / (2**bits - 1)) ** 2
 
 
 def sensitivities(
     checkpoint: Checkpoint, scheme: DecoderScheme, prompt: Prompt, shapes: Mapping[str, Shape]
 ) -> dict[str, float]:
-    """KL divergence of the logits by the layer that is rounded to the fewest bits, the others as they are."""
+    """Returns the KL divergence of the logits by the only layer that is rounded to the fewest bits."""
     decoder = LayerwiseDecoder(checkpoint_reader(checkpoint), checkpoint.config)
     tied = checkpoint.config.decoder.tie_word_embeddings
     projector, table = decoder.projector(), decoder.table()

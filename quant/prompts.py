@@ -1,4 +1,4 @@
-"""Texts around an image: what decoders are calibrated on, and what they are judged by."""
+"""The prompts on which decoders are calibrated and verified: texts around an image."""
 
 from __future__ import annotations
 
@@ -33,17 +33,22 @@ CALIBRATION_TEXTS = (
         "A large blue circle in the middle, a green triangle above it and several small orange squares near the edge.",
     ),
 )
-"""(question, answer) pairs."""
+"""The calibration texts as (question, answer) pairs."""
 
 PROBE_QUESTION = "What can be seen in this picture, and where was it probably taken?"
+"""The question of the prompt for verification, which calibration does not contain."""
 
 MAX_TEXT_TOKENS = 96
+"""The most tokens of a text before or after the image."""
 MAX_IMAGE_TOKENS = 64
-"""Of an image's tokens, evenly spaced, that calibration looks at: neighbours are alike, and text should count too."""
+"""The most tokens of an image in calibration. They are evenly spaced, since neighbours are similar.
+
+More image tokens would outweigh the text.
+"""
 
 
 def calibration_prompts(tokenizer_json: bytes, image_features: Sequence[np.ndarray], rows: int) -> list[Prompt]:
-    """Each calibration text around one of the images, in turn. `rows` are the ids that can be embedded."""
+    """Returns each calibration text around one of the images, in turn. Ids from `rows` on have no embedding."""
     encode = _encoder(tokenizer_json, rows)
     return [
         Prompt(
@@ -56,13 +61,13 @@ def calibration_prompts(tokenizer_json: bytes, image_features: Sequence[np.ndarr
 
 
 def probe_prompt(tokenizer_json: bytes, image_features: np.ndarray, rows: int) -> Prompt:
-    """The prompt that decoders are compared on, without an answer."""
+    """Returns the prompt on which decoders are compared, without an answer."""
     encode = _encoder(tokenizer_json, rows)
     return Prompt(encode(BEFORE_IMAGE), image_features, encode(BEFORE_QUESTION + PROBE_QUESTION + BEFORE_ANSWER))
 
 
 def thinned(image_features: np.ndarray, most: int = MAX_IMAGE_TOKENS) -> np.ndarray:
-    """(1, N, C) -> (1, `most` at most, C), evenly spaced."""
+    """Returns at most `most` evenly spaced positions of image features (1, N, C)."""
     count = image_features.shape[1]
     return image_features[:, np.linspace(0, count - 1, min(count, most)).round().astype(int)]
 

@@ -11,7 +11,7 @@ import torch
 from fastvlm.models._mlx import mx
 from fastvlm.models.quantization import Affine
 from fastvlm.quant.affine_groups import fitted, pack
-from fastvlm.quant.decoder_gptq import dequantized
+from fastvlm.quant.decoder import dequantized
 
 RNG = np.random.default_rng(0)
 ALL = [(bits, group_size) for bits in (4, 5, 6, 8) for group_size in (32, 64, 128)]

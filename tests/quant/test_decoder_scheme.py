@@ -27,7 +27,7 @@ def test_invalid_scheme_is_refused(options: dict, message: str) -> None:
 
 
 def test_mixed_scheme_of_another_decoder_is_refused() -> None:
-    with pytest.raises(UsageError, match="there are no bits for c. Pass a recipe for this decoder"):
+    with pytest.raises(UsageError, match="the bits of c are missing. Pass a recipe for this decoder"):
         DecoderScheme("mixed", avg_bits=5.0, layers={"a": 4}).affine("c")
 
 

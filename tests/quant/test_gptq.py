@@ -10,7 +10,7 @@ import pytest
 from fastvlm.models.quantization import Affine
 from fastvlm.quant import gptq as module
 from fastvlm.quant.affine_groups import fitted
-from fastvlm.quant.decoder_gptq import dequantized
+from fastvlm.quant.decoder import dequantized
 from fastvlm.quant.gptq import Hessian, gptq, spans
 
 RNG = np.random.default_rng(0)
