@@ -14,10 +14,14 @@ OPTIONS = {
     "model": "MODEL",
     "model_id": "ID",
     "recipe_file": "--recipe",
+    "target": "--min-os",
     "vision": "--backend",
     "zipped": "--zip",
 }
 """The option of an argument, where it is not the argument's name with dashes."""
+
+OFF = {"with_projector": "--no-projector"}
+"""The option that sets an argument to False, where it is not `--no-` and the option."""
 
 VALUES = {"layout": {"apple": "coreml"}}
 """The word for an argument's value, where the option has another one."""
@@ -49,6 +53,6 @@ def _option(found: re.Match[str]) -> str:
     if value is None or value == "True":
         return option
     if value == "False":
-        return f"--no-{option.removeprefix('--')}"
+        return OFF.get(argument, f"--no-{option.removeprefix('--')}")
     word = value.strip("'\"")
     return f"{option} {VALUES.get(argument, {}).get(word, word)}"

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import typer.main
 
-from fastvlm.cli.arguments import in_options
+from fastvlm.cli.arguments import in_options, option_of
+from fastvlm.cli.main import app
 from fastvlm.models.errors import FastVLMError, OutputError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def named_arguments() -> Iterator[tuple[str, str]]:
+    """Yields (place, argument) for every name that an error of the source lists."""
+    for folder in ("cli", "export", "models", "quant", "runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+                    continue
+                if not re.match(r"[A-Z]\w+Error$", ast.unparse(node.exc.func)):
+                    continue  # a helper such as `_error(operation, message)`
+                for argument in node.exc.args[1:]:
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                        yield f"{path.relative_to(ROOT)}:{argument.lineno}", argument.value
+
+
+def test_every_listed_argument_has_an_option() -> None:
+    known = set()
+    for command in typer.main.get_command(app).commands.values():
+        for parameter in command.params:
+            known |= {*parameter.opts, *parameter.secondary_opts, str(parameter.metavar)}
+    found = list(named_arguments())
+    assert len(found) > 5
+    assert [place for place, name in found if option_of(name) not in known] == []
 
 
 @pytest.mark.parametrize(
@@ -23,6 +55,7 @@ from fastvlm.models.errors import FastVLMError, OutputError, UsageError
             UsageError("needs quantize_embeddings=False", "quantize_embeddings"),
             "needs --no-quantize-embeddings",
         ),
+        (UsageError("export with_projector=False", "with_projector"), "export --no-projector"),
         (UsageError("recipe_file has no model", "recipe_file"), "--recipe has no model"),
         (UsageError("folder is not a bundle for client", "client"), "folder is not a bundle for --for"),
         (UsageError("use backend='reference'", "backend"), "use --backend reference"),
