@@ -178,6 +178,8 @@ def _prose(text: str) -> Iterator[str]:
         if re.fullmatch(r"(Raises|Attributes|Returns|Args):", line):
             yield f"**{line[:-1]}**"
             yield ""
+        elif line.startswith("        "):
+            yield f"  {line.strip()}"
         elif entry := re.fullmatch(r"    (\w[\w, `]*): (.*)", line):
             yield f"- `{entry[1]}`: {entry[2]}"
         else:
