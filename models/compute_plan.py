@@ -1,7 +1,7 @@
-"""Where Core ML would run each operation of a compiled package: its compute plan, which only a Mac can make.
+"""The compute plan of a compiled package: the device on which Core ML would run each operation. It needs a Mac.
 
-A plan compiles for the engine, holds the GIL meanwhile and can abort its process: `placement` makes it in another one,
-`python -P -m fastvlm.models.compute_plan COMPILED COMPUTE_UNITS`.
+Core ML compiles for the engine to make a plan. It holds the GIL meanwhile and can abort its process. `placement`
+therefore uses another process, `python -P -m fastvlm.models.compute_plan COMPILED COMPUTE_UNITS`.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from .versions import import_coremltools
 ENGINE, GPU, CPU, UNKNOWN = "neural engine", "GPU", "CPU", "unknown"
 
 DEVICES = {"MLNeuralEngineComputeDevice": ENGINE, "MLGPUComputeDevice": GPU, "MLCPUComputeDevice": CPU}
-"""What coremltools calls its devices, by the name of their class."""
+"""The devices by the names of coremltools' classes."""
 
 FIRST_MACOS = (14, 4)
-"""The first that has compute plans."""
+"""The first version of macOS with compute plans."""
 
 PLAN_SECONDS = 300.0
-"""Limit for a plan: it may compile for the engine, which took 105 s at most in reports of others."""
+"""The time limit of a plan, in seconds. It may compile for the engine, which took up to 105 s in public reports."""
 
 COMMAND = (sys.executable, "-P", "-m", __name__)
-"""-P: a folder here that is named like a module must not take its place."""
+"""The command of a new process. `-P` keeps a local folder from shadowing a module of its name."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one operation would run."""
+    """The device on which one operation would run."""
 
     name: str
     kind: str
     device: str
-    """What Core ML prefers, which may be another than the fastest that it supports."""
+    """Core ML's preferred device, which may differ from the fastest supported one."""
     cost: float
-    """Its estimated share of the whole package's work, 0 to 1."""
+    """The estimated share of the package's work, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a package would run, operation by operation; constants are not counted."""
+    """The devices on which a package would run, operation by operation, without constants."""
 
     places: tuple[Place, ...]
 
     @cached_property
     def cost_by_device(self) -> dict[str, float]:
-        """Share of the estimated cost by device, 0 to 1, the largest first; without estimates, of the operations."""
+        """The share of the estimated cost by device, 0 to 1, the largest first. Without estimates, operations count."""
         total: defaultdict[str, float] = defaultdict(float)
         whole = sum(place.cost for place in self.places)
         for place in self.places:
@@ -67,14 +67,16 @@ class Placement:
 
     @property
     def engine_share(self) -> float:
+        """The share of the Neural Engine, 0 to 1."""
         return self.cost_by_device.get(ENGINE, 0.0)
 
     @property
     def elsewhere(self) -> list[Place]:
-        """What would not run on the engine, the costliest first."""
+        """The operations outside the Neural Engine, the costliest first."""
         return sorted((place for place in self.places if place.device != ENGINE), key=lambda place: -place.cost)
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the placement for JSON."""
         return {
             "engine_share": self.engine_share,
             "cost_by_device": self.cost_by_device,
@@ -83,7 +85,7 @@ class Placement:
 
 
 def placement(compiled: Path, compute_units: str = "CPU_AND_NE", command: Sequence[str] = COMMAND) -> Placement:
-    """Where Core ML would run the operations of a `.mlmodelc`, found in a new process.
+    """Returns the devices on which Core ML would run the operations of a `.mlmodelc`, found in a new process.
 
     Raises:
         MachineError: this machine is not a Mac with compute plans, or the process ended without one.
@@ -114,7 +116,7 @@ def placement(compiled: Path, compute_units: str = "CPU_AND_NE", command: Sequen
 
 
 def check_plans() -> None:
-    """Raises MachineError where Core ML has no compute plans."""
+    """Raises MachineError if Core ML has no compute plans on this machine."""
     if sys.platform != "darwin":
         raise MachineError("Core ML's compute plan is missing: only macOS can tell where it would run the package")
     version = platform.mac_ver()[0]
@@ -124,7 +126,7 @@ def check_plans() -> None:
 
 
 def _end_of(done: subprocess.CompletedProcess[str]) -> str:
-    """How a process ended that gave no plan."""
+    """Returns the reason why a process ended without a plan."""
     if done.returncode < 0:
         try:
             name = signal.Signals(-done.returncode).name
@@ -136,7 +138,7 @@ def _end_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def read_placement(compiled: Path, compute_units: str) -> Placement:
-    """What `placement` returns, found in this process: the only code here that needs a Mac.
+    """Returns the same as `placement`, found in this process. Only this function needs a Mac.
 
     Raises:
         MachineError: coremltools is missing.
@@ -155,10 +157,10 @@ def read_placement(compiled: Path, compute_units: str) -> Placement:
 
 
 def places(plan: Any) -> Iterator[Place]:
-    """The place of every operation of a plan's main function that is computed for each image."""
+    """Yields the place of every operation of a plan's main function that runs for each image."""
     program = plan.model_structure.program
     if program is None or "main" not in program.functions:
-        raise PackageError("the compute plan is not one of an ML Program; export the model again")
+        raise PackageError("the compute plan must be that of an ML Program. Export the model again.")
     for operation in program.functions["main"].block.operations:
         kind = operation.operator_name.rpartition(".")[2]  # "ios17.conv"
         if kind == "const" or kind.startswith("constexpr_"):
@@ -175,8 +177,8 @@ def places(plan: Any) -> Iterator[Place]:
 
 def main(arguments: Sequence[str]) -> None:
     """Writes a plan to stdout, to which nothing else can write, as JSON."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Core ML holds the GIL: no handler of Python's would run
-    signal.alarm(int(PLAN_SECONDS) + 10)  # ends this process where its parent is gone and Core ML hangs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Core ML holds the GIL, so a Python handler would not run
+    signal.alarm(int(PLAN_SECONDS) + 10)  # ends this process if its parent has ended and Core ML hangs
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     compiled, compute_units = arguments
@@ -186,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
         result = {"error": type(reason).__name__, "message": str(reason)}
     json.dump(result, out)
     out.flush()
-    os._exit(0)  # Core ML's queues may still hold objects of Python's
+    os._exit(0)  # Core ML's queues may still use Python objects
 
 
 if __name__ == "__main__":

@@ -11,28 +11,28 @@ from __future__ import annotations
 import re
 
 MAX_REASON = 400
-"""Characters of a reason: Core ML's descriptions with two paths in them have about 300."""
+"""The most characters of a reason. Core ML's descriptions with two paths have about 300."""
 
 _VALUE = r'NSLocalizedDescription\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^";{}]+?))\s*;'
-"""A value is quoted unless it is one word."""
+"""The pattern of a value, which is quoted unless it is one word."""
 
 _DESCRIPTIONS = (re.compile(rf"^\s*{_VALUE}", re.MULTILINE | re.DOTALL), re.compile(rf"^\{{\s*{_VALUE}", re.DOTALL))
-"""In a dictionary that is printed with a line for each key, and in one on a single line."""
+"""The patterns for a dictionary with a line for each key, and for one on a single line."""
 
 _ERROR = re.compile(r'\bError Domain=\S+ Code=-?\d+ "((?:[^"\\]|\\.)*)"', re.DOTALL)
-"""A printed NSError, as an underlying error is inside the dictionary."""
+"""The pattern of a printed NSError, the form of an underlying error in the dictionary."""
 
 MAX_DEPTH = 8
-"""Underlying errors inside one another that are read; Core ML nests two or three."""
+"""The most nested underlying errors that are read. Core ML nests two or three."""
 
 _ESCAPE = re.compile(r"(?:\\U[0-9a-fA-F]{4})+|\\[0-7]{3}|\\.", re.DOTALL)
-"""In a quoted string: UTF-16 units in hexadecimal, one character in octal, or one escaped character."""
+"""The escapes of a quoted string: UTF-16 units in hexadecimal, a character in octal, or one escaped character."""
 
 _CONTROL = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 def coreml_reason(error: BaseException) -> str:
-    """Returns what an error of Core ML says, on one line of MAX_REASON characters at most.
+    """Returns the reason in an error of Core ML, on one line of at most MAX_REASON characters.
 
     That is the description, and behind it the innermost underlying error where that says something else. Text of
     another form is returned whole, and an error without text by the name of its class.

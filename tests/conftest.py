@@ -1,4 +1,4 @@
-"""Fixtures that every test folder shares."""
+"""The fixtures of all test folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 from hypothesis import settings
 
-os.environ["MLX_ENABLE_TF32"] = "0"  # before MLX is imported: tolerances are those of full float32
+os.environ["MLX_ENABLE_TF32"] = "0"  # before the import of MLX, since tolerances assume full float32
 if sys.platform == "darwin":
     # torch's and scikit-learn's wheels each bring an OpenMP library there, and a process that loads both aborts with
     # "OMP: Error #15" or hangs. The tests compare palettes with scikit-learn's, with one thread and small arrays.
@@ -26,16 +26,16 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session")
 def tolerance() -> Callable[[str], float]:
-    """`tolerance("decoder_logits_float32")`: the number that `tests/tolerances.py` keeps, with its reason, there."""
+    """Returns the function from a name to its tolerance in `tests/tolerances.py`."""
     table = runpy.run_path(str(Path(__file__).with_name("tolerances.py")))["TOLERANCES"]
     return lambda key: table[key].value
 
 
 @pytest.fixture(scope="module")
 def float32_decoder() -> Iterator[None]:
-    """MLX on the CPU, where weights are expanded to float32 and one row is computed as it is among many.
+    """Runs MLX on the CPU, where weights are expanded to float32 and a row gives the same numbers alone and in a batch.
 
-    On Metal a batch runs other kernels than a single answer, in float16: near ties of two ids may fall the other way.
+    On Metal a batch runs other kernels than a single answer, in float16, which can decide near ties differently.
     """
     from fastvlm.models import _mlx
 
@@ -49,7 +49,7 @@ def float32_decoder() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of numbers from the reference implementations; tests that need it skip where it is absent."""
+    """The folder with numbers of the reference implementations. Its tests are skipped if it is absent."""
     folder = ROOT.parent / "shared" / "golden"
     if not folder.is_dir():
         pytest.skip(f"no reference numbers at {folder}")
@@ -58,15 +58,15 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def core_ml_error() -> Callable[[str], RuntimeError]:
-    """`core_ml_error("It fails.")`: what coremltools raises for that NSError, whose `userInfo` it prints."""
+    """Returns the function from a description to coremltools' error for that NSError, with its printed `userInfo`."""
     return lambda description: RuntimeError(f'{{\n    NSLocalizedDescription = "{description}";\n}}')
 
 
 @pytest.fixture
 def computing_on() -> Iterator[Callable[[Literal["cpu", "gpu"]], None]]:
-    """`computing_on("gpu")`: the branches that a GPU takes, computed by MLX's CPU device.
+    """Yields a function that selects the branches for a CPU or a GPU. MLX's CPU device computes both.
 
-    Nothing is compiled, which on a CPU would run the system's C++ compiler.
+    MLX compiles nothing, since on a CPU this would run the system's C++ compiler.
     """
     from fastvlm.models import _mlx
 
@@ -122,7 +122,7 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def language_side() -> Callable:
-    """`language_side(checkpoint)`: projector and decoder of a source checkpoint, whole, in float32."""
+    """Returns the function that loads projector and decoder of a source checkpoint in float32."""
     from fastvlm.models.checkpoint import Checkpoint
     from fastvlm.models.language import LanguageSide, load_language
     from fastvlm.models.layerwise import checkpoint_reader

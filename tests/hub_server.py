@@ -1,9 +1,9 @@
-"""A server on this machine that answers as Apple's and the hub's do, and as broken ones do.
+"""A local server with the answers of Apple's and the hub's servers, and with faulty ones.
 
     python tests/hub_server.py FOLDER OWNER/NAME BYTES_PER_SECOND
 
-serves a checkpoint's folder as that repository and as each of Apple's archives, prints its address, and ends when
-stdin does. Tests get one in a thread from `serving`.
+serves a checkpoint's folder as that repository and as each of Apple's archives, prints its address, and ends when stdin
+closes. `serving` runs one in a thread for tests.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ PIECES_PER_SECOND = 50
 
 
 class Server:
-    """What is served, how, and what was asked for."""
+    """The served files, the faults, and the requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.etag: str | None = None
-        """In place of the content's own."""
+        """An ETag in place of the content's."""
         self.cut_after: int | None = None
-        """Bytes after which a connection is closed, once."""
+        """The bytes after which a connection is closed, once."""
         self.status: int | None = None
         self.claimed_length: int | None = None
         self.ignore_if_range = False
         self.bytes_per_second: int | None = None
-        """Of each connection; None: as fast as it goes."""
+        """The speed of each connection, or None for no limit."""
         self.asked: list[tuple[str, str | None]] = []
-        """(path, Range) of each request."""
+        """The path and Range of each request."""
         self.url = ""
 
     def etag_of(self, content: bytes) -> str:
         return self.etag or f'"{hashlib.sha256(content).hexdigest()}"'
 
     def add_repository(self, hub_id: str, files: Mapping[str, bytes]) -> None:
-        """Serves a repository of the hub; files of more than 1 kB are in large-file storage."""
+        """Serves a repository of the hub, with files of more than 1 kB in large-file storage."""
         siblings = []
         for name, content in files.items():
             sha256 = hashlib.sha256(content).hexdigest()
@@ -61,7 +61,7 @@ class Server:
         self.files[f"/api/models/{hub_id}"] = info
 
     def add_archive(self, path: str, folder: str, files: Mapping[str, bytes]) -> None:
-        """Serves a zip at `path` with the files in one folder, as Apple packs a checkpoint."""
+        """Serves a zip at `path` with the files in one folder, the form of Apple's checkpoints."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w") as archive:
             for name, content in files.items():
@@ -70,7 +70,7 @@ class Server:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for `state`, which a subclass brings."""
+    """A handler for the `state` of a subclass."""
 
     protocol_version = "HTTP/1.1"
     state: Server
@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """A server in a thread, for as long as the block runs."""
+    """Runs a server in a thread until the block ends."""
     state = Server()
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"state": state}))
     httpd.daemon_threads = True

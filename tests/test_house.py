@@ -24,7 +24,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 
 
 def imported_modules(path: Path, *, module_level: bool = False) -> Iterator[str]:
-    """Absolute names of what a source file imports; relative ones as `fastvlm.folder...`."""
+    """Yields the absolute names of a source file's imports, relative ones as `fastvlm.folder...`."""
     package = ("fastvlm", *path.relative_to(ROOT).parent.parts)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if module_level else ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What starts everything: the Makefile's choice of a Python, the workflow on hosted machines, the issue forms."""
+"""The Makefile's choice of a Python, the workflow on hosted machines, and the issue forms."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 MAKE = shutil.which("make")
 SHIM_WITHOUT_PYTHON = "#!/bin/sh\nexit 127\n"
-"""pyenv's `python3.13` where another version is selected."""
+"""The output of pyenv's `python3.13` if another version is selected."""
 
 
 def python_of(version: tuple[int, int]) -> str:
-    """A command that runs this Python and claims another version."""
+    """Returns a command that runs this Python and claims another version."""
     claim = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
     return f'#!/bin/sh\nexec "{sys.executable}" -c "{claim}" "$2"\n'
 
 
 def chosen(folder: Path, commands: dict[str, str], *arguments: str) -> str:
-    """The Makefile's PYTHON on a machine that has only these commands."""
+    """Returns the Makefile's PYTHON on a machine with only these commands."""
     folder.mkdir()
     for name, content in commands.items():
         (folder / name).write_text(content)

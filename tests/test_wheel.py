@@ -1,4 +1,4 @@
-"""What `pip install` gets: every module and file that the package reads, and nothing else."""
+"""The wheel has every module and file that the package reads, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = ("__init__.py", "_version.py", "py.typed", "pyproject.toml", "README.md"
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The files in a wheel that is built from a copy: building writes into its folder."""
+    """Returns the files in a wheel. It is built from a copy, since a build writes into its folder."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in (*FOLDERS, "docs"):

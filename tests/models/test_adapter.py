@@ -132,7 +132,7 @@ def test_convolutions_and_embeddings_take_factors_too(write_adapter: Callable[..
     assert np.array_equal(checkpoint.read(f"{table}.weight", "pt"), expected.astype(np.float32))
 
 
-def test_what_was_trained_in_full_replaces_the_checkpoints(write_adapter: Callable[..., Path]) -> None:
+def test_fully_trained_tensors_replace_the_checkpoints(write_adapter: Callable[..., Path]) -> None:
     projector, bias = torch.randn(128, 512).half(), torch.randn(128)
     checkpoint = merged(
         write_adapter(

@@ -1,4 +1,4 @@
-"""The BLAS under MLX: which one is taken, that it serves, and what happens when it cannot."""
+"""The BLAS of MLX: the choice, its use, and the fallback."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def probe(wish: str | None, code: str = PROBE, **variables: str) -> dict:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As in a process that has not imported MLX yet. Nothing is loaded into this one."""
+    """Simulates a process that has not imported MLX. No library is loaded into this process."""
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     monkeypatch.delenv(blas.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(blas, "_load_globally", lambda path: None if "good" in path else "broken")
@@ -49,7 +49,7 @@ def decide() -> blas.Blas:
 
 
 def bindings(log: Path) -> dict[tuple[str, str], str]:
-    """(library that calls, symbol) -> library that is called, by file names: what the dynamic linker wrote down."""
+    """Returns the called library by (calling library, symbol), by file names, from the dynamic linker's log."""
     line = re.compile(r"binding file (\S+) \[\d+\] to (\S+) \[\d+\]: .*symbol `(\w+)'")
     found = {}
     for file in log.parent.glob(f"{log.name}.*"):  # one for each process
@@ -62,7 +62,7 @@ def bindings(log: Path) -> dict[tuple[str, str], str]:
 @linux_only
 @with_torch
 @pytest.mark.parametrize("wish", [None, "none"], ids=["torch", "default"])
-def test_mlx_multiplies_by_torchs_blas_unless_told_not_to(tmp_path: Path, wish: str | None) -> None:
+def test_mlx_multiplies_by_torchs_blas_unless_disabled(tmp_path: Path, wish: str | None) -> None:
     log = tmp_path / "linker"
     found = probe(wish, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(log))
     bound = bindings(log)
@@ -74,7 +74,7 @@ def test_mlx_multiplies_by_torchs_blas_unless_told_not_to(tmp_path: Path, wish: 
 
 @linux_only
 @with_torch
-def test_torch_computes_as_before_when_its_library_was_loaded_first() -> None:
+def test_torch_is_unchanged_when_its_library_was_loaded_first() -> None:
     code = """
 import json
 from fastvlm.models._mlx import BLAS, mx
@@ -118,7 +118,7 @@ def test_system_library_serves_only_when_torchs_does_not(fresh: pytest.MonkeyPat
     assert all(path in found.reason for path in tried)
 
 
-def test_nothing_is_loaded_when_told_so(fresh: pytest.MonkeyPatch) -> None:
+def test_nothing_is_loaded_when_the_variable_is_none(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv(blas.ENVIRONMENT_VARIABLE, "None")
     fresh.setattr(blas, "_load_globally", lambda path: pytest.fail(f"loaded {path}"))
     assert decide() == blas.Blas("default", None, "FASTVLM_BLAS=none")
@@ -136,7 +136,7 @@ def test_nothing_is_loaded_on_a_mac(fresh: pytest.MonkeyPatch) -> None:
     assert "Accelerate" in decide().reason
 
 
-def test_torch_is_passed_over_when_it_is_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_skipped_when_its_module_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = type(sys)("torch")
     stand_in.__spec__ = None
     monkeypatch.setitem(sys.modules, "torch", stand_in)

@@ -87,7 +87,7 @@ def test_encoder_weights_that_are_not_finite_are_refused(write_checkpoint: Write
         FastViT.from_checkpoint(FolderCheckpoint(write_checkpoint(change=change)))
 
 
-def test_head_and_step_counters_are_no_surprise(write_checkpoint: WriteCheckpoint) -> None:
+def test_head_and_step_counters_are_expected(write_checkpoint: WriteCheckpoint) -> None:
     prefix = "model.vision_tower.vision_tower.model."
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -119,7 +119,7 @@ def test_weights_decide_whether_embeddings_are_tied(write_checkpoint: WriteCheck
     assert redundant.notes == ()
 
 
-def test_folders_that_are_no_checkpoints_are_told_apart(tmp_path: Path, write_checkpoint: WriteCheckpoint) -> None:
+def test_error_when_a_folder_is_not_a_checkpoint(tmp_path: Path, write_checkpoint: WriteCheckpoint) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no config.json.*the folder is empty"):
         FolderCheckpoint(tmp_path / "empty")
@@ -136,14 +136,14 @@ def test_folders_that_are_no_checkpoints_are_told_apart(tmp_path: Path, write_ch
         ("vision_tower.vision_model.stem.weight", "mlx-vlm"),
     ],
 )
-def test_config_of_another_layout_is_told(tmp_path: Path, tensor: str, layout: str) -> None:
+def test_error_when_the_config_has_another_layout(tmp_path: Path, tensor: str, layout: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=f"model_type must be .*{layout}.*got None"):
         FolderCheckpoint(tmp_path)
 
 
-def test_unknown_layout_is_named_with_what_was_found(tmp_path: Path) -> None:
+def test_error_when_the_layout_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     save_file({"model.layers.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"Hugging Face native, mlx-vlm.*'llama' and tensors .*model.layers.0"):

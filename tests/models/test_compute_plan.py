@@ -34,7 +34,7 @@ OPERATIONS = [
 
 
 class FakePlan:
-    """What a Mac answers; the structure around it is coremltools'."""
+    """The plan of a Mac, in coremltools' structure."""
 
     def __init__(self, rows: list[tuple[str, str, type | None, float | None]], function: str = "main") -> None:
         self._rows = {}

@@ -1,4 +1,4 @@
-"""FastViT in MLX, against the reference implementation's numbers and against the torch form."""
+"""FastViT in MLX, compared with the numbers of the reference implementation and with the torch form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvlm.models.tensor_names import APPLE_ENCODER_PREFIX, MLX_ENCODER_PREFIX
 
 
 def mlx_tensors(apple: dict[str, np.ndarray]) -> dict[str, mx.array]:
-    """Apple's tensors, their names without the tower's prefix, as mlx-vlm's."""
+    """Returns mlx-vlm's tensors for Apple's, whose names lack the tower's prefix."""
     return {
         renamed(APPLE_ENCODER_PREFIX + name, "apple", "mlx").removeprefix(MLX_ENCODER_PREFIX): mx.array(
             values.transpose(to_mlx_axes(values.shape))
@@ -138,7 +138,7 @@ def test_bfloat16_weights_are_run_in_float32(tensors: dict[str, mx.array]) -> No
         (lambda t: t.pop("conv_exp.se.expand.weight"), "not a whole FastViT"),
     ],
 )
-def test_tensors_that_are_no_encoder_are_named(
+def test_error_lists_tensors_when_they_are_not_an_encoder(
     tensors: dict[str, mx.array], change: Callable[[dict[str, mx.array]], object], message: str
 ) -> None:
     changed = dict(tensors)

@@ -1,4 +1,4 @@
-"""JSON from strangers."""
+"""JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvlm.models.errors import ConfigError, UsageError
 from fastvlm.models.files import MAX_DEPTH, MAX_JSON_BYTES, parse_json_object, read_json_object
 
 
-def test_what_real_files_hold_is_read() -> None:
+def test_values_of_real_files_are_read() -> None:
     text = '{"model_max_length": 1000000000000000019884624838656, "x": [1.5e-3, "\\ud83d\\ude00", null], "y": {"z": 1}}'
     assert parse_json_object(text.encode(), "f") == {
         "model_max_length": 10**30 + 19884624838656,
@@ -44,7 +44,7 @@ def test_config_error_when_json_cannot_be_trusted(content: bytes, message: str) 
         parse_json_object(content, "f")
 
 
-def test_many_keys_that_come_twice_take_no_time() -> None:
+def test_many_repeated_keys_are_read_fast() -> None:
     content = b"{" + b",".join(b'"%d": 0' % k for k in range(200_000)) + b',"199999": 0}'
     with pytest.raises(ConfigError, match="duplicate key '199999'"):
         parse_json_object(content, "f")

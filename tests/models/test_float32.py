@@ -17,7 +17,7 @@ def test_products_are_kept_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.environ[TF32_VARIABLE] == "0"
 
 
-def test_a_users_choice_of_precision_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_choice_of_precision_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TF32_VARIABLE, "1")
     disable_tf32()
     assert os.environ[TF32_VARIABLE] == "1"

@@ -114,7 +114,7 @@ def test_picture_is_the_same_from_every_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_stands_upright_when_exif_says_how(orientation: int) -> None:
+def test_image_is_upright_when_exif_has_an_orientation(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(noise(24, 16), "PNG", exif=exif)
@@ -130,7 +130,7 @@ def test_image_opens_when_its_metadata_are_damaged(exif: bytes, recwarn: pytest.
     assert not recwarn.list
 
 
-def test_source_image_is_left_as_it_was() -> None:
+def test_source_image_is_unchanged() -> None:
     image = noise(9, 7, "P")
     before = image.copy()
     open_image(image)
@@ -247,7 +247,7 @@ def test_damaged_files_give_a_picture_or_an_image_error(data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize(("width", "height"), [(12_000, 200), (200, 12_000)])
-def test_padding_takes_little_memory_when_an_image_is_long_and_thin(
+def test_padding_takes_little_memory_when_an_image_is_thin(
     width: int, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squares: list[int] = []

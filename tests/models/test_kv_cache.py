@@ -1,4 +1,4 @@
-"""Keys and values: forked, quantized, put together into batches and taken apart again."""
+"""The caches of keys and values: forked, quantized, joined into batches and separated again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(rows: int, length: int, seed: int = 0) -> mx.array:
 
 
 def content(cache: KVCache) -> list[np.ndarray]:
-    """(HEADS, its length, WIDTH) keys of each row, without the padding."""
+    """Returns the keys (HEADS, its length, WIDTH) of each row, without the padding."""
     keys, _ = cache._read([buffer[..., : cache.offset, :] for buffer in cache.buffers])
     keys = cache.dequantized(keys) if isinstance(cache, QuantizedKVCache) else keys
     counts = cache.padding.counts if cache.padding else (0,) * cache.rows
@@ -114,7 +114,7 @@ def test_usage_error_when_bits_are_not_8(bits: object) -> None:
         small_decoder().make_cache(0, bits)  # type: ignore[arg-type]
 
 
-def test_usage_error_when_heads_hold_no_whole_groups() -> None:
+def test_usage_error_when_heads_do_not_divide_into_groups() -> None:
     assert QuantizedKVCache(96).group_size == 32
     with pytest.raises(UsageError, match="multiple of 32 channels \\(got 48\\)"):
         QuantizedKVCache(48)

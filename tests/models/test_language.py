@@ -1,4 +1,4 @@
-"""Projector and decoder as they are saved: strict loading, quantization, expansion, and the reference numbers."""
+"""The projector and decoder: strict loading, quantization, expansion, and the reference numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Weights = dict[str, mx.array]
 
 
 def affine(group_size: int, bits: int) -> Quantization:
-    """One for every quantized layer."""
+    """Returns one quantization for every quantized layer."""
     return Quantization(Affine(group_size, bits))
 
 
@@ -63,7 +63,7 @@ def weights(config: FastVLMConfig = CONFIG, dtype: mx.Dtype = mx.float32) -> Wei
 
 
 def quantized(group_size: int, bits: int, config: FastVLMConfig = CONFIG) -> Weights:
-    """The decoder's matrices quantized, the projector as it is: what export writes."""
+    """Quantizes the decoder's matrices and not the projector, as an export does."""
     found: Weights = {}
     for name, weight in weights(config, mx.float16).items():
         if weight.ndim == 1 or "projector" in name:
@@ -77,7 +77,7 @@ def quantized(group_size: int, bits: int, config: FastVLMConfig = CONFIG) -> Wei
 
 
 def logits(side: LanguageSide) -> np.ndarray:
-    """Behind an image of four tokens, at every position."""
+    """Returns the logits at every position after an image of four tokens."""
     features = mx.array(np.random.default_rng(1).normal(size=(1, 4, CONFIG.mm_hidden_size)).astype(np.float32))
     text = side.language_model.embed(mx.array([[3, 50, 9, 0]]))
     x = mx.concatenate([side.multi_modal_projector(features).astype(text.dtype), text], axis=1)
@@ -145,13 +145,13 @@ def test_loading_is_refused_when_a_quantized_layer_is_wrong(change: Callable, me
 
 
 @pytest.mark.parametrize(("group_size", "bits"), [(32, 8), (64, 4)])
-def test_loading_is_refused_when_config_names_another_quantization(group_size: int, bits: int) -> None:
+def test_error_when_config_has_another_quantization(group_size: int, bits: int) -> None:
     with pytest.raises(WeightsError, match="wrong shape"):
         load_language(quantized(32, 4), CONFIG, quantization=affine(group_size, bits))
 
 
 def requantized(layer: str, group_size: int, bits: int) -> Weights:
-    """4 bits in groups of 32, but for one layer."""
+    """A decoder in 4 bits in groups of 32, except for one layer."""
     found = quantized(32, 4)
     parts = mx.quantize(weights(dtype=mx.float16)[f"{layer}.weight"], group_size=group_size, bits=bits)
     return found | dict(zip((f"{layer}.weight", f"{layer}.scales", f"{layer}.biases"), parts, strict=True))
@@ -176,7 +176,7 @@ def test_layers_may_have_bits_and_groups_of_their_own(layer: str, tolerance: Cal
         ({Q_PROJ: Affine(64, 6), "language_model.model.norm": Affine(64, 6)}, "norm and 0 more layers without"),
     ],
 )
-def test_loading_is_refused_when_one_layers_quantization_is_wrong(layers: dict[str, Affine], message: str) -> None:
+def test_error_when_the_quantization_of_a_layer_is_wrong(layers: dict[str, Affine], message: str) -> None:
     with pytest.raises(WeightsError, match=message):
         load_language(requantized(Q_PROJ, 64, 6), CONFIG, quantization=Quantization(Affine(32, 4), layers))
 
@@ -190,7 +190,7 @@ def test_weights_become_float32_when_they_are_expanded(dtype: mx.Dtype) -> None:
 
 
 def test_streams_of_a_load_serve_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has a thread behind it, for good."""
+    """Every stream keeps a thread forever."""
     load_language(weights(dtype=mx.float16), CONFIG, expand=True)
     made: list[object] = []
     monkeypatch.setattr(language.mx, "new_stream", made.append)
@@ -238,7 +238,7 @@ def test_quantized_logits_equal_mlx_lms(tolerance: Callable[[str], float]) -> No
     np.testing.assert_allclose(np.array(ours), np.array(theirs(ids)), rtol=0, atol=tolerance("decoder_logits_float32"))
 
 
-def test_layers_without_scales_stay_plain_when_others_are_quantized() -> None:
+def test_layers_without_scales_stay_plain_among_quantized_ones() -> None:
     mixed = {**quantized(64, 4), EMBEDDING: weights(dtype=mx.float16)[EMBEDDING]}
     del mixed[EMBEDDING.replace("weight", "scales")], mixed[EMBEDDING.replace("weight", "biases")]
     side = load_language(mixed, CONFIG, quantization=affine(64, 4), expand=False)
@@ -272,7 +272,7 @@ def test_head_is_dropped_when_it_repeats_tied_embeddings() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda c: weights(c), lambda c: quantized(32, 8, c)], ids=["plain", "quantized"])
-def test_head_decides_when_it_differs_from_embeddings_called_tied(make: Callable) -> None:
+def test_head_decides_when_it_differs_from_tied_embeddings(make: Callable) -> None:
     quantization = affine(32, 8)
     side = load_language(make(UNTIED), CONFIG, quantization=quantization)
     assert not side.config.decoder.tie_word_embeddings

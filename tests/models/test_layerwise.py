@@ -1,4 +1,4 @@
-"""Layer by layer, a decoder computes what the whole one does."""
+"""The layer-by-layer run computes the same as the whole decoder."""
 
 from __future__ import annotations
 

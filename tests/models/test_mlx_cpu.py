@@ -1,4 +1,4 @@
-"""Affine groups that are unpacked block by block are what MLX unpacks at once."""
+"""Affine groups that are unpacked in blocks equal those that MLX unpacks at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a CPU and a GPU compute in different forms is the same; joined layers compute what the separate ones do."""
+"""The forms for a CPU and for a GPU compute the same, and so do joined and separate layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = Qwen2Config(
 
 
 def decoder(bits: int | None = 8, dtype: mx.Dtype = mx.float16) -> Qwen2:
-    """Random weights, affine-quantized in groups of 64 where `bits` are given."""
+    """Returns a decoder with random weights, affine-quantized in groups of 64 if `bits` are given."""
     mx.random.seed(0)
     model = Qwen2(CONFIG)
     for name, array in nn.utils.tree_flatten(model.parameters()):
@@ -48,7 +48,7 @@ def decoder(bits: int | None = 8, dtype: mx.Dtype = mx.float16) -> Qwen2:
 
 
 def answer(model: Qwen2, rows: int = 1, kv_bits: int | None = None, count: int = 12) -> list[list[int]]:
-    """The likeliest id after each of `count` drawn ones, for `rows` prompts of different lengths decoded together."""
+    """Returns the likeliest id after each of `count` drawn ids, for a batch of `rows` prompts of different lengths."""
     caches = []
     for row in range(rows):
         cache = model.make_cache(0, kv_bits)
@@ -109,7 +109,7 @@ def test_ids_are_those_of_the_cpu_form_when_joined(kv_bits: int | None, rows: in
 
 
 def primitives(*outputs: mx.array) -> Counter[str]:
-    """Operations by name in the graph that computes `outputs`."""
+    """Counts the operations of the graph for `outputs` by name."""
     text = io.StringIO()
     mx.export_to_dot(text, *outputs)
     return Counter(re.findall(r'label ?="([^"]*)"', text.getvalue()))
@@ -135,7 +135,7 @@ def test_joined_step_has_four_quantized_products_per_layer(computing_on: Callabl
 
 
 def filled(lengths: list[int], dtype: mx.Dtype) -> QuantizedKVCache:
-    """A cache in 8 bits of one row per length, the last position of each not yet written."""
+    """Returns a cache in 8 bits with one row per length, without the last position of each."""
     rows = []
     for length in lengths:
         cache = QuantizedKVCache(64)

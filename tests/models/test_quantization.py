@@ -18,7 +18,7 @@ def test_layers_that_are_named_differ_from_the_rest() -> None:
     assert read.as_dict() == written
 
 
-def test_what_mlx_lm_writes_beside_it_is_understood() -> None:
+def test_the_other_fields_of_mlx_lm_are_accepted() -> None:
     read = Quantization.from_dict({"group_size": 64, "bits": 4, "mode": "affine", HEAD: False})
     assert read == Quantization(Affine(64, 4))
 

@@ -1,4 +1,4 @@
-"""The decoder: against a float64 transcription of the paper's formulas, against mlx-lm, and against itself."""
+"""The decoder, compared with a float64 transcription of the paper, with mlx-lm, and with itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CloseTo = Callable[[mx.array, np.ndarray], None]
 
 
 def decoder(config: Qwen2Config = CONFIG, seed: int = 0) -> Qwen2:
-    """Random weights of trained-like scale; biases and gains are not trivial."""
+    """Returns a decoder with random weights of trained-like scale, with biases and gains."""
     model, rng = Qwen2(config), np.random.default_rng(seed)
     drawn = []
     for name, array in tree_flatten(model.parameters()):
@@ -64,7 +64,7 @@ def close(tolerance: Callable[[str], float]) -> CloseTo:
 
 
 def transcription(weights: Weights, config: Qwen2Config, x: np.ndarray) -> np.ndarray:
-    """Logits (L, V) for embeddings (L, D): one formula after the other, in float64, one head at a time."""
+    """Returns the logits (L, V) for embeddings (L, D), formula by formula in float64, one head at a time."""
     L, width = len(x), config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
 
@@ -155,7 +155,7 @@ def test_cache_grows_when_it_is_full(close: CloseTo) -> None:
     close(last, model(x))
 
 
-def test_answer_goes_on_from_what_is_left_when_the_cache_was_trimmed(close: CloseTo) -> None:
+def test_answer_continues_from_the_rest_of_a_trimmed_cache(close: CloseTo) -> None:
     model, x = decoder(), embeddings(20)
     cache = model.make_cache()
     model(x[:, :9], cache)
@@ -233,7 +233,7 @@ def test_products_of_few_rows_with_sides_swapped_give_the_same(
     assert swapped == []
 
 
-def test_attention_of_the_cpu_takes_half_precision_and_sharp_scores() -> None:
+def test_cpu_attention_takes_half_precision_and_sharp_scores() -> None:
     draw = np.random.default_rng(0)
     queries, keys, values = (mx.array(draw.normal(size=(1, heads, 70, 16)) * 12) for heads in (4, 2, 2))
     half = queries.astype(mx.float16)

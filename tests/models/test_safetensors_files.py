@@ -37,7 +37,7 @@ def changed(name: str = "b", **fields: Any) -> dict[str, Any]:
     return {**WHOLE, name: {**WHOLE[name], **fields}}
 
 
-def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_header_equals_that_of_the_library(tmp_path: Path) -> None:
     tensors = {"x.weight": np.zeros((3, 5), np.float16), "y": np.zeros((), np.int64), "empty": np.zeros((0, 2))}
     save_file(tensors, tmp_path / "f", metadata={"format": "pt"})
     assert read_header(tmp_path / "f") == {
@@ -87,7 +87,7 @@ def test_weights_error_when_a_header_cannot_be_trusted(
 
 
 @pytest.mark.parametrize(("name", "fault"), [("x" * 5000, "File name too long"), ("a\0x", "null byte")])
-def test_weights_error_when_no_file_can_have_the_name(tmp_path: Path, name: str, fault: str) -> None:
+def test_weights_error_when_a_file_name_is_impossible(tmp_path: Path, name: str, fault: str) -> None:
     with pytest.raises(WeightsError, match=f"x cannot be read: .*{fault}"):
         read_header(tmp_path / name)
 

@@ -117,7 +117,7 @@ def test_half_precision_and_shards_survive(
 
 
 def quantize(folder: Path, bits: int, group_size: int, **config: Any) -> None:
-    """What mlx-vlm's `convert -q` does to a folder's language side."""
+    """Quantizes a folder's language side as mlx-vlm's `convert -q` does."""
     weights, stored = mx.load(str(folder / "model.safetensors")), {}
     for name, weight in weights.items():
         layer = name.removesuffix(".weight")
@@ -133,9 +133,7 @@ def quantize(folder: Path, bits: int, group_size: int, **config: Any) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32), (6, 64)])
-def test_quantized_mlx_folder_is_expanded_to_what_mlx_computes_with(
-    written: Callable[..., Path], bits: int, group_size: int
-) -> None:
+def test_quantized_mlx_folder_is_expanded_as_in_mlx(written: Callable[..., Path], bits: int, group_size: int) -> None:
     folder = written("mlx")
     quantize(folder, bits, group_size)
     checkpoint = FolderCheckpoint(folder)
@@ -168,7 +166,7 @@ def test_groups_that_contradict_their_description_are_refused(
         FolderCheckpoint(folder)
 
 
-def test_mlx_folder_with_torch_axes_is_read_as_it_lies(written: Callable[..., Path]) -> None:
+def test_mlx_folder_with_torch_axes_is_read_unchanged(written: Callable[..., Path]) -> None:
     folder = written("mlx")
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -210,14 +208,14 @@ def test_mixed_layouts_are_refused(written: Callable[..., Path]) -> None:
         ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy must be 'full'"),
     ],
 )
-def test_hugging_face_configs_that_ask_for_something_else_are_refused(
+def test_error_when_a_hugging_face_config_is_unsupported(
     written: Callable[..., Path], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         FolderCheckpoint(written("hf", lambda config: config.update(change)))
 
 
-def test_image_size_stands_in_the_preprocessor(written: Callable[..., Path]) -> None:
+def test_image_size_is_read_from_the_preprocessor(written: Callable[..., Path]) -> None:
     folder = written("hf")
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 512}}))
     assert FolderCheckpoint(folder).config.image_size == 512
@@ -235,7 +233,7 @@ def test_default_of_llava_says_nothing_about_the_image_size(golden: Path) -> Non
     assert "no preprocessor_config.json: images of 1024 px are assumed" in checkpoint.notes[0]
 
 
-def test_ties_that_contradict_each_other_are_decided_by_the_weights(written: Callable[..., Path]) -> None:
+def test_contradictory_ties_are_decided_by_the_weights(written: Callable[..., Path]) -> None:
     checkpoint = FolderCheckpoint(written("hf", lambda config: config.update(tie_word_embeddings=False)))
     assert checkpoint.config.decoder.tie_word_embeddings
     assert (
@@ -243,7 +241,7 @@ def test_ties_that_contradict_each_other_are_decided_by_the_weights(written: Cal
     )
 
 
-def test_rope_theta_and_eos_of_hugging_face_are_found_where_they_stand(written: Callable[..., Path]) -> None:
+def test_rope_theta_and_eos_of_hugging_face_are_found(written: Callable[..., Path]) -> None:
     def change(config: dict[str, Any]) -> None:
         text = config["text_config"]
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
@@ -256,7 +254,7 @@ def test_rope_theta_and_eos_of_hugging_face_are_found_where_they_stand(written: 
     assert config.eos_token_ids == (7, 9)
 
 
-def test_vocabulary_larger_than_the_table_is_told(write_checkpoint: Callable[..., Path]) -> None:
+def test_error_when_the_vocabulary_exceeds_the_table(write_checkpoint: Callable[..., Path]) -> None:
     def cut(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000]
 
@@ -266,9 +264,7 @@ def test_vocabulary_larger_than_the_table_is_told(write_checkpoint: Callable[...
 
 
 @pytest.mark.parametrize("layout", ["apple", "hf", "mlx"])
-def test_head_outside_of_the_language_model_and_redundant_heads_are_read(
-    written: Callable[..., Path], layout: str
-) -> None:
+def test_heads_in_other_places_and_redundant_ones_are_read(written: Callable[..., Path], layout: str) -> None:
     folder = written(layout)
     tensors = load_file(folder / "model.safetensors")
     table = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
@@ -283,7 +279,7 @@ def test_head_outside_of_the_language_model_and_redundant_heads_are_read(
     check_language_tensors(untied)
 
 
-def test_image_token_that_the_tokenizer_puts_elsewhere_is_told(written: Callable[..., Path]) -> None:
+def test_error_when_the_tokenizer_has_another_image_token(written: Callable[..., Path]) -> None:
     folder = written("hf", lambda config: config.update(image_token_index=639))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     token = {**tokenizer["added_tokens"][-1], "id": 1023, "content": "<image>"}
@@ -315,7 +311,7 @@ def test_chat_template_that_loses_texts_is_replaced(written: Callable[..., Path]
     assert template == json.loads(own["tokenizer_config.json"])["chat_template"]
 
 
-def test_folder_without_an_encoder_and_exported_ones_say_what_to_do(written: Callable[..., Path]) -> None:
+def test_error_when_the_encoder_is_missing_or_exported(written: Callable[..., Path]) -> None:
     folder = written("mlx")
     tensors = load_file(folder / "model.safetensors")
     language = {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}

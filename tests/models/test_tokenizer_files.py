@@ -1,4 +1,4 @@
-"""tokenizer.json from strangers."""
+"""Untrusted tokenizer files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_qwen2_tokenizer_is_loaded() -> None:
         (lambda c: c["model"].update(merges=[["a", "zzzz"]]), "f is not a tokenizer"),
     ],
 )
-def test_config_error_when_a_tokenizer_is_not_what_qwen2_has(change: Callable, message: str) -> None:
+def test_config_error_when_a_tokenizer_is_not_qwen2s(change: Callable, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_tokenizer(changed(change), "f")
 

@@ -38,7 +38,7 @@ def test_quantized_matrices_equal_mlx_layers(bits: int, group_size: int) -> None
 
 
 def test_matrices_are_rounded_on_the_cpu_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU need not round alike, and the same checkpoint gives the same bytes."""
+    """A GPU may round differently, but a checkpoint must always give the same bytes."""
     streams, quantize = [], mx.quantize
 
     def watched(weight: mx.array, **options: Any) -> tuple[mx.array, ...]:

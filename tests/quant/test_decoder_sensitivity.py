@@ -1,4 +1,4 @@
-"""Bits go where they save most."""
+"""The bits of a mixed decoder go to the layers with the largest saving."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_average_is_kept_and_used_up(avg_bits: float) -> None:
 
 
 def test_a_matrix_that_matters_more_is_measured_to(write_checkpoint: Callable[..., Path]) -> None:
-    """The value projection of one layer, made ten times as large, is felt ten times as much."""
+    """A value projection that is ten times as large has a larger measured cost."""
     layer = "model.layers.1.self_attn.v_proj.weight"
 
     def enlarge(tensors: dict) -> None:
@@ -116,5 +116,5 @@ def test_mlx_lm_reads_mixed_layers_as_we_do(tmp_path: Path, tolerance: Callable[
         (("mixed", "rtn", 6.5), DecoderScheme("mixed", quantizer="rtn", avg_bits=6.5)),
     ],
 )
-def test_what_is_not_said_is_settled(asked: tuple, expected: DecoderScheme) -> None:
+def test_arguments_that_are_left_out_have_defaults(asked: tuple, expected: DecoderScheme) -> None:
     assert decoder_scheme(*asked) == expected

@@ -1,4 +1,4 @@
-"""The whole files that are damaged: made by the commands and writers that make them for users."""
+"""The undamaged files of the soak, made by the commands and writers that make them for users."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUERY = "model.layers.1.self_attn.q_proj"
 
 
 def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[Path, Path, Path]:
-    """An exported model folder, a checkpoint, and a folder with everything else."""
+    """Returns an exported model folder, a checkpoint, and a folder with everything else."""
     import fastvlm
     from fastvlm.models.references import TINY_FOLDER
 
@@ -39,7 +39,7 @@ def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[P
 
 
 def make_checkpoints(extra: Path) -> None:
-    """`random:tiny` in the other layouts and in shards, and an adapter for it."""
+    """Writes `random:tiny` in the other layouts and in shards, and an adapter for it."""
     import checkpoint_writer
     from safetensors.numpy import save_file
 
@@ -63,7 +63,7 @@ def make_checkpoints(extra: Path) -> None:
 
 
 def make_questions(folder: Path) -> None:
-    """Questions in each layout that is read, about two small pictures."""
+    """Writes questions in each supported layout, about two small images."""
     folder.mkdir()
     for n in range(2):
         for name in (f"{n}.png", f"{n}.jpg"):
@@ -81,7 +81,7 @@ def make_questions(folder: Path) -> None:
 
 
 def make_reports(model: Path, extra: Path, bench: Path | None) -> None:
-    """What `bench --report`, `eval --report` and captions write."""
+    """Writes the files of `bench --report`, `eval --report` and `caption`."""
     from fastvlm.runtime.captions import CaptionFile
 
     evaluate = ("eval", model, "--data", extra / "questions/mine.json", "--report", extra / "eval.json")

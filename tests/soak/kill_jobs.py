@@ -1,4 +1,4 @@
-"""The commands that are killed: what each writes, and how to tell that it is whole."""
+"""The commands that are killed, with their outputs and the checks of those."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HUB_SERVER = Path(__file__).resolve().parents[1] / "hub_server.py"
 HUB_ID = "someone/FastVLM-tiny"
 ARCHIVE = "0.5b-stage3"
 BYTES_PER_SECOND = 2_000_000
-"""At which `tiny`'s weights take seconds, so that kills hit the middle."""
+"""The speed of downloads. `tiny`'s weights then take seconds, so that kills hit the middle."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Job:
     command: tuple[str, ...]
     out: Path
     whole: Callable[[Path], None]
-    """Raises when what stands at `out` is not complete."""
+    """A check that raises if `out` is not complete."""
     resumes: bool = False
-    """Whether what a killed run leaves is gone on with, and so may be there in part."""
-    anew: bool = False
-    """Whether there is nothing left to do once `out` is there: it is removed before each kill."""
+    """True if a run resumes what a killed run left, so that a part may remain."""
+    removed_first: bool = False
+    """True if an existing `out` leaves nothing to do, so that it is removed before each kill."""
     loser: str = ""
-    """What the second of two that write to one place says; empty where that is not promised."""
+    """A part of the error of the second of two runs with one output, or empty if it is not specified."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self, out: Path | None = None) -> subprocess.Popen[str]:
-        """Runs it; to another, new place where one is given, in which nothing is to be replaced."""
+        """Starts the command, with another new output if `out` is given."""
         command = [part for part in self.command if out is None or part != "--force"]
         return subprocess.Popen(
             [str(out) if out and part == str(self.out) else part for part in command],
@@ -49,10 +49,10 @@ class Job:
         )
 
     def leftovers(self, but: Path) -> list[str]:
-        """Work folders of ours beside `out`, except for one that is somebody else's."""
+        """Returns the work folders next to `out`, except for `but`, which belongs to another process."""
         kinds = (f".{self.out.name}.partial-", f".{self.out.name}.replaced-", f".{self.out.name}.download")
-        beside = [path for path in self.out.parent.iterdir() if path.is_dir() and path != but]
-        return [path.name for path in beside if path.name.startswith(kinds)]
+        folders = [path for path in self.out.parent.iterdir() if path.is_dir() and path != but]
+        return [path.name for path in folders if path.name.startswith(kinds)]
 
 
 def whole_folder(folder: Path) -> None:
@@ -74,7 +74,7 @@ def whole_bundle(folder: Path) -> None:
 
 
 def whole_checkpoint(folder: Path) -> None:
-    """What was downloaded is what was served."""
+    """Checks that the downloaded files equal the served ones."""
     from fastvlm.models.checkpoint import FolderCheckpoint
     from fastvlm.models.download.archives import is_needed
     from fastvlm.models.references import TINY_FOLDER
@@ -86,14 +86,14 @@ def whole_checkpoint(folder: Path) -> None:
 
 
 def whole_captions(file: Path) -> None:
-    """Each line but a torn last one is an answer, and no file comes twice."""
+    """Checks that each line except for a cut last one is an answer, and that no file occurs twice."""
     lines = file.read_text().splitlines(keepends=True)
     names = [json.loads(line)["file"] for line in lines if line.endswith("\n")]
     assert len(names) == len(set(names)), names
 
 
 def whole_training(folder: Path) -> None:
-    """A checkpoint that is there opens, with its report; a state that is there can be gone on from."""
+    """Checks that an existing checkpoint opens, with its report, and that an existing state can be resumed."""
     import torch
 
     from fastvlm.models.checkpoint import FolderCheckpoint
@@ -106,7 +106,7 @@ def whole_training(folder: Path) -> None:
 
 
 def export_jobs(folder: Path) -> list[Job]:
-    """Export, and a bundle of another export, which is made now."""
+    """Returns an export, and a bundle of another export, which is made here."""
     export = (*FASTVLM, "export", "random:tiny", "--image-size", "128", "--allow-shortfall")
     subprocess.run((*export, "--encoder", "mlx", "-o", str(folder / "mlx")), check=True, capture_output=True)
     model, bundled = folder / "model", folder / "bundle"
@@ -118,7 +118,7 @@ def export_jobs(folder: Path) -> list[Job]:
 
 
 def download_jobs(folder: Path, url: str) -> list[Job]:
-    """From a hub and from Apple, both of which a server at `url` plays."""
+    """Returns downloads from a hub and from Apple, both of which are a server at `url`."""
     hub, apple = folder / "from-hub", folder / "from-apple"
     own_hub = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hub"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     elsewhere = f"from fastvlm.models.download import archives; archives.BASE_URL = {url!r}; "
@@ -126,14 +126,14 @@ def download_jobs(folder: Path, url: str) -> list[Job]:
     other = "another process is downloading"
     return [
         Job("download, hub", (*FASTVLM, "download", HUB_ID, "--out", str(hub)), hub, whole_checkpoint,
-            anew=True, resumes=True, loser=other, environment=own_hub),
+            removed_first=True, resumes=True, loser=other, environment=own_hub),
         Job("download, Apple", (*archive, "--out", str(apple)), apple, whole_checkpoint,
-            anew=True, resumes=True, loser=other),
+            removed_first=True, resumes=True, loser=other),
     ]  # fmt: skip
 
 
 def other_jobs(folder: Path, model: Path) -> list[Job]:
-    """Captions of a folder of images, and training."""
+    """Returns captions of a folder of images, and a training."""
     images, out, trained = folder / "images", folder / "captions.jsonl", folder / "trained"
     images.mkdir()
     for n in range(12):
@@ -142,6 +142,6 @@ def other_jobs(folder: Path, model: Path) -> list[Job]:
     train = (sys.executable, "-m", "fastvlm.models.tiny.train", "--steps", "2", "--threads", "1", "--out", str(trained))
     return [
         Job("captions", (*caption, "--out", str(out)), out, whole_captions,
-            anew=True, resumes=True, loser="is being written by another process"),
-        Job("training", train, trained, whole_training, anew=True, resumes=True),
+            removed_first=True, resumes=True, loser="is being written by another process"),
+        Job("training", train, trained, whole_training, removed_first=True, resumes=True),
     ]  # fmt: skip

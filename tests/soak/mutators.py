@@ -1,4 +1,4 @@
-"""Seeded ways to damage a file: its bytes, its JSON, its protobuf, its template."""
+"""The seeded ways to damage a file: its bytes, its JSON, its protobuf or its template."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEMPLATE_PARTS = (
 
 
 def damaged_bytes(content: bytes, rng: random.Random, focus: int | None = None) -> bytes:
-    """One to four edits; `focus`: only among the first so many bytes, where a header is."""
+    """Makes one to four edits. `focus` limits them to the first bytes, such as those of a header."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         end = max(1, min(len(data), focus or len(data)))
@@ -61,7 +61,7 @@ def damaged_bytes(content: bytes, rng: random.Random, focus: int | None = None) 
 
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
-    """A value, key or piece of text of a JSON file, replaced; sometimes its bytes."""
+    """Replaces values, keys or pieces of text of a JSON file, and sometimes bytes."""
     kind = rng.randrange(10)
     if kind == 0:
         return damaged_bytes(content, rng)
@@ -69,7 +69,7 @@ def damaged_json(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         value = _with_change(value, rng)
     text = json.dumps(value).encode()
-    if kind == 1:  # what no JSON writer writes
+    if kind == 1:  # text that JSON writers never write
         at = rng.randrange(len(text))
         colon = text.find(b":", at)
         at = colon + 1 if colon >= 0 else at
@@ -111,7 +111,7 @@ def _with_change(value: Any, rng: random.Random) -> Any:
 
 
 def a_value(rng: random.Random) -> Any:
-    return copy.deepcopy(rng.choice(VALUES))  # what is put into it later is in no other file
+    return copy.deepcopy(rng.choice(VALUES))  # later changes must not reach other files
 
 
 def _keys(holder: Any) -> Any:
@@ -119,7 +119,7 @@ def _keys(holder: Any) -> Any:
 
 
 def _places(value: Any, depth: int = 0) -> Any:
-    """(holder, key) of what is in a value; of long lists and maps only the ends."""
+    """Yields (holder, key) of everything in a value, but only of the ends of long lists and maps."""
     if depth > 8 or not isinstance(value, dict | list):
         return
     keys = list(_keys(value))
@@ -129,7 +129,7 @@ def _places(value: Any, depth: int = 0) -> Any:
 
 
 def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """Mostly its header, of which the length is kept right half of the time."""
+    """Damages mostly the header, and sometimes its length."""
     if rng.random() < 0.3:
         return damaged_bytes(content, rng, focus=rng.choice((8, 2000, None)))
     (count,) = struct.unpack("<Q", content[:8])
@@ -139,7 +139,7 @@ def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_template(content: bytes, rng: random.Random) -> bytes:
-    """Pieces of hostile templates put together, or into a real one."""
+    """Joins pieces of hostile templates, or inserts them into a real one."""
     parts = [rng.choice(TEMPLATE_PARTS) for _ in range(rng.randint(1, 12))]
     text = content.decode()
     if rng.random() < 0.5:
@@ -149,7 +149,7 @@ def damaged_template(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_program(content: bytes, rng: random.Random) -> bytes:
-    """A Core ML program with one to three fields of its operations changed."""
+    """Changes one to three fields in the operations of a Core ML program."""
     from fastvlm.models.mlprogram import model_class
 
     if rng.random() < 0.25:
@@ -190,7 +190,7 @@ def _change_operation(operations: Any, rng: random.Random) -> None:
 
 
 def _change_values(operation: Any, rng: random.Random) -> None:
-    """A constant: where it lies in the file, or what it is."""
+    """Changes the offset or the value of a constant."""
     for value in operation.attributes.values():
         which = value.WhichOneof("value")
         if which == "blobFileValue":

@@ -1,4 +1,4 @@
-"""What a parser of the soak is: whole files, a way to damage each, and what reads them."""
+"""A parser of the soak: undamaged files, a way to damage each, and their reader."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Files = Mapping[str, tuple[bytes, Damage]]
 
 @dataclass(frozen=True)
 class Parser:
-    """`read(folder)` reads what stands in a folder in which `files` are damaged, one of them at a time."""
+    """A function `read(folder)` with `files` that are damaged one at a time."""
 
     name: str
     files: Files
     read: Callable[[Path], Any]
     fixed: Path | None = None
-    """A folder whose files lie beside the damaged one."""
+    """A folder with the files that stay undamaged."""
     share: float = 1.0
-    """Of the cases that a parser gets on average."""
+    """The number of cases as a share of the average."""
     left_out: tuple[str, ...] = ()
-    """Of the fixed files."""
+    """The names of files in `fixed` that are not copied."""
 
     def prepare(self, folder: Path) -> None:
-        """The whole files, in a new `folder`."""
+        """Writes the undamaged files into a new `folder`."""
         folder.mkdir(parents=True)
         if self.fixed is not None:
             shutil.copytree(self.fixed, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*self.left_out))
@@ -37,7 +37,7 @@ class Parser:
             (folder / name).write_bytes(content)
 
     def damage(self, folder: Path, seed: int) -> str:
-        """Damages one file and returns its name; `restore` mends it."""
+        """Damages one file and returns its name."""
         rng = random.Random(f"{self.name} {seed}")
         name = rng.choice(sorted(self.files))
         content, damage = self.files[name]
@@ -45,9 +45,10 @@ class Parser:
         return name
 
     def restore(self, folder: Path, name: str) -> None:
+        """Writes the undamaged file again."""
         (folder / name).write_bytes(self.files[name][0])
 
 
 def damaged(damage: Damage, root: Path, *names: str) -> dict[str, tuple[bytes, Damage]]:
-    """Files of a folder that are to be damaged in one way."""
+    """Returns files of a folder with one way to damage them."""
     return {name: ((root / name).read_bytes(), damage) for name in names}

@@ -1,4 +1,4 @@
-"""What reads files from strangers, each with real files to damage and a way to damage them."""
+"""The parsers of untrusted files, each with real files and a way to damage them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGE = "fastvithd.mlpackage"
 
 
 def parsers(model: Path, checkpoint: Path, extra: Path) -> list[Parser]:
-    """All of them: on an exported `model` folder, a source `checkpoint`, and what `inputs.py` makes in `extra`."""
+    """Returns all parsers, for an exported `model`, a source `checkpoint`, and the files of `inputs.py` in `extra`."""
     return [
         *checkpoint_parsers(checkpoint, extra),
         *text_parsers(model),
@@ -40,7 +40,7 @@ def parsers(model: Path, checkpoint: Path, extra: Path) -> list[Parser]:
 
 
 def checkpoint_parsers(checkpoint: Path, extra: Path) -> list[Parser]:
-    """Source checkpoints in each layout, shards, adapters."""
+    """Returns the parsers of checkpoints in each layout, of shards and of adapters."""
 
     def source(name: str, folder: Path, *configs: str) -> Parser:
         files = {
@@ -76,7 +76,10 @@ def text_parsers(model: Path) -> list[Parser]:
 
 
 def model_parsers(model: Path, extra: Path) -> list[Parser]:
-    """Exported folders: with a manifest only that reaches a parser, without one (Apple's have none) all files do."""
+    """Returns the parsers of exported folders.
+
+    A manifest keeps all other damaged files from their parsers. Apple's folders lack it.
+    """
     weights = damaged(damaged_safetensors, model, "model.safetensors")
     configs = damaged(damaged_json, model, "config.json", "tokenizer_config.json", "tokenizer.json")
     inner = f"{PACKAGE}/Data/com.apple.CoreML"
@@ -118,7 +121,7 @@ def bundle_parsers(extra: Path) -> list[Parser]:
 
 
 def report_parsers(model: Path, extra: Path) -> list[Parser]:
-    """Reports to compare with, questions, captions to go on with."""
+    """Returns the parsers of reports for comparison, of questions, and of captions to resume."""
     names = ("textvqa.json", "docvqa.json", "test_human.json", "mine.json")
     questions = damaged(damaged_json, extra / "questions", *names)
     lines = damaged(damaged_lines, extra / "questions", "lines.jsonl")
@@ -143,7 +146,7 @@ def download_parsers(extra: Path) -> list[Parser]:
 
 
 def image_parsers() -> list[Parser]:
-    """Small pictures in every format that Pillow decodes here."""
+    """Returns the parsers of small images in every format that Pillow decodes on this machine."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     many = {"save_all": True, "append_images": [picture]}
     variants: dict[str, tuple[Image.Image, dict[str, Any]]] = {
@@ -164,7 +167,7 @@ def image_parsers() -> list[Parser]:
         stream = io.BytesIO()
         try:
             image.save(stream, format=name.split()[0], **options)
-        except (KeyError, OSError):  # this Pillow was built without
+        except (KeyError, OSError):  # this build of Pillow lacks the format
             continue
         files = {"image": (stream.getvalue(), damaged_bytes)}
         parsers.append(Parser(f"image {name}", files, readers.read_image, share=0.25))
@@ -172,7 +175,7 @@ def image_parsers() -> list[Parser]:
 
 
 class OnlyTemplate(Parser):
-    """Damages the template alone: the tokenizer beside it is whole."""
+    """A parser whose template alone is damaged, next to an undamaged tokenizer."""
 
     def damage(self, folder: Path, seed: int) -> str:
         name = "chat_template.jinja"

@@ -1,4 +1,4 @@
-"""What is done with each kind of file that comes from strangers. `folder` is where the damaged file stands."""
+"""The readers of each kind of untrusted file. `folder` has the damaged file."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def inspect_package(folder: Path) -> None:
 
 
 def load_model(folder: Path) -> None:
-    """All that `generate` reads, up to an answer's second token."""
+    """Reads everything that `generate` needs, up to the second token of an answer."""
     import fastvlm
 
     picture = np.zeros(ROOM, np.uint8)
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> None:
 
 
 def read_recipe(folder: Path) -> None:
-    """As `export --recipe` and `verify` do."""
+    """Reads a manifest in the way of `export --recipe` and `verify`."""
     from fastvlm.export.interface import interface_for
     from fastvlm.export.recipe import Border, Recipe, check_calibration, replayed
     from fastvlm.export.verify import encoder_floor_db, saved_recipe
@@ -121,7 +121,7 @@ def read_recipe(folder: Path) -> None:
 
 
 def bundle_model(folder: Path) -> None:
-    """A bundle of a damaged model folder, beside it; then over a damaged earlier one."""
+    """Bundles a damaged model folder."""
     from fastvlm.export.bundle.write import bundle
 
     to = folder.with_name(f"{folder.name}-bundle")
@@ -147,7 +147,7 @@ def read_image(folder: Path) -> None:
 
 
 def read_benchmark(folder: Path) -> None:
-    """As `bench --compare` uses an earlier one."""
+    """Compares with an earlier report in the way of `bench --compare`."""
     from fastvlm.runtime.benchmark.comparison import compare
     from fastvlm.runtime.benchmark.markdown import report
 
@@ -163,12 +163,12 @@ def benchmark_of(folder: Path) -> Benchmark:
 
 @functools.cache
 def first_benchmark(folder: Path) -> Benchmark:
-    """What was read before anything was damaged."""
+    """Returns the report before the first damage."""
     return benchmark_of(folder)
 
 
 def read_evaluation(folder: Path) -> None:
-    """As `eval --compare` uses it."""
+    """Compares with an earlier report in the way of `eval --compare`."""
     from fastvlm.runtime.evaluation.comparison import compare, read_evaluation
 
     old = read_evaluation(folder / "eval.json")
@@ -180,7 +180,7 @@ def read_evaluation(folder: Path) -> None:
 
 
 def read_questions(folder: Path) -> None:
-    """Every file of questions, with answers judged."""
+    """Reads every file of questions, and scores an answer to each."""
     from fastvlm.runtime.evaluation.registry import open_data
 
     for file in sorted(folder.glob("*.json*")):
@@ -206,7 +206,7 @@ def read_zip(folder: Path) -> None:
 
 
 def read_part(folder: Path) -> None:
-    """Notes of an interrupted download, which say from where to go on."""
+    """Reads the notes of an interrupted download, which determine where it resumes."""
     from fastvlm.models.download.http_file import _resumable, _validator
 
     notes = folder / "a.zip.part.json"
@@ -218,7 +218,7 @@ PART_URL = "http://127.0.0.1:9/a.zip"
 
 
 def read_hub_answer(folder: Path) -> None:
-    """A whole download from a hub whose answer about the repository is damaged."""
+    """Downloads from a hub whose answer about the repository is damaged."""
     from fastvlm.models.download.hub import download_from_hub
 
     server = hub()
@@ -233,7 +233,7 @@ HUB_ID = "someone/small"
 
 @functools.cache
 def hub() -> Server:
-    """A hub in a thread of this process, until it ends."""
+    """Returns a hub in a thread of this process, which runs until the process ends."""
     context = serving()
     server = context.__enter__()
     atexit.register(context.__exit__, None, None, None)
@@ -242,7 +242,7 @@ def hub() -> Server:
 
 
 def run_commands(folder: Path) -> None:
-    """The commands themselves: exit codes, and one line on stderr for an error."""
+    """Runs the commands themselves. An error must be one line on stderr with exit code 1."""
     image = ("--image", folder / "image.png")
     commands: list[tuple[str | Path, ...]] = [
         ("inspect", folder),
@@ -256,7 +256,7 @@ def run_commands(folder: Path) -> None:
 
 
 def command_error(command: tuple[str | Path, ...]) -> str | None:
-    """What a command says of its failure, if it fails in the way that it should: anything else raises."""
+    """Returns the error line of a command that fails as it must. Any other failure raises."""
     from fastvlm.cli.main import main
 
     arguments = sys.argv
@@ -265,12 +265,12 @@ def command_error(command: tuple[str | Path, ...]) -> str | None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             main()
     except SystemExit as end:
-        told = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
+        printed = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
         code = end.code or 0
-        shown = all(character.isprintable() for line in told for character in line)
-        if code not in (0, 1) or len(told) > 1 or "Traceback" in errors.getvalue() or not shown:
+        shown = all(character.isprintable() for line in printed for character in line)
+        if code not in (0, 1) or len(printed) > 1 or "Traceback" in errors.getvalue() or not shown:
             raise RuntimeError(f"{command[0]} ended with {code}: {errors.getvalue()!r:.600}") from None
-        return told[0] if told else f"{command[0]}: exit code 1" if code else None
+        return printed[0] if printed else f"{command[0]}: exit code 1" if code else None
     finally:
         sys.argv = arguments
     raise RuntimeError(f"{command[0]} did not exit")

@@ -1,4 +1,4 @@
-"""Hundreds of answers from one model, in two threads: the same ids for the same seeds, and flat memory.
+"""Hundreds of answers from one model in two threads, with the same ids for the same seeds and flat memory.
 
 python tests/soak/soak_answers.py --minutes 10 --answers 500
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 SEEDS = 10
 WARM_ROUNDS = 3
-"""Rounds after which caches are full, and memory should stay."""
+"""The rounds after which caches are full and memory must stay flat."""
 MAX_GROWTH_BYTES = 32 * 2**20
 
 

@@ -1,10 +1,10 @@
-"""Kills commands at random moments: what they write is absent or whole, and nothing else is touched.
+"""Kills commands at random moments. Their outputs must be absent or complete, and other files unchanged.
 
     python tests/soak/soak_kills.py --minutes 15 --kills 100
 
-Each command is first left alone, to see how long it takes, then gets SIGINT, SIGTERM or SIGKILL at seeded moments of
-that span. After each kill the output is looked at, and the command is run again, at the same place, to its end. Then
-two of each are started at once.
+Each command first runs to its end, to measure its time, and then gets SIGINT, SIGTERM or SIGKILL at seeded moments of
+that time. After each kill the output is checked, and the command runs again to its end with the same output. Then two
+of each run at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def hub() -> Iterator[str]:
-    """The address of a hub that runs in a process of its own."""
+    """Yields the address of a hub in a separate process."""
     from fastvlm.models.references import TINY_FOLDER
 
     command = [sys.executable, str(HUB_SERVER), str(TINY_FOLDER), HUB_ID, str(BYTES_PER_SECOND)]
@@ -57,7 +57,7 @@ def hub() -> Iterator[str]:
 
 
 class Soak:
-    """The commands, what became of each kill, and what was wrong."""
+    """The commands, the outcomes of the kills, and the faults."""
 
     def __init__(self, folder: Path, url: str, only: str) -> None:
         from fastvlm.export.exporter import export
@@ -76,7 +76,7 @@ class Soak:
             if time.monotonic() > deadline or len(self.faults) > MAX_FAULTS:
                 break
             job = self.jobs[n % len(self.jobs)]
-            if job.anew or rng.random() < 0.5:
+            if job.removed_first or rng.random() < 0.5:
                 remove(job.out)
             self.kill(job, rng.choice(SIGNALS), rng.random() * seconds[job.name])
             seconds[job.name] = self.alone(job)
@@ -86,7 +86,7 @@ class Soak:
             self.two_at_once(job)
 
     def alone(self, job: Job) -> float:
-        """Runs it to its end; the seconds that it took."""
+        """Runs the command to its end and returns the seconds."""
         start = time.monotonic()
         process = job.start()
         _, errors = process.communicate()
@@ -101,7 +101,7 @@ class Soak:
         return seconds
 
     def kill(self, job: Job, number: signal.Signals, delay: float) -> None:
-        """Starts the job, sends the signal after `delay` seconds, and looks at what is there."""
+        """Starts the job, sends the signal after `delay` seconds, and checks the output."""
         process = job.start()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(delay)
@@ -111,7 +111,8 @@ class Soak:
         what = f"after {delay:.2f} s of {number.name}"
         state = "whole" if job.out.exists() else "absent"
         codes = {0, -number, 128 + number} if killed else {0}
-        by_python = process.returncode == -signal.SIGINT and errors.endswith("KeyboardInterrupt\n")  # amid its start
+        # A SIGINT during the start-up of Python itself
+        by_python = process.returncode == -signal.SIGINT and errors.endswith("KeyboardInterrupt\n")
         if process.returncode not in codes or ("Traceback" in errors and not by_python):
             self.faults.append(f"{job.name} {what} ended with {process.returncode}: {errors[-600:]}")
         self.check(job, what)
@@ -120,7 +121,7 @@ class Soak:
         self.tally[job.name, f"{number.name if process.returncode else 'finished before'}, {state}"] += 1
 
     def check(self, job: Job, what: str) -> None:
-        """What is there is whole, and other people's files are as they were."""
+        """Checks that an existing output is complete and that other files are unchanged."""
         if job.out.exists():
             try:
                 job.whole(job.out)
@@ -131,7 +132,7 @@ class Soak:
                 self.faults.append(f"{job.name} {what}: {path} was touched")
 
     def two_at_once(self, job: Job) -> None:
-        """Two processes that write to one new place: one wins, the other says so."""
+        """Runs two processes with one new output. One must win, and the other must report it."""
         if not job.loser:
             return
         place = job.out.with_name(f"contested-{job.out.name}")
@@ -154,12 +155,12 @@ def remove(path: Path) -> None:
 
 
 def living(job: Job) -> Path:
-    """The work folder of a process that lives: this one."""
+    """Returns the work folder of a living process, which is this one."""
     return job.out.with_name(f".{job.out.name}.partial-{os.getpid()}")
 
 
 def bystanders(folder: Path, jobs: list[Job]) -> dict[Path, str]:
-    """Other people's files, with names that come near those of ours."""
+    """Writes files of other programs, with names similar to work folders. Returns their contents."""
     files = {}
     for job in jobs:
         name = job.out.name

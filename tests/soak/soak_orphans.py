@@ -1,4 +1,4 @@
-"""Kills programs that have an encoder in a process of its own, at random moments: nothing of them may be left.
+"""Kills programs with an encoder in a separate process at random moments. No process or file may remain.
 
 python tests/soak/soak_orphans.py --kills 50
 """
@@ -30,13 +30,13 @@ while True:
             encoder.submit(pixels)
             encoder.encode(pixels)
 """
-"""Starts, uses and ends encoders without a pause, so that a kill meets every moment."""
+"""A program that starts, uses and ends encoders without a pause, so that kills hit every moment."""
 
 MARK = "FASTVLM_SOAK_MARK"
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes that have inherited the mark."""
+    """Returns the living processes that have inherited the mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -55,7 +55,7 @@ def left_files() -> set[str]:
 
 
 def kill_once(number: int, rng: random.Random) -> tuple[list[int], float]:
-    """One program, killed by SIGKILL; the processes that outlive it, and the seconds until there were none."""
+    """Kills one program with SIGKILL. Returns the remaining processes, and the seconds until the last one ended."""
     mark = f"{os.getpid()}-{number}"
     fault, when = rng.choice([("none", "never"), ("hang", "load"), ("hang", "1"), ("slow", "0.01"), ("hang", "7")])
     command = [sys.executable, "-c", PARENT, str(CHILD), fault, when, "-"]

@@ -1,9 +1,9 @@
-"""Damaged files for every parser: none may bring a traceback, hang or grow.
+"""Damaged files for every parser. None may cause a traceback, a hang or growth.
 
     python tests/soak/soak_parsers.py --minutes 10 --cases 6000
 
-Runs in worker processes with limits of 10 s of processor time, 2 minutes by the clock, and 2 GB of growth; prints a
-table, exit 1 on a fault.
+Worker processes have limits of 10 s of processor time, 2 minutes by the clock, and 2 GB of growth. The script prints a
+table, and exits with 1 on a fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROUND = 400
-"""Cases of one parser at a time, so that each has had some when the time is up."""
+"""The cases of one parser at a time, so that every parser gets some before the time is up."""
 
 
 @dataclass
@@ -30,10 +30,10 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    """Seconds of processor time."""
+    """The most processor time of a case, in seconds."""
     growth: int = 0
     seconds: float = 0.0
-    """By the clock, over all rounds, with what a worker takes to start."""
+    """The time of all rounds by the clock, with the start of the workers."""
     next_seed: int = 0
 
     @property
@@ -79,7 +79,7 @@ def main() -> None:
 def run_round(
     name: str, tally: Tally, count: int, inputs: tuple[Path, Path, Path], folder: Path, deadline: float
 ) -> None:
-    """Runs `count` cases in a worker; a case that ends the worker is a fault, and the rest waits for the next round."""
+    """Runs `count` cases in a worker. A case that ends the worker is a fault. The rest waits for the next round."""
     place = folder / f"work-{name.replace(' ', '-')}-{tally.next_seed}"
     first, last = tally.next_seed, tally.next_seed + count
     command = [sys.executable, HERE / "worker.py", *inputs, place, name, first, last]
@@ -89,10 +89,10 @@ def run_round(
     begun, late = None, False
     assert worker.stdout is not None
     for line in worker.stdout:
-        told = json.loads(line)
-        begun = told["seed"] if told["outcome"] == "began" else None
+        entry = json.loads(line)
+        begun = entry["seed"] if entry["outcome"] == "began" else None
         if begun is None:
-            count_case(tally, told)
+            count_case(tally, entry)
         if time.monotonic() > deadline and begun is None:
             late = True
             worker.kill()
@@ -109,13 +109,13 @@ def run_round(
     print(f"{name}: {tally.cases} cases, {len(tally.faults)} faults", *tally.faults, sep="\n  ", flush=True)
 
 
-def count_case(tally: Tally, told: dict) -> None:
-    tally.next_seed = told["seed"] + 1
-    tally.outcomes[told["outcome"]] += 1
-    tally.slowest = max(tally.slowest, told.get("seconds", 0))
-    tally.growth = max(tally.growth, told.get("growth", 0))
-    if told["outcome"] not in ("accepted", "refused"):
-        tally.faults.append(f"seed {told['seed']}: {told['outcome']} {told.get('detail', '')}")
+def count_case(tally: Tally, entry: dict) -> None:
+    tally.next_seed = entry["seed"] + 1
+    tally.outcomes[entry["outcome"]] += 1
+    tally.slowest = max(tally.slowest, entry.get("seconds", 0))
+    tally.growth = max(tally.growth, entry.get("growth", 0))
+    if entry["outcome"] not in ("accepted", "refused"):
+        tally.faults.append(f"seed {entry['seed']}: {entry['outcome']} {entry.get('detail', '')}")
 
 
 def report(tallies: dict[str, Tally], wanted: int) -> None:

@@ -1,4 +1,4 @@
-"""What the soak damages is read whole first: its readers keep up with the code."""
+"""The readers of the soak, on undamaged files: they must follow the code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ for index, parser in enumerate(parsers(*make_inputs(folder, None, None))):
     parser.read(place)
 print("all", index + 1)
 """
-"""In a process of its own: among the readers are whole commands, which take the signals over."""
+"""A program for a separate process, since some readers are commands, which install signal handlers."""
 
 
-def test_every_parser_of_the_soak_reads_what_is_whole(tmp_path: Path) -> None:
+def test_every_parser_of_the_soak_reads_undamaged_files(tmp_path: Path) -> None:
     alone = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""One process of the soak: reads damaged files of one parser, and says of each what came of it."""
+"""A process of the soak, which reads damaged files of one parser and reports the outcome of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import traceback
 from pathlib import Path
 
 MAX_SECONDS = 10
-"""Of processor time."""
+"""The most processor time of a case, in seconds."""
 MAX_CLOCK_SECONDS = 120
-"""However little the processor does: something is waited for that does not come."""
+"""The most time of a case by the clock, in seconds, for a wait that never ends."""
 MAX_GROWTH_BYTES = 2 * 2**30
 
 
@@ -26,14 +26,14 @@ def main() -> None:
     parser = next(p for p in parsers(Path(model), Path(checkpoint), Path(extra)) if p.name == name)
     place = Path(folder)
     parser.prepare(place)
-    parser.read(place)  # imports, and shows that the whole file is read
+    parser.read(place)  # imports modules, and checks that the undamaged files are accepted
     with open("/proc/self/statm") as statm:  # noqa: PTH123
         mapped = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MAX_GROWTH_BYTES + 2**29,) * 2)
     for seed in range(int(first), int(last)):
         damaged, base = parser.damage(place, seed), memory("VmRSS")
-        tell(seed=seed, outcome="began")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        report(seed=seed, outcome="began")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         start = os.times()
         signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)  # the default action ends the process
         signal.setitimer(signal.ITIMER_REAL, MAX_CLOCK_SECONDS)
@@ -52,17 +52,17 @@ def main() -> None:
             outcome, detail = "growth", f"{growth} bytes"
         elif seconds > MAX_SECONDS:
             outcome, detail = "hang", f"{seconds:.1f} s"
-        tell(seed=seed, outcome=outcome, detail=detail, seconds=seconds, growth=growth)
+        report(seed=seed, outcome=outcome, detail=detail, seconds=seconds, growth=growth)
         parser.restore(place, damaged)
 
 
 def memory(what: str) -> int:
-    """Bytes that are resident: now (VmRSS), at most so far (VmHWM)."""
+    """Returns the resident bytes: the current ones (VmRSS) or the peak (VmHWM)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{what}:"))
 
 
-def tell(**values: object) -> None:
+def report(**values: object) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
 
