@@ -100,7 +100,7 @@ def test_operations_count_alike_where_nothing_is_estimated() -> None:
 
 
 def test_plan_without_a_main_function_is_an_error() -> None:
-    with pytest.raises(PackageError, match="not one of an ML Program"):
+    with pytest.raises(PackageError, match="that of an ML Program"):
         list(places(FakePlan(OPERATIONS, function="other")))
 
 

@@ -47,6 +47,38 @@ class FakeEncoder:
         return (patches.reshape(3, -1).T @ self._weights)[None]  # (1, side * side, channels)
 
 
+class EventLog:
+    """The launches of steps, the waits for results and the reads of them, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self._quiet = False
+        for module, attribute, name in ((mx, "async_eval", "launch"), (mx, "eval", "wait")):
+            monkeypatch.setattr(module, attribute, self._noted(getattr(module, attribute), name))
+        for attribute in ("item", "tolist"):
+            monkeypatch.setattr(mx.array, attribute, self._noted(getattr(mx.array, attribute), "read"))
+
+    def _noted(self, function: Callable, name: str) -> Callable:
+        def noted(*arguments: Any) -> Any:
+            if not self._quiet:
+                self.names.append(name)
+            return function(*arguments)
+
+        return noted
+
+    def apart(self, function: Callable) -> Callable:
+        """Returns `function` without its own events."""
+
+        def quiet(*arguments: Any) -> Any:
+            self._quiet = True
+            try:
+                return function(*arguments)
+            finally:
+                self._quiet = False
+
+        return quiet
+
+
 def language_weights(config: FastVLMConfig) -> dict[str, mx.array]:
     rng, drawn = np.random.default_rng(0), {}
     for name, shape in expected_shapes(config).items():

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastvlm.models._mlx import mx
 from fastvlm.models.errors import FastVLMError, ImageError, PromptError, UsageError
 from fastvlm.models.kv_cache import QuantizedKVCache
 from fastvlm.runtime import batch as batch_module
@@ -20,6 +19,8 @@ from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.prompt_cache import CachedPrompt
 from fastvlm.runtime.request import Request, prepare
+
+from .conftest import EventLog
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -114,38 +115,6 @@ def test_batch_reads_once_per_step_with_the_next_step_launched(
     assert len(list(batch.outcomes(requests))) == rows
     steps = tokens - 1
     assert events.names == ["launch"] + ["launch", "read"] * (steps - 1) + ["read"]
-
-
-class EventLog:
-    """Launches of steps and waits for results, as `runtime` makes them, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        self._quiet = False
-        for module, attribute, name in ((mx, "async_eval", "launch"), (mx, "eval", "wait")):
-            monkeypatch.setattr(module, attribute, self._noted(getattr(module, attribute), name))
-        for attribute in ("item", "tolist"):
-            monkeypatch.setattr(mx.array, attribute, self._noted(getattr(mx.array, attribute), "read"))
-
-    def _noted(self, function: Callable, name: str) -> Callable:
-        def noted(*arguments: Any) -> Any:
-            if not self._quiet:
-                self.names.append(name)
-            return function(*arguments)
-
-        return noted
-
-    def apart(self, function: Callable) -> Callable:
-        """`function`, whose own events are left out."""
-
-        def quiet(*arguments: Any) -> Any:
-            self._quiet = True
-            try:
-                return function(*arguments)
-            finally:
-                self._quiet = False
-
-        return quiet
 
 
 def test_answer_reads_once_per_token_with_the_next_step_launched(

@@ -17,9 +17,10 @@ from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime import request as request_module
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.prompt_cache import CachedPrompt
+from fastvlm.runtime.request import prepare
 from fastvlm.runtime.timings import TTFT_STAGES
 
-from .conftest import StandingClock
+from .conftest import EventLog, StandingClock
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -71,6 +72,30 @@ def test_logits_differ_when_the_request_does(
     usual = first_logits(PICTURE, "Describe it.")
     np.testing.assert_array_equal(first_logits(PICTURE, "Describe it."), usual)
     assert np.abs(first_logits(image, prompt, **options) - usual).max() > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, VARIED, {"repetition_penalty": 1.5}], ids=["greedy", "seeded", "penalty"])
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    # The projector, then the logits, whose check is read. A CPU also times the sampling.
+    [("gpu", ["wait", "wait", "read"]), ("cpu", ["wait", "wait", "read", "wait"])],
+)
+def test_prefill_waits_twice_on_a_gpu(
+    vlm: FastVLM,
+    monkeypatch: pytest.MonkeyPatch,
+    computing_on: Callable,
+    device: str,
+    expected: list[str],
+    options: dict,
+) -> None:
+    """The read comes after a wait for the same array, so it does not wait itself."""
+    computing_on(device)
+    vlm.generate(PICTURE, "Hi", max_tokens=1)  # caches the prefix of the template
+    vlm.engine.feature_cache.clear()
+    events = EventLog(monkeypatch)
+    prefilled = vlm.engine.prefill(prepare(PICTURE, "Hi", **options), CachedPrompt())
+    assert prefilled.cached_images == 0
+    assert events.names == expected
 
 
 def test_order_of_images_matters(first_logits: Callable[..., np.ndarray]) -> None:
