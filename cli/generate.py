@@ -104,6 +104,7 @@ def as_dict(generation: Generation, notes: tuple[str, ...]) -> dict[str, object]
         "text": generation.text,
         "token_ids": list(generation.token_ids),
         "finish_reason": generation.finish_reason,
+        "stop_reason": generation.stop_reason,
         "timings": generation.timings.as_dict(),
         "notes": list(notes),
     }
