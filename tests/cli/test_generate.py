@@ -76,7 +76,7 @@ def test_file_that_is_not_an_image_is_one_line(
 def test_missing_inputs_are_one_line(fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
     one_line_error(fastvlm("generate", model, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
     one_line_error(fastvlm("generate", "gone", "-p", "x", cwd=tmp_path), "gone")
-    one_line_error(fastvlm("generate", model, "-p", "x", "--top-p", "7", cwd=tmp_path), "top_p")
+    one_line_error(fastvlm("generate", model, "-p", "x", "--top-p", "7", cwd=tmp_path), "--top-p")
     assert fastvlm("generate", model, "-p", "x", "--fit", "squash", "-i", SAMPLE, cwd=tmp_path).returncode == 2
 
 
@@ -86,7 +86,7 @@ def test_bad_requests_are_reported_before_loading(
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     (copy / "model.safetensors").unlink()  # loading would fail on this
     one_line_error(fastvlm("generate", copy, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
-    one_line_error(fastvlm("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "temperature")
+    one_line_error(fastvlm("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "--temperature")
     one_line_error(fastvlm("generate", copy, "-p", "x", cwd=tmp_path), "model.safetensors is missing")
 
 
