@@ -15,7 +15,6 @@ OPTIONS = {
     "model_id": "ID",
     "recipe_file": "--recipe",
     "target": "--min-os",
-    "vision": "--backend",
     "zipped": "--zip",
 }
 """The option of an argument, where it is not the argument's name with dashes."""

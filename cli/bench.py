@@ -148,7 +148,7 @@ def bench_command(
             workload,
             prompt_tokens=lengths,
             processes=processes,
-            vision=backend,
+            backend=backend,
             compute_units=compute_units,
             kv_bits=given.as_int(kv_bits),
             on_stage=progress,

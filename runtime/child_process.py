@@ -1,8 +1,8 @@
-"""A child process that encodes images: how it is started, listened to and ended, and that it never outlives this one.
+"""A child process that encodes images: its start, its messages and its end. It never outlives this process.
 
-A guard, a shell of a few lines, waits on a pipe that only this process holds open. When this process ends, by SIGKILL
-too, the pipe closes and the guard kills the child, whatever native code holds the child's GIL at that time. A thread in
-the child could not do that, and Linux' PR_SET_PDEATHSIG is absent on macOS.
+A guard, a shell of a few lines, waits on a pipe that only this process has open. When this process ends, even by
+SIGKILL, the pipe closes and the guard kills the child, even while native code holds the child's GIL. A thread in the
+child could not do that, and macOS does not have Linux's PR_SET_PDEATHSIG.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from ..models import errors
 from ..models.errors import FastVLMError, MachineError, PackageError
 from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME
 from .encoders import Shapes
-from .frames import MAX_BYTES, FrameError, Frames, send
-from .shared_memory import SLOTS, Layout, SharedMemory, reserved_file
+from .transport import MAX_BYTES, SLOTS, FrameError, Frames, Layout, SharedMemory, reserved_file, send
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHILD_MODULE = ("-m", "fastvlm.runtime.encoder_child")
+"""The arguments of Python that run the child."""
 
 GUARD = 'read child && { read word || kill -9 "$child"; }'
-"""Kills the child unless a second line comes before the pipe closes."""
+"""A shell script that kills the child unless a second line arrives before the pipe closes."""
 
 END_SECONDS = 0.3
-"""Longest wait for a killed process: a Ctrl-C ends the command within half a second."""
+"""The longest wait for a killed process, in seconds. Ctrl-C must end a command within half a second."""
 
 GRACE_SECONDS = 0.5
-"""Time in which a process that has closed its pipe ends by itself, and shows how."""
+"""The time in seconds in which a process that closed its pipe may end by itself, and thus report how."""
 
 STDERR_LINES = 20
-"""Lines that are kept of the child's stderr: native code says why it aborts in its last ones."""
+"""The number of lines of the child's stderr that are kept. Native code prints the reason of an abort last."""
 
 MAX_LINE = 2_000
-"""Characters that are kept of a line."""
+"""The number of characters of a line that are kept."""
 
-LAST_WORDS = 200
-"""Characters of the last line that an error quotes."""
+LAST_OUTPUT = 200
+"""The number of characters of the last line that an error quotes."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a child is no longer used."""
+    """The reason why a child is no longer used."""
 
     kind: Literal["closed", "signal", "exit", "hang", "rubbish", "error"]
     detail: str = ""
     number: int = 0
-    """Of the signal, or the exit code."""
+    """The number of the signal, or the exit code."""
     loading: bool = False
-    """Whether it ended before the package was loaded."""
+    """True if the child ended before the package was loaded."""
     idle: bool = False
-    """Whether it ended while it had nothing to do."""
+    """True if the child ended while it had nothing to do."""
     error: FastVLMError | None = None
-    """Why the package does not open."""
+    """The error of a package that does not open."""
 
 
 class Reply:
-    """What the child answers to one order; settled once, by the thread that listens.
+    """The reply to one request, settled once by the listening thread.
 
     Attributes:
-        outcome: a message or features; an error; or, when the child ended, how.
-        innocent: whether the child ended before it had begun with this order.
+        outcome: a message or features, an error, or the ending of a child that ended.
+        innocent: True if the child ended before it started with this request.
     """
 
     def __init__(self, number: int, slot: int | None = None) -> None:
@@ -86,31 +86,32 @@ class Reply:
         self._arrived: SimpleQueue[None] = SimpleQueue()
 
     def settle(self, outcome: dict[str, Any] | NDArray[Any] | FastVLMError | Ending) -> None:
+        """Sets the outcome and wakes the waiting thread."""
         self.outcome = outcome
         self._arrived.put(None)
 
     def wait(self, seconds: float) -> None:
-        """Returns when it is settled, or after a time. A signal handler may raise out of it."""
+        """Waits until the reply is settled, or for a time. A signal handler may raise out of it."""
         if self.outcome is None:
             with contextlib.suppress(Empty):
                 self._arrived.get(timeout=seconds)
 
 
 class ChildProcess:
-    """One run of the child, with its guard and the thread that listens to it.
+    """A running child, with its guard and the thread that listens to it.
 
     Attributes:
-        opening: the reply to the first order.
-        memory: pixels and features.
-        free_slots: parts of the memory that no image uses.
-        ending: why it is no longer used; None while it is.
-        stage: what loading is at, and since when by `time.monotonic`.
+        opening: the reply to the first request, which opens the package.
+        memory: the shared pixels and features.
+        free_slots: the slots of the memory that no image uses.
+        ending: the reason why the child is no longer used, None while it is in use.
+        stage: the stage of loading, and its start by `time.monotonic`.
 
     Raises:
-        MachineError: it cannot be started.
+        MachineError: the child cannot be started.
     """
 
-    def __init__(self, program: tuple[str, ...], layout: Layout, shapes: Shapes, order: dict[str, Any]) -> None:
+    def __init__(self, program: tuple[str, ...], layout: Layout, shapes: Shapes, opening: dict[str, Any]) -> None:
         self.opening = Reply(0)
         self.free_slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(SLOTS):
@@ -120,8 +121,8 @@ class ChildProcess:
         self._shapes = shapes
         self._waiting: dict[int, Reply] = {}
         self._progress = time.monotonic()
-        self._said: deque[str] = deque(maxlen=STDERR_LINES)
-        self._writing, self._burying = threading.Lock(), threading.Lock()
+        self._stderr_lines: deque[str] = deque(maxlen=STDERR_LINES)
+        self._writing, self._reaping = threading.Lock(), threading.Lock()
         self._blamed: Reply | None = None
         self._finished = False
         self._to_child = self._lifeline = self._from_child = self._stderr = -1
@@ -137,25 +138,25 @@ class ChildProcess:
             if isinstance(reason, OSError | RuntimeError):
                 raise MachineError(f"the vision encoder's process cannot be started: {reason}") from reason
             raise
-        self.give(self.opening, order)
+        self.request(self.opening, opening)
 
     def _start(self, program: tuple[str, ...], layout: Layout) -> None:
-        with contextlib.ExitStack() as given:  # what belongs to the child alone once it runs
+        with contextlib.ExitStack() as for_child:  # closes the descriptors that only the child needs
 
             def pipe() -> tuple[int, int]:
                 return tuple(map(_above_stdio, os.pipe()))  # type: ignore[return-value]
 
             memory = _above_stdio(reserved_file(layout.total_bytes))
-            given.callback(os.close, memory)
+            for_child.callback(os.close, memory)
             self.memory = SharedMemory(layout, memory)
             lifeline, self._lifeline = pipe()
-            given.callback(os.close, lifeline)
-            orders, self._to_child = pipe()
-            given.callback(os.close, orders)
+            for_child.callback(os.close, lifeline)
+            requests, self._to_child = pipe()
+            for_child.callback(os.close, requests)
             self._from_child, replies = pipe()
-            given.callback(os.close, replies)
+            for_child.callback(os.close, replies)
             self._stderr, stderr = pipe()
-            given.callback(os.close, stderr)
+            for_child.callback(os.close, stderr)
             os.set_blocking(self._stderr, False)
             self._guard = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD],
@@ -165,68 +166,69 @@ class ChildProcess:
                 start_new_session=True,
             )
             self._child = subprocess.Popen(
-                [sys.executable, "-P", *program, str(orders), str(replies), str(memory)],
+                [sys.executable, "-P", *program, str(requests), str(replies), str(memory)],
                 stdin=subprocess.DEVNULL,
-                stdout=stderr,  # whatever native code prints is kept from the pipe of replies
+                stdout=stderr,  # output of native code must not reach the pipe of replies
                 stderr=stderr,
-                pass_fds=(orders, replies, memory),
-                start_new_session=True,  # the terminal's Ctrl-C is meant for this process
+                pass_fds=(requests, replies, memory),
+                start_new_session=True,  # only this process handles the terminal's Ctrl-C
             )
-            # Until the guard knows the child, the child only waits for an order, and ends with the pipe.
+            # Until the guard knows the child, the child only waits for a request, and ends when the pipe closes.
             os.write(self._lifeline, f"{self._child.pid}\n".encode())
 
     @property
     def pid(self) -> int | None:
+        """The id of the process."""
         return self._child.pid if self._child else None
 
     @property
-    def last_words(self) -> str:
-        """The last line on the child's stderr that says something; empty when there is none."""
-        lines = (" ".join(line.split()) for line in reversed(self._said))
-        return next((line[:LAST_WORDS] for line in lines if any(c.isalnum() for c in line)), "")
+    def last_output(self) -> str:
+        """The last line on the child's stderr with a letter or digit, empty if there is none."""
+        lines = (" ".join(line.split()) for line in reversed(self._stderr_lines))
+        return next((line[:LAST_OUTPUT] for line in lines if any(c.isalnum() for c in line)), "")
 
     @property
     def working_since(self) -> tuple[float, bool] | None:
-        """Since when it works at something, by `time.monotonic`, and whether that is loading; None while idle."""
+        """The start of its current work by `time.monotonic`, and True if that is loading. None while it is idle."""
         first = next(iter(list(self._waiting.values())), None)
         return None if first is None else (max(first.given, self._progress), first.number == 0)
 
-    def give(self, reply: Reply, order: dict[str, Any]) -> None:
-        """Sends an order whose reply will be settled, also when the child ends."""
+    def request(self, reply: Reply, content: dict[str, Any]) -> None:
+        """Sends a request whose reply will be settled, also when the child ends."""
         with self._writing:
             self._waiting[reply.number] = reply
             sent = self.ending is None and self._to_child >= 0
             if sent:
                 try:
-                    send(self._to_child, order)
-                except OSError:  # it has ended, and the thread that listens will say how
+                    send(self._to_child, content)
+                except OSError:  # it has ended, and the listening thread finds out how
                     sent = False
             reply.innocent = not sent
         if self._finished:
             self._give_up()
 
     def fail(self, ending: Ending) -> None:
-        """Ends the child for a reason that its orders are told."""
+        """Kills the child. Its pending replies are settled with this ending."""
         self.ending = self.ending or ending
         self._kill()
 
     def end(self) -> None:
-        """Ends the child at once, and waits until it is gone."""
+        """Kills the child, and waits until it has ended."""
         self.ending = self.ending or Ending("closed")
-        self._bury(kill=True)
+        self._reap(kill=True)
 
     def disown(self) -> None:
-        """In a fork of this process: leaves the child to the process that started it."""
+        """Leaves the child to the process that started it. To be called in a fork of that process."""
         self.ending = self.ending or Ending("closed")
         for process in (self._child, self._guard):
             if process is not None:
-                process.returncode = 0  # not to be waited for here
-        self._writing, self._burying = threading.Lock(), threading.Lock()
+                process.returncode = 0  # keeps this fork from waiting for it
+        self._writing, self._reaping = threading.Lock(), threading.Lock()
         self._close("_to_child", "_lifeline", "_from_child", "_stderr")
         self._child = self._guard = None
 
     def _listen(self) -> None:
-        """Settles replies until the child's pipe closes, in a thread of its own."""
+        """Settles replies until the child's pipe closes. Runs in a thread of its own."""
         frames, poller = Frames(), select.poll()
         poller.register(self._from_child, select.POLLIN)
         poller.register(self._stderr, select.POLLIN)
@@ -234,21 +236,21 @@ class ChildProcess:
             while True:
                 for descriptor, _ in poller.poll():
                     if descriptor == self._stderr:
-                        if not self._hear():
+                        if not self._read_stderr():
                             poller.unregister(descriptor)
                         continue
                     chunk = os.read(descriptor, MAX_BYTES)
                     if not chunk:
                         return
                     for message in frames.feed(chunk):
-                        self._take(message)
+                        self._handle(message)
         except (FrameError, LookupError, TypeError, ValueError) as reason:
             self.fail(Ending("rubbish", str(reason), loading=self.opening.outcome is None))
         finally:
             self._finish()
 
-    def _take(self, message: dict[str, Any]) -> None:
-        """Follows a message. Raises LookupError, TypeError or ValueError for one that makes no sense."""
+    def _handle(self, message: dict[str, Any]) -> None:
+        """Handles a message. Raises LookupError, TypeError or ValueError for an invalid one."""
         if "stage" in message:
             self.stage = str(message["stage"]), float(message["since"])
             return
@@ -272,24 +274,24 @@ class ChildProcess:
             self.free_slots.put(reply.slot)
         reply.settle(outcome)
 
-    def _hear(self) -> bool:
-        """Keeps the end of what is on stderr now. False when it is closed."""
+    def _read_stderr(self) -> bool:
+        """Reads the available output on stderr and keeps its end. Returns False when the pipe is closed."""
         try:
             chunk = os.read(self._stderr, MAX_BYTES)
         except BlockingIOError:
             return True
-        begun = self._said.pop() if self._said else ""
-        lines = (begun + chunk.decode(errors="replace")).split("\n")
-        self._said.extend(line[-MAX_LINE:] for line in lines)
+        unfinished = self._stderr_lines.pop() if self._stderr_lines else ""
+        lines = (unfinished + chunk.decode(errors="replace")).split("\n")
+        self._stderr_lines.extend(line[-MAX_LINE:] for line in lines)
         return bool(chunk)
 
     def _finish(self) -> None:
-        """The child has closed its pipe: finds out how it ended, and tells that to whoever waits."""
+        """Finds out how a child that closed its pipe ended, and settles the pending replies with that."""
         blamed = next(iter(list(self._waiting.values())), None)
         if blamed is not None and blamed.innocent:
             blamed = None
         if self.ending is None or self.ending.kind == "error":
-            self._bury(kill=False)
+            self._reap(kill=False)
         if self.ending is None:
             code = self._child.returncode if self._child else None
             loading = self.opening.outcome is None
@@ -299,15 +301,15 @@ class ChildProcess:
                 kind: Literal["signal", "exit"] = "signal" if code < 0 else "exit"
                 ending = Ending(kind, number=abs(code), loading=loading, idle=blamed is None)
             self.ending = self.ending or ending
-        self._bury(kill=True)
+        self._reap(kill=True)
         with contextlib.suppress(OSError):
-            self._hear()
+            self._read_stderr()
         self._close("_from_child", "_stderr")
         self._blamed, self._finished = blamed, True
         self._give_up()
 
     def _give_up(self) -> None:
-        """Settles what waits with how the child ended; only the first order can have ended it."""
+        """Settles the pending replies with the ending. Only the first request can have caused it."""
         while self._waiting:
             with contextlib.suppress(KeyError):  # another thread does the same
                 number, reply = next(iter(list(self._waiting.items())))
@@ -322,12 +324,12 @@ class ChildProcess:
             with contextlib.suppress(OSError):
                 os.kill(self._child.pid, signal.SIGKILL)
 
-    def _bury(self, kill: bool) -> None:
-        """Waits for the child's end, which comes by itself or is brought about. The guard goes first.
+    def _reap(self, kill: bool) -> None:
+        """Waits for the child, after killing it with `kill`. The guard is ended first.
 
-        Once the child is waited for, its number may be another process's, which the guard must not kill.
+        Once the child has been waited for, its id may be another process's, which the guard must not kill.
         """
-        with self._burying:
+        with self._reaping:
             if kill:
                 self._kill()
             if self._guard is not None:
@@ -357,7 +359,7 @@ def _disown_all() -> None:
         process.disown()
 
 
-os.register_at_fork(after_in_child=_disown_all)  # else a fork would keep the guard's pipe open
+os.register_at_fork(after_in_child=_disown_all)  # a fork must not keep the guard's pipe open
 
 
 def _error_of(described: dict[str, Any]) -> FastVLMError:
@@ -377,7 +379,7 @@ def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def _above_stdio(descriptor: int) -> int:
-    """The descriptor, or another of the same file: what takes the place of stdio in the child would be lost."""
+    """Returns the descriptor, or a duplicate above 2, because the child replaces stdio."""
     if descriptor > 2:
         return descriptor
     try:

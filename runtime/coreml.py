@@ -1,8 +1,9 @@
-"""Core ML itself, through coremltools: the only code of the runtime that needs a Mac."""
+"""Core ML through coremltools: compute units, compiling, opening. The only code of the runtime that needs a Mac."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -11,35 +12,57 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..models.coreml_errors import coreml_reason
-from ..models.errors import PackageError
+from ..models.errors import MachineError, PackageError, UsageError
 from ..models.versions import import_coremltools
 from .compiled_cache import Predict
-from .encoders import check_mac
+
+COMPUTE_UNITS = ("CPU_AND_NE", "CPU_ONLY", "CPU_AND_GPU", "ALL")
+"""The compute units that Core ML may run a package on. The first is the default."""
+
+UNITS_VARIABLE = "FASTVLM_COMPUTE_UNITS"
+"""The environment variable that names the default compute units, one of COMPUTE_UNITS."""
 
 LIBRARY = "libcoremlpython"
-"""coremltools' extension module, which calls Core ML. It needs nothing of coremltools' Python to predict."""
+"""coremltools' extension module, which calls Core ML. It predicts without coremltools' Python code."""
 
 MODULE = f"coremltools.{LIBRARY}"
-"""The name under which coremltools imports it: its types can be registered once in a process."""
+"""The name under which coremltools imports the module. Its types can be registered only once in a process."""
+
+
+def check_mac() -> None:
+    """Raises MachineError where Core ML cannot run."""
+    if sys.platform != "darwin":
+        raise MachineError("Core ML runs on macOS only. Leave backend out, or use backend='reference'.", "backend")
+
+
+def default_compute_units() -> str:
+    """Returns the units that FASTVLM_COMPUTE_UNITS names, or else the Neural Engine with the CPU. Raises UsageError."""
+    named = os.environ.get(UNITS_VARIABLE)
+    if not named:
+        return COMPUTE_UNITS[0]
+    if named not in COMPUTE_UNITS:
+        raise UsageError(f"{UNITS_VARIABLE} must be one of {', '.join(COMPUTE_UNITS)}, got {named!r:.40}")
+    return named
 
 
 class Proxy(Protocol):
-    """What the extension module calls `_MLModelProxy`: an open model."""
+    """An open model, the class `_MLModelProxy` of the extension module."""
 
     def __init__(self, path: str, compute_units: str, function: str, hints: dict[str, str], asset: None) -> None: ...
 
-    def predict(self, inputs: dict[str, Any], state: None) -> dict[str, Any]: ...
+    def predict(self, inputs: dict[str, Any], state: None) -> dict[str, Any]:
+        """Runs the model. Raises RuntimeError."""
 
     @staticmethod
     def compileModel(path: str) -> str:  # noqa: N802 - its name
-        """Compiles a package into a folder of the system's choice, whose path it returns."""
+        """Compiles a package into a folder of the system's choice, and returns its path."""
 
 
 class CoreMLTools:
-    """Compiles packages and opens the result on some compute units.
+    """A compiler that compiles packages and opens the result on given compute units.
 
     Importing coremltools takes seconds and 300 MB, and only conversion needs it, so the extension module is loaded
-    alone. coremltools' own classes serve where that does not work.
+    alone. If that does not work, coremltools' own classes are used.
 
     Raises:
         MachineError: this machine is not a Mac, or coremltools is missing.
@@ -55,13 +78,14 @@ class CoreMLTools:
         self._ct: Any = None if self._proxy else import_coremltools(conversion=False)
 
     def compile(self, package: Path, destination: Path) -> None:
+        """Compiles a package. Raises RuntimeError."""
         if self._proxy:
             shutil.move(self._proxy.compileModel(str(package)), destination)
         else:
             self._ct.models.utils.compile_model(str(package), str(destination))
 
     def open(self, compiled: Path) -> Predict:
-        """The compiled package, ready to run; what it cannot run raises PackageError."""
+        """Opens a compiled package and returns the function that runs it, which raises PackageError."""
         predict = self._opened(compiled)
 
         def checked(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +110,7 @@ class CoreMLTools:
 
 
 def extension_proxy() -> type[Proxy] | None:
-    """`_MLModelProxy` of the extension module, loaded without coremltools; None where that does not work."""
+    """Returns `_MLModelProxy` of the extension module, loaded without coremltools, or None if that does not work."""
     package = importlib.util.find_spec("coremltools")
     folders = package.submodule_search_locations if package else None
     spec = PathFinder.find_spec(MODULE, list(folders or ()))

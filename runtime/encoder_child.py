@@ -1,7 +1,7 @@
-"""The process that runs a vision encoder for another: `python -P -m fastvlm.runtime.encoder_child`, by its parent.
+"""The process that runs a vision encoder for its parent: `python -P -m fastvlm.runtime.encoder_child`.
 
-Orders and replies are frames (`frames.py`) on pipes of their own, pixels and features are in shared memory. It ends
-when the pipe of its orders is closed. See `encoder_process.py` for the other side.
+Requests and replies are messages on two pipes, pixels and features are in shared memory (`transport.py`). The process
+ends when the pipe of requests is closed. `encoder_process.py` is the other side.
 """
 
 from __future__ import annotations
@@ -18,63 +18,61 @@ from typing import Any, NoReturn
 from ..models.coreml_errors import coreml_reason
 from ..models.errors import FastVLMError
 from .compiled_cache import CompiledCache
+from .coreml import CoreMLTools
 from .encoders import CoreMLEncoder, ReferenceEncoder, Shapes, VisionEncoder
-from .frames import FrameError, received, send
-from .shared_memory import Layout, SharedMemory
+from .transport import FrameError, Layout, SharedMemory, received, send
 
 Stage = Callable[[str], None]
-"""Hears what begins: `import`, `open`, `warm`."""
+"""Called with the stage of loading that starts: `import`, `open`, `warm`."""
 
 Opener = Callable[[dict[str, Any], Stage], tuple[VisionEncoder, dict[str, Any]]]
-"""The order to open an encoder -> the encoder, and facts: times in milliseconds, the compiled copy."""
+"""The first request -> the encoder, and what the parent learns of it: times in milliseconds, the compiled copy."""
 
 MAX_MESSAGE = 2_000
-"""Characters of an error message that are passed on."""
+"""The number of characters of an error message that are sent to the parent."""
 
 
-def open_backend(order: dict[str, Any], on_stage: Stage) -> tuple[VisionEncoder, dict[str, Any]]:
-    """The package on Core ML or in the reference executor."""
+def open_backend(request: dict[str, Any], on_stage: Stage) -> tuple[VisionEncoder, dict[str, Any]]:
+    """Opens the package in Core ML or in the reference executor."""
     start = time.perf_counter()
-    package, shapes = Path(order["package"]), Shapes(*order["shapes"])
+    package, shapes = Path(request["package"]), Shapes(*request["shapes"])
     on_stage("import")
-    if order["backend"] == "reference":
-        from ..models.mlprogram import executor  # noqa: F401 - to time its import, which brings torch
+    if request["backend"] == "reference":
+        from ..models.mlprogram import executor  # noqa: F401 - times the import of torch
 
         import_ms = 1000 * (time.perf_counter() - start)
-        reference = ReferenceEncoder(package, shapes, order["precision"])
+        reference = ReferenceEncoder(package, shapes, request["precision"])
         return reference, {"import_ms": import_ms, "open_ms": 1000 * (time.perf_counter() - start) - import_ms}
-    from .coreml import CoreMLTools
-
-    tools = CoreMLTools(order["compute_units"])
+    tools = CoreMLTools(request["compute_units"])
     import_ms = 1000 * (time.perf_counter() - start)
-    cache = CompiledCache(Path(order["cache"]), order["max_copies"])
+    cache = CompiledCache(Path(request["cache"]), request["max_copies"])
     encoder = CoreMLEncoder(package, shapes, tools, cache, on_stage)
     times = {"import_ms": import_ms, "open_ms": encoder.open_ms, "first_predict_ms": encoder.first_predict_ms}
     return encoder, {**times, "compiled": str(encoder.compiled)}
 
 
 class Worker:
-    """Follows the orders of the parent."""
+    """The loop that serves the parent's requests."""
 
-    def __init__(self, orders: int, replies: int, memory: int, opener: Opener) -> None:
-        self._orders, self._replies, self._memory, self._opener = orders, replies, memory, opener
+    def __init__(self, requests: int, replies: int, memory: int, opener: Opener) -> None:
+        self._requests, self._replies, self._memory, self._opener = requests, replies, memory, opener
 
     def work(self) -> None:
-        """Returns when there are no more orders. Raises FrameError, OSError."""
-        orders = received(self._orders)
-        order = next(orders, None)
-        if order is None:
+        """Serves requests until the pipe is closed. Raises FrameError, OSError."""
+        requests = received(self._requests)
+        request = next(requests, None)
+        if request is None:
             return
-        shared = SharedMemory(Layout(*order["layout"]), self._memory)
+        shared = SharedMemory(Layout(*request["layout"]), self._memory)
         os.close(self._memory)
         try:
-            encoder, times = self._opener(order, self._on_stage)
+            encoder, times = self._opener(request, self._on_stage)
         except Exception as reason:
             self._reply(0, error=described(reason))
             return
         self._reply(0, ready={"projected": encoder.projected, "compile_ms": encoder.compile_ms, **times})
-        for order in orders:
-            self._encode(encoder, shared, order["id"], order["slot"])
+        for request in requests:
+            self._encode(encoder, shared, request["id"], request["slot"])
 
     def _encode(self, encoder: VisionEncoder, shared: SharedMemory, number: int, slot: int) -> None:
         start = time.perf_counter()
@@ -105,17 +103,17 @@ def described(reason: Exception) -> dict[str, Any]:
 
 
 def main(opener: Opener = open_backend, arguments: list[str] | None = None) -> NoReturn:
-    """Works until the parent closes its pipe.
+    """Serves requests until the parent closes its pipe.
 
-    `os._exit` leaves out Python's finalizers: Core ML's queues may still hold objects of Python's.
+    `os._exit` skips Python's finalizers, because Core ML's queues may still refer to Python objects.
     """
-    orders, replies, memory = map(int, arguments or sys.argv[1:4])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    for descriptor in (orders, replies, memory):
+    requests, replies, memory = map(int, arguments or sys.argv[1:4])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles it
+    for descriptor in (requests, replies, memory):
         os.set_inheritable(descriptor, False)
     code = 0
     try:
-        Worker(orders, replies, memory, opener).work()
+        Worker(requests, replies, memory, opener).work()
     except (FrameError, BrokenPipeError):  # the parent is gone
         code = 1
     except BaseException:

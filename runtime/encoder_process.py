@@ -1,8 +1,8 @@
-"""The vision encoder in a process of its own, and what happens when that process ends badly.
+"""The vision encoder in a process of its own, with errors for its crashes.
 
-Core ML holds the GIL while it compiles, loads and predicts, can abort or be killed by the system, and may print what it
-likes. In a child none of that reaches this process: signals are answered at once, a crash is an error, and the next
-image is encoded while the decoder writes. `encoder_child.py` is the other side.
+Core ML holds the GIL while it compiles, loads and predicts, can abort or be killed by the system, and may print
+anything. In a child none of that reaches this process: signals are handled immediately, a crash is an error, and the
+next image is encoded while the decoder generates. `encoder_child.py` is the other side.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ..models.errors import CrashError, FastVLMError, MachineError, UsageError
 from ..models.folder_layout import OUTPUT_NAME
 from .child_process import CHILD_MODULE, ChildProcess, Ending, Reply
 from .compiled_cache import CompiledCache
-from .encoders import OnWait, Shapes, check_pixels, default_compute_units
-from .shared_memory import Layout
+from .coreml import default_compute_units
+from .encoders import OnWait, Shapes, check_pixels
+from .transport import Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
     from ..models.mlprogram.executor import Precision
 
 TICK_SECONDS = 0.1
-"""How often a wait looks at its limit."""
+"""The time between two checks of a wait's limit, in seconds."""
 
 QUIET_SECONDS = 2.0
-"""Loading that takes longer is reported to `on_wait`."""
+"""The time in seconds after which loading is reported to `on_wait`."""
 
 RETRY_SECONDS = 60.0
-"""After two crashes in a row, time until the encoder is started again: a crash loop costs little, a server recovers."""
+"""The time in seconds from two crashes in a row to the next start. A crash loop costs little, and a server recovers."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Time after which the process is taken to hang, in seconds."""
+    """The times after which a process counts as hanging, in seconds."""
 
     load: float = 600.0
-    """The slowest first use on an engine that was reported took 105 s. A load can hang for half an hour without one."""
+    """The slowest reported first use on an engine took 105 s. A load without an engine can hang for half an hour."""
     predict: float = 300.0
     """The engine takes 0.1 s, the reference executor up to 10 s on two cores."""
 
@@ -57,15 +58,15 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class LoadTimes:
-    """Time that loading took inside the process, in milliseconds."""
+    """The times of loading inside the process, in milliseconds."""
 
     import_ms: float = 0.0
     open_ms: float = 0.0
-    """Compiling the package where there was no copy, and loading it."""
+    """Loading of the package, with compiling if there was no copy."""
     first_predict_ms: float = 0.0
-    """One run on zeros; 0 for the reference executor, which needs no warming."""
+    """One run on zeros. 0 for the reference executor, which needs none."""
     compile_ms: float = 0.0
-    """The first use of the package on this machine's engine; 0 when that was earlier."""
+    """The first use of the package on this machine's engine, 0 for later uses."""
 
 
 class EncoderProcess:
@@ -76,8 +77,9 @@ class EncoderProcess:
 
     Attributes:
         name: `coreml` or `reference`.
-        predict_ms: time of the last image inside the process.
-        pid: of the process while it runs, else None.
+        image_size: the side of the input square, in pixels.
+        compute_units: the units of Core ML, None for the reference executor.
+        predict_ms: the time of the last image inside the process.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class EncoderProcess:
         cache = cache or CompiledCache()
         tokens = shapes.output(OUTPUT_NAME)[1]
         self._layout = Layout(shapes.image_size, tokens * max(shapes.channels, shapes.hidden_size))
-        self._order = {
+        self._opening = {
             "id": 0,
             "layout": [self._layout.image_size, self._layout.feature_count],
             "package": str(package.absolute()),
@@ -116,14 +118,14 @@ class EncoderProcess:
         self._numbers = itertools.count(1)
         self._starting, self._counting = Lock(), Lock()
         self._crashes = 0
-        """In a row, without an image between them."""
+        """The number of crashes in a row, without an image between them."""
         self._crashed_at = 0.0
         self._last_error: FastVLMError = MachineError("")
         self._uncounted: ChildProcess | None = None
-        """The last one started, until its end has been counted."""
+        """The last child, until its end has been counted."""
         self._closed = False
         self._running: list[ChildProcess] = []
-        """The child, if there is one; a list so that the finalizer does not hold this object."""
+        """The child, if there is one. It is in a list because the finalizer must not refer to this object."""
         self._finalizer = weakref.finalize(self, _end_all, self._running)
         self._loaded: dict[str, Any] = {}
         self._process()
@@ -137,46 +139,47 @@ class EncoderProcess:
         self.close()
 
     def close(self) -> None:
-        """Ends the process at once. No image can be encoded after that."""
+        """Ends the process. No image can be encoded after that."""
         self._closed = True
         self._uncounted = None
         _end_all(self._running)
 
     @property
     def pid(self) -> int | None:
+        """The id of the process while it runs, else None."""
         running = next(iter(self._running), None)
         return running.pid if running is not None and running.ending is None else None
 
     @property
     def room(self) -> int:
-        """Images that `submit` takes at once, without waiting for another."""
+        """The number of images that `submit` accepts without waiting."""
         return self._process().free_slots.qsize()
 
     @property
     def projected(self) -> bool:
-        """Whether the package holds the projector. Waits until it is loaded."""
+        """True if the package has the projector. Waits until it is loaded."""
         return bool(self._ready()["projected"])
 
     @property
     def times(self) -> LoadTimes:
-        """How long the first loading took. Waits until it is over."""
+        """The times of the first loading. Waits until it is over."""
         ready = self._ready()
         names = ("import_ms", "open_ms", "first_predict_ms", "compile_ms")
         return LoadTimes(**{name: float(ready.get(name, 0.0)) for name in names})
 
     @property
     def compiled(self) -> Path | None:
-        """The copy of the package that Core ML has opened, None for the reference executor. Waits for loading."""
+        """The compiled copy that Core ML has opened, None for the reference executor. Waits until it is loaded."""
         found = self._ready().get("compiled")
         return None if found is None else Path(str(found))
 
     @property
     def compile_ms(self) -> float:
-        """Time of the first use of the package on this machine's engine; 0 when that was earlier."""
+        """The time of the package's first use on this machine's engine, 0 for later uses. Waits until it is loaded."""
         return self.times.compile_ms
 
     def wait_ready(self) -> None:
-        """Returns when the package is loaded.
+        """Waits until the package is loaded.
 
         Raises:
             CrashError: the process ended, or hung.
@@ -186,11 +189,11 @@ class EncoderProcess:
         self._ready()
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(1, 3, S, S) float32 in 0..1 -> (1, (S/64)^2, C or D) float32. Raises what `wait_ready` raises."""
+        """Maps (1, 3, S, S) float32 in 0..1 to (1, (S/64)^2, C or D) float32. Raises as `wait_ready` does."""
         return self.submit(pixel_values).result()
 
     def submit(self, pixel_values: NDArray[np.float32]) -> Pending:
-        """Begins to encode an image. While two are on their way, it waits for the first of them.
+        """Starts to encode an image. Waits while there is no room for it.
 
         Raises:
             PackageError: the pixels have another shape.
@@ -204,7 +207,7 @@ class EncoderProcess:
         except BaseException:
             process.free_slots.put(slot)
             raise
-        process.give(reply, {"id": reply.number, "slot": slot})
+        process.request(reply, {"id": reply.number, "slot": slot})
         return Pending(self, process, reply, pixel_values)
 
     def _free_slot(self) -> tuple[ChildProcess, int]:
@@ -216,10 +219,10 @@ class EncoderProcess:
                 self._watch(process)
 
     def _process(self) -> ChildProcess:
-        """The child, which is started when there is none. Raises MachineError."""
+        """Returns the child, and starts it if there is none. Raises MachineError."""
         with self._starting:
             if self._closed:
-                raise UsageError("the model is closed: load it again")
+                raise UsageError("the model is closed. Load it again.")
             if self._running and self._running[0].ending is None:
                 return self._running[0]
             if self._running:
@@ -227,7 +230,7 @@ class EncoderProcess:
             _end_all(self._running)
             if self._crashes > 1 and time.monotonic() - self._crashed_at < RETRY_SECONDS:
                 raise type(self._last_error)(str(self._last_error), *self._last_error.arguments)
-            self._running.append(ChildProcess(self._program, self._layout, self._shapes, self._order))
+            self._running.append(ChildProcess(self._program, self._layout, self._shapes, self._opening))
             self._uncounted = self._running[0]
             return self._running[0]
 
@@ -240,7 +243,7 @@ class EncoderProcess:
         return self._loaded
 
     def _outcome(self, process: ChildProcess, reply: Reply) -> Any:
-        """What the reply settles to. Raises the error that it settles to, and how the child ended."""
+        """Waits for the outcome of a reply. Raises its error, or the error of a child that ended."""
         while reply.outcome is None:
             reply.wait(TICK_SECONDS)
             self._watch(process)
@@ -251,7 +254,7 @@ class EncoderProcess:
         return reply.outcome
 
     def _features(self, pending: Pending) -> NDArray[np.float32]:
-        """Waits for an image. One that the child had not begun when it ended is given to the next child."""
+        """Waits for an image. If its child ended before it started with the image, the next child encodes it."""
         while True:
             try:
                 features: NDArray[np.float32] = self._outcome(pending.process, pending.reply)
@@ -286,11 +289,11 @@ class EncoderProcess:
         return f"Loading the vision encoder on {self.compute_units}"
 
     def _counted(self, process: ChildProcess) -> FastVLMError:
-        """How a child ended, which is counted once: the second time in a row it is a MachineError."""
+        """Returns the error of a child that ended, and counts it once. The second in a row is a MachineError."""
         with self._counting:
             ending = process.ending
             if ending is None or ending.kind == "closed":
-                return UsageError("the model is closed: load it again")
+                return UsageError("the model is closed. Load it again.")
             error = ending.error or self._crash_error(process, ending)
             if process is self._uncounted:
                 self._uncounted = None
@@ -303,29 +306,29 @@ class EncoderProcess:
             return error
 
     def _crash_error(self, process: ChildProcess, ending: Ending) -> CrashError:
-        """One line: what happened, at what, on which units, and what to do."""
+        """Returns a one-line error with the ending, the work, the compute units and the remedy."""
         core_ml = self.name == "coreml"
         subject = "Core ML" if core_ml else "the vision encoder"
         how = {
             "signal": f"was ended by {_signal_name(ending.number)}",
             "exit": f"exited with code {ending.number}",
             "hang": f"did not answer within {ending.detail}",
-            "rubbish": f"sent something else than messages ({ending.detail})",
+            "rubbish": f"sent data other than messages ({ending.detail})",
         }[ending.kind]
         at = "loaded the package" if ending.loading else "encoded an image"
         units = f" on {self.compute_units}" if core_ml else ""
-        said = f' (its last words: "{process.last_words}")' if process.last_words else ""
-        memory = "The system does so when memory runs out: close other programs. " if ending.number == 9 else ""
+        output = f' (its last output: "{process.last_output}")' if process.last_output else ""
+        memory = "The system does so when memory runs out. Close other programs. " if ending.number == 9 else ""
         folder = self._package.parent
         if not core_ml:
-            advice, arguments = "Leave out encoder_process=True", ["encoder_process"]
+            advice, arguments = "Leave out encoder_process=True.", ["encoder_process"]
         elif self.compute_units == "CPU_ONLY":
-            advice, arguments = f"Try vision='reference', and run fastvlm verify {folder} --on-device", ["vision"]
+            advice, arguments = f"Try backend='reference', and run fastvlm verify {folder} --on-device.", ["backend"]
         else:
-            find = f"find out which units work with fastvlm verify {folder} --on-device"
-            advice, arguments = f"Try compute_units='CPU_ONLY', and {find}", ["compute_units"]
+            find = f"find the units that work with fastvlm verify {folder} --on-device"
+            advice, arguments = f"Try compute_units='CPU_ONLY', and {find}.", ["compute_units"]
         return CrashError(
-            f"{subject}: its process {how} while it {at}{units}{said}. {memory}{advice}",
+            f"{subject}: its process {how} while it {at}{units}{output}. {memory}{advice}",
             *arguments,
             signal_number=ending.number if ending.kind == "signal" else None,
             exit_code=ending.number if ending.kind == "exit" else None,
@@ -333,7 +336,7 @@ class EncoderProcess:
 
 
 class Pending:
-    """An image on its way through the process."""
+    """The features of an image that the process is encoding."""
 
     def __init__(
         self, encoder: EncoderProcess, process: ChildProcess, reply: Reply, pixel_values: NDArray[np.float32]
@@ -343,11 +346,11 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """Whether `result` has nothing to wait for but, after a crash, the next process."""
+        """True if `result` does not wait, except for the next process after a crash."""
         return self.reply.outcome is not None
 
     def result(self) -> NDArray[np.float32]:
-        """The features. Raises what `EncoderProcess.encode` raises."""
+        """Waits for the features and returns them. Raises as `EncoderProcess.encode` does."""
         return self._encoder._features(self)
 
 

@@ -1,9 +1,7 @@
-"""The vision encoder of a model folder, behind one interface: `pixel_values` -> `image_features`."""
+"""The vision encoders behind one interface: `pixel_values` -> `image_features`."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ import numpy as np
 
 from ..models.blas import release_torch_threads
 from ..models.config import PATCH_SIZE, FastVLMConfig
-from ..models.errors import MachineError, PackageError, UsageError
-from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, has_mlx_encoder
+from ..models.errors import PackageError
+from ..models.folder_layout import EMBEDS_NAME, OUTPUT_NAME, saved_encoder
 from ..models.mlprogram import Program, read_package
 from ..models.mlprogram.program import inputs_for
 from .compiled_cache import CompiledCache, Compiler, Predict
@@ -26,184 +24,98 @@ if TYPE_CHECKING:
 
     from ..models.mlprogram.executor import Precision
 
-COMPUTE_UNITS = ("CPU_AND_NE", "CPU_ONLY", "CPU_AND_GPU", "ALL")
-"""What Core ML may run a package on: the engine first."""
-
-UNITS_VARIABLE = "FASTVLM_COMPUTE_UNITS"
-"""Names the compute units where none are asked for: one of COMPUTE_UNITS."""
-
 OnWait = Callable[[str, float], None]
-"""Hears what loading waits for, and for how many seconds so far."""
-
-VISION_NAMES = ("coreml", "reference", "mlx")
+"""Called with the reason that loading takes long, and the seconds so far."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What `config.json` says of a package: what it was exported for."""
+    """The sizes of a package's input and outputs according to `config.json`."""
 
     image_size: int
+    """The side of the input square, in pixels."""
     channels: int
-    """Of `image_features`."""
+    """The width of `image_features`."""
     hidden_size: int
-    """Of `image_embeds`, the output of a package that holds the projector."""
+    """The width of `image_embeds`, the output of a package with the projector."""
 
     @classmethod
     def of(cls, config: FastVLMConfig) -> Shapes:
+        """Returns the sizes that a model's configuration gives."""
         return cls(config.image_size, config.mm_hidden_size, config.decoder.hidden_size)
 
     def output(self, name: str) -> tuple[int, int, int]:
+        """Returns the shape of an output: (1, tokens, width)."""
         width = self.hidden_size if name == EMBEDS_NAME else self.channels
         return 1, (self.image_size // PATCH_SIZE) ** 2, width
 
 
 class VisionEncoder(Protocol):
-    """What turns pixels into features.
-
-    Attributes:
-        name: `coreml`, `reference` or `mlx`.
-        image_size: side of the square that it takes, in pixels.
-        projected: whether the package holds the projector, so that its features are what the decoder takes in.
-        compile_ms: time of the first use of the package on this machine's engine; 0 when that was earlier.
-    """
+    """A vision encoder on some backend."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The backend: `coreml`, `reference` or `mlx`."""
+
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> int:
+        """The side of the input square, in pixels."""
+
     @property
-    def projected(self) -> bool: ...
+    def projected(self) -> bool:
+        """True if the package has the projector, so that its output goes into the decoder directly."""
+
     @property
-    def compile_ms(self) -> float: ...
+    def compile_ms(self) -> float:
+        """The time of the package's first use on this machine's engine, 0 for later uses."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(1, 3, S, S) float32 in 0..1 -> (1, (S/64)^2, C or D) float32. Raises PackageError."""
+        """Maps (1, 3, S, S) float32 in 0..1 to (1, (S/64)^2, C or D) float32. Raises PackageError."""
 
 
 class PendingFeatures(Protocol):
-    """An image on its way through an encoder."""
+    """The features of an image that is being encoded."""
 
     @property
     def done(self) -> bool:
-        """Whether `result` would return, or raise, at once."""
+        """True if `result` returns or raises without waiting."""
 
     def result(self) -> NDArray[np.float32]:
-        """What `encode` would return. Raises what it would raise."""
+        """Waits for the features and returns them. Raises as `encode` does."""
 
 
 @runtime_checkable
 class SeparateEncoder(Protocol):
-    """An encoder that works while this process does something else; a `VisionEncoder` too.
-
-    Attributes:
-        room: images that `submit` takes at once, without waiting for another.
-    """
+    """A `VisionEncoder` that works in parallel with this process."""
 
     @property
-    def room(self) -> int: ...
+    def room(self) -> int:
+        """The number of images that `submit` accepts without waiting."""
 
     def submit(self, pixel_values: NDArray[np.float32]) -> PendingFeatures:
-        """Begins what `encode` does; see there."""
+        """Starts to encode an image and returns its pending features. Raises as `encode` does."""
 
     def wait_ready(self) -> None:
-        """Returns when it is loaded. Raises PackageError or MachineError when it cannot be."""
+        """Waits until the package is loaded. Raises PackageError or MachineError if it cannot be."""
 
     def close(self) -> None:
-        """Ends its process."""
-
-
-def open_encoder(
-    package: Path,
-    vision: str | None,
-    shapes: Shapes,
-    compute_units: str | None = None,
-    encoder_process: bool = False,
-    on_wait: OnWait | None = None,
-) -> VisionEncoder:
-    """The package on the back end `vision`; None takes Core ML on a Mac and the reference executor elsewhere.
-
-    Where there is no package, the folder holds the encoder in MLX, and `mlx` is the one back end. `compute_units` is
-    one of COMPUTE_UNITS, for Core ML alone; None takes FASTVLM_COMPUTE_UNITS, else the first. Core ML runs in a process
-    of its own, which loads while this one does other work; with `encoder_process` the reference executor does too.
-
-    Raises:
-        UsageError: no such back end, or not for this folder; no such compute units, or not for this back end.
-        MachineError: this machine has not got it.
-        PackageError: the package cannot be read or compiled.
-    """
-    in_mlx = not package.is_dir() and has_mlx_encoder(package.parent)
-    if vision in VISION_NAMES and in_mlx != (vision == "mlx"):
-        held = (
-            "holds its encoder in MLX: leave vision out, or use 'mlx'" if in_mlx else "has a package: leave out 'mlx'"
-        )
-        raise UsageError(f"vision {vision!r} does not fit {package.parent}, which {held}")
-    if vision is None:
-        vision = "mlx" if in_mlx else "coreml" if sys.platform == "darwin" else "reference"
-    check_compute_units(vision, compute_units)
-    if vision == "mlx":
-        if encoder_process:
-            raise UsageError(
-                f"encoder_process=True runs packages, and {package.parent} has none. Leave encoder_process out",
-                "encoder_process",
-            )
-        from .mlx_encoder import MLXEncoder
-
-        return MLXEncoder(package.parent, shapes)
-    if vision == "coreml":
-        check_mac()
-        from .encoder_process import EncoderProcess
-
-        units = compute_units or default_compute_units()
-        return EncoderProcess(package, shapes, compute_units=units, on_wait=on_wait)
-    if vision == "reference":
-        if not encoder_process:
-            return ReferenceEncoder(package, shapes)
-        from .encoder_process import EncoderProcess
-
-        return EncoderProcess(package, shapes, backend="reference", on_wait=on_wait)
-    raise UsageError(f"vision should be 'coreml', 'reference' or 'mlx'; found {vision!r:.40}")
+        """Ends the encoder's process."""
 
 
 def close_encoder(encoder: VisionEncoder) -> None:
-    """Ends the encoder's process, where it has one."""
+    """Ends the encoder's process if it has one."""
     if isinstance(encoder, SeparateEncoder):
         encoder.close()
 
 
-def check_mac() -> None:
-    """Raises MachineError where Core ML cannot run."""
-    if sys.platform != "darwin":
-        raise MachineError("Core ML runs on macOS only; leave vision out, or use vision='reference'")
-
-
-def default_compute_units() -> str:
-    """What FASTVLM_COMPUTE_UNITS names, else the engine with the CPU. Raises UsageError."""
-    named = os.environ.get(UNITS_VARIABLE)
-    if not named:
-        return COMPUTE_UNITS[0]
-    if named not in COMPUTE_UNITS:
-        raise UsageError(f"{UNITS_VARIABLE} should be one of {', '.join(COMPUTE_UNITS)}; found {named!r:.40}")
-    return named
-
-
-def check_compute_units(vision: str, compute_units: str | None) -> None:
-    """Raises UsageError unless they are Core ML's, and Core ML is what runs the package."""
-    if compute_units is None:
-        return
-    if compute_units not in COMPUTE_UNITS:
-        raise UsageError(f"compute_units should be one of {', '.join(COMPUTE_UNITS)}; found {compute_units!r:.40}")
-    if vision != "coreml":
-        raise UsageError(f"compute_units are Core ML's, and vision is {vision!r:.40} here: leave them out")
-
-
 class ReferenceEncoder:
-    """The package in the reference executor, which runs ML Programs on torch, in float32 or as if in float16."""
+    """A package in the reference executor, which runs ML Programs on torch, in float32 or with float16's rounding."""
 
     name = "reference"
     compile_ms = 0.0
 
     def __init__(self, package: Path, shapes: Shapes, precision: Precision = "float32") -> None:
-        from ..models.mlprogram.executor import Executor  # brings torch
+        from ..models.mlprogram.executor import Executor  # imports torch
 
         self._shapes = shapes
         self._executor = Executor(package, precision=precision)
@@ -212,6 +124,7 @@ class ReferenceEncoder:
         self.projected = is_projected(self._executor.program)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Maps (1, 3, S, S) float32 in 0..1 to (1, (S/64)^2, C or D) float32. Raises PackageError."""
         check_pixels(pixel_values, self._shapes)
         outputs = self._executor.run(inputs_for(self._executor.program, pixel_values))
         release_torch_threads()
@@ -219,22 +132,22 @@ class ReferenceEncoder:
 
 
 PINNED_REFERENCES = 2**20
-"""References to the array that Core ML reads.
+"""The number of references that are kept to the array that Core ML reads.
 
-coremltools' wheels up to 9.0 give theirs up about a second after `predict`, in a thread without the GIL: the count may
-drift by one for each image, and whoever brings it to zero crashes the process.
+coremltools' wheels up to 9.0 drop theirs about a second after `predict`, in a thread without the GIL. The count may
+drift by one for each image, and a count of zero would crash the process.
 """
 
 
 class CoreMLEncoder:
-    """The package in Core ML; compiled once per machine. It is run once here, so that the first image does not wait.
+    """A package in Core ML, compiled once per machine and run once here, so that the first image does not wait.
 
-    `on_stage` is called with `open` and `warm` as they begin.
+    `on_stage` is called with `open` and `warm` when these stages start.
 
     Attributes:
-        open_ms: time of loading the compiled copy.
-        first_predict_ms: time of the first run, on zeros.
-        compiled: the copy of the package that Core ML has opened.
+        open_ms: the time of loading the compiled copy, with compiling if there was none.
+        first_predict_ms: the time of the first run, on zeros.
+        compiled: the compiled copy that Core ML has opened.
     """
 
     name = "coreml"
@@ -265,6 +178,7 @@ class CoreMLEncoder:
         self.compile_ms = self.open_ms + self.first_predict_ms if opened.compiled_now else 0.0
 
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Maps (1, 3, S, S) float32 in 0..1 to (1, (S/64)^2, C or D) float32. Raises PackageError."""
         check_pixels(pixel_values, self._shapes)
         np.copyto(self._pixels, pixel_values)
         return self._encoded()
@@ -272,45 +186,78 @@ class CoreMLEncoder:
     def _encoded(self) -> NDArray[np.float32]:
         inputs: dict[str, Any] = dict(inputs_for(self._program, self._pixels))
         for name in self._program.image_inputs:
-            inputs[name] = picture(inputs[name])
+            inputs[name] = as_image(inputs[name])
         return checked_features(self._predict(inputs), self._shapes)
 
 
+class MLXEncoder:
+    """FastViT in MLX, for folders without a package: on Metal or CUDA if there is one, else on the CPU in float32.
+
+    Raises:
+        WeightsError: the tensors are not a whole encoder.
+        PackageError: the encoder's width is not the one in `config.json`.
+    """
+
+    name = "mlx"
+    projected = False
+    compile_ms = 0.0
+
+    def __init__(self, folder: Path, shapes: Shapes) -> None:
+        from ..models._mlx import mx  # other backends, and the child process, do without MLX
+        from ..models.fastvit_mlx import FastViTMLX
+
+        self._shapes, self._array = shapes, mx.array
+        self._encoder = FastViTMLX.from_tensors(saved_encoder(folder))
+        self.image_size = shapes.image_size
+        channels = self._encoder.config.out_channels
+        if channels != shapes.channels:
+            raise PackageError(
+                f"the encoder in {folder} must have the {shapes.channels} channels of mm_hidden_size in config.json "
+                f"(got {channels}). They come from different exports. Export the model again."
+            )
+
+    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Maps (1, 3, S, S) float32 in 0..1 to (1, (S/64)^2, C) float32. Raises PackageError."""
+        check_pixels(pixel_values, self._shapes)
+        return checked_features({OUTPUT_NAME: self._encoder(self._array(pixel_values))}, self._shapes)
+
+
 def is_projected(program: Program) -> bool:
-    """Whether the package holds the projector."""
+    """Returns True if the package has the projector."""
     return any(tensor.name == EMBEDS_NAME for tensor in program.outputs)
 
 
-def picture(pixels: NDArray[np.float32]) -> Image:
-    """What coremltools takes for an image input: a PIL image of (1, 3, S, S) in 0..255."""
+def as_image(pixels: NDArray[np.float32]) -> Image:
+    """Returns (1, 3, S, S) in 0..255 as a PIL image, which coremltools needs for an image input."""
     from PIL.Image import fromarray
 
     return fromarray(pixels[0].astype(np.uint8).transpose(1, 2, 0))  # (S, S, 3)
 
 
 def check_pixels(pixel_values: NDArray[np.float32], shapes: Shapes) -> None:
-    """Raises PackageError unless they are (1, 3, S, S) float32."""
+    """Raises PackageError unless the pixels are (1, 3, S, S) float32."""
     expected = (1, 3, shapes.image_size, shapes.image_size)
     if pixel_values.shape != expected or pixel_values.dtype != np.float32:
         raise PackageError(
-            f"the encoder takes float32 of shape {expected}; found {pixel_values.dtype} of shape {pixel_values.shape}"
+            f"the encoder's input must be float32 of shape {expected}, got {pixel_values.dtype} of shape "
+            f"{pixel_values.shape}"
         )
 
 
 def checked_features(outputs: Mapping[str, Any], shapes: Shapes) -> NDArray[np.float32]:
-    """The package's output as float32. Raises PackageError when it is missing, misshapen or not finite."""
+    """Returns the package's output as float32. Raises PackageError if it is missing, misshapen or not finite."""
     name = EMBEDS_NAME if EMBEDS_NAME in outputs else OUTPUT_NAME
     if name not in outputs:
-        raise PackageError(f"the package should have an output {OUTPUT_NAME!r}; found {sorted(outputs)}")
+        raise PackageError(f"the package must have an output {OUTPUT_NAME!r} (got {sorted(outputs)})")
     features = np.asarray(outputs[name]).astype(np.float32, copy=False)
     if features.shape != shapes.output(name):
         raise PackageError(
-            f"{name} should have shape {shapes.output(name)}, as config.json says; found {features.shape}: the package "
-            "and config.json come from different exports"
+            f"{name} must have the shape {shapes.output(name)} of config.json (got {features.shape}). The package and "
+            "config.json come from different exports. Export the model again."
         )
     if not np.isfinite(features).all():
         raise PackageError(
             f"{np.count_nonzero(~np.isfinite(features))} of {features.size} values of {name} are not finite: "
-            "float16 overflows inside the package on this image; export it again"
+            "float16 overflows inside the package on this image. Export the model again."
         )
     return features

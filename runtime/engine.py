@@ -18,9 +18,9 @@ from ..models.images import Fit, preprocess, to_pixel_values
 from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
 from ..models.tokenizer_files import IMAGE_TOKEN
-from .device_memory import DeviceMemory
 from .encoders import PendingFeatures, SeparateEncoder, VisionEncoder
 from .generate import DecodeResult, Generation, Stream, decode, prefill, read_answer
+from .mlx_device import DeviceMemory, SharedStream
 from .prompt import Message, Prompt, PromptEncoder
 from .prompt_cache import (
     MAX_PREFIX_TOKENS,
@@ -37,7 +37,6 @@ from .prompt_cache import (
 )
 from .request import Request
 from .sampling import Sampler, id_on_host
-from .shared_stream import SharedStream
 from .timings import LapClock, Timings
 from .tokenizer import Tokenizer
 

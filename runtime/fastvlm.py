@@ -14,9 +14,10 @@ from ..models.images import ImageSource
 from ..models.kv_cache import check_kv_bits
 from ..models.language import LanguageSide, load_language
 from ..models.tokenizer_files import IMAGE_TOKEN
+from .backends import open_encoder
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
-from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder, open_encoder
+from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder
 from .engine import Engine
 from .folder import ModelFolder, open_folder
 from .generate import Generation, Stream
@@ -63,7 +64,7 @@ class FastVLM:
     def load(
         cls,
         folder: str | Path,
-        vision: str | None = None,
+        backend: str | None = None,
         *,
         compute_units: str | None = None,
         kv_bits: int | None = None,
@@ -77,7 +78,7 @@ class FastVLM:
 
         Args:
             folder: an exported folder, or the hub id of one.
-            vision: `coreml` (the default on a Mac), `reference` (the default elsewhere, runs anywhere) or `mlx` (for
+            backend: `coreml` (the default on a Mac), `reference` (the default elsewhere, runs anywhere) or `mlx` (for
                 folders that have the encoder in MLX).
             compute_units: the units of Core ML: `CPU_AND_NE` (default), `CPU_ONLY`, `CPU_AND_GPU` or `ALL`. The
                 environment variable FASTVLM_COMPUTE_UNITS changes the default.
@@ -99,7 +100,7 @@ class FastVLM:
         opened = open_folder(folder, verify_hashes=verify_hashes)
         config = opened.config
         tokenizer = Tokenizer(opened.path)
-        encoder = open_encoder(opened.package, vision, Shapes.of(config), compute_units, encoder_process, on_wait)
+        encoder = open_encoder(opened.package, backend, Shapes.of(config), compute_units, encoder_process, on_wait)
         try:
             language = load_language(opened.weights(), config, quantization=config.quantization)
             model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)

@@ -20,8 +20,9 @@ import numpy as np
 from ..models.errors import CrashError, FastVLMError, UsageError
 from ..models.folder_layout import PACKAGE_NAME
 from ..models.images import open_image, preprocess, to_pixel_values
+from .coreml import COMPUTE_UNITS, default_compute_units
 from .encoder_process import EncoderProcess, Limits
-from .encoders import COMPUTE_UNITS, Shapes, default_compute_units
+from .encoders import Shapes
 from .engine_share import ENGINE_UNITS, MIN_ENGINE_SHARE, planned_share
 from .folder import ModelFolder, open_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...models.errors import FastVLMError
 from ...models.folder_layout import PACKAGE_NAME
-from ..encoders import COMPUTE_UNITS
+from ..coreml import COMPUTE_UNITS
 from ..engine_share import ENGINE_UNITS, MIN_ENGINE_SHARE, planned_share
 from ..evaluation.report import folder_facts
 from ..fastvlm import FastVLM, load

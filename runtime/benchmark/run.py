@@ -23,7 +23,7 @@ def benchmark(
     *,
     prompt_tokens: Sequence[int] = (),
     processes: int = 2,
-    vision: str | None = None,
+    backend: str | None = None,
     compute_units: str | None = None,
     kv_bits: int | None = None,
     on_stage: OnStage = lambda _: None,
@@ -32,7 +32,7 @@ def benchmark(
 
     Every folder and length of `prompt_tokens` is measured in `processes` new processes. Each loads the folder and
     answers 1 + `workload.warmup` + `workload.runs` times. The folders take turns, so that noise of the machine affects
-    all of them. `vision`, `compute_units` and `kv_bits` are arguments of `fastvlm.load`. `on_stage` is called with
+    all of them. `backend`, `compute_units` and `kv_bits` are arguments of `fastvlm.load`. `on_stage` is called with
     the label of each measurement.
 
     Raises:
@@ -41,7 +41,7 @@ def benchmark(
     """
     if processes < 1:
         raise UsageError(f"processes must be at least 1 (got {processes}).", "processes")
-    workload, loading = workload or Workload(), Loading(vision, compute_units, kv_bits)
+    workload, loading = workload or Workload(), Loading(backend, compute_units, kv_bits)
     asked = [folders] if isinstance(folders, str | Path) else list(folders)
     cases = cases_of(asked, prompt_tokens)
     facts = workload.as_dict()  # opens the image, so that a bad one fails before anything is measured

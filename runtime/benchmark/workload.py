@@ -91,7 +91,7 @@ class Workload:
 class Loading:
     """The arguments of `fastvlm.load` for a measurement."""
 
-    vision: str | None = None
+    backend: str | None = None
     compute_units: str | None = None
     kv_bits: int | None = None
 

@@ -26,14 +26,14 @@ def evaluate(
     limit: int = DEFAULT_LIMIT,
     task: str | None = None,
     images: str | Path | None = None,
-    vision: str | None = None,
+    backend: str | None = None,
     system: str | None = None,
     max_tokens: int | None = None,
     on_answer: Callable[[Answer], None] | None = None,
 ) -> Evaluation:
     """Measures the accuracy of the model in a folder. Decoding is greedy, so results repeat on one machine.
 
-    `data`, `limit`, `task` and `images` are those of `registry.open_data`. `vision` is an argument of `load`, and
+    `data`, `limit`, `task` and `images` are those of `registry.open_data`. `backend` is an argument of `load`, and
     `system` and `max_tokens` are arguments of `prepare`. `on_answer` is called with each answer.
 
     Raises:
@@ -41,7 +41,7 @@ def evaluate(
         FastVLMError: the folder cannot be loaded, or answers none of the first questions.
     """
     questions = open_data(data, limit, task, None if images is None else Path(images))
-    model = folder if isinstance(folder, FastVLM) else load(folder, vision)
+    model = folder if isinstance(folder, FastVLM) else load(folder, backend)
     run = EvaluationRun(model, questions, system, max_tokens)
     for answer in run:
         if on_answer:

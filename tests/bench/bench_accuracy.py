@@ -45,7 +45,7 @@ def measure(model: str, scratch: Path, options: dict[str, Any], limit: int) -> d
     exported = fastvlm.export(
         model, scratch / "model", force=True, allow_lint=True, allow_shortfall=True, **options
     ).as_dict()
-    evaluation = fastvlm.evaluate(scratch / "model", limit=limit, vision="reference")
+    evaluation = fastvlm.evaluate(scratch / "model", limit=limit, backend="reference")
     files = exported["file_bytes"]
     encoder_bytes = sum(size for name, size in files.items() if ".mlpackage/" in name)
     return {

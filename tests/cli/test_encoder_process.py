@@ -21,9 +21,9 @@ CHILD = Path(__file__).resolve().parents[1] / "runtime" / "bad_child.py"
 
 BAD = """
 import sys
-import fastvlm.runtime.encoders as encoders
+import fastvlm.runtime.backends as backends
 from fastvlm.runtime.encoder_process import EncoderProcess
-encoders.check_mac = lambda: None
+backends.check_mac = lambda: None
 EncoderProcess.__init__.__kwdefaults__["program"] = (sys.argv[1], sys.argv[2], sys.argv[3], "-")
 sys.argv[1:4] = []
 from fastvlm.cli.main import main
@@ -90,7 +90,7 @@ def test_crash_names_options_and_exits_with_1(model: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(
-        r"error: Core ML: its process was ended by SIGABRT while it loaded the package on ALL \(its last words: "
+        r"error: Core ML: its process was ended by SIGABRT while it loaded the package on ALL \(its last output: "
         r'"MPSGraph: error: MLIR pass manager failed"\)\. Try --compute-units CPU_ONLY, and find out which units work '
         rf"with fastvlm verify {re.escape(str(model))} --on-device\n",
         done.stderr,

@@ -57,7 +57,8 @@ def test_choices_are_those_of_the_library() -> None:
     from fastvlm.export.mlx_encoder import DTYPES
     from fastvlm.quant.decoder_scheme import DECODER_BITS, GROUP_SIZES, MIXED, QUANTIZERS
     from fastvlm.quant.schemes import ENCODER_SCHEMES
-    from fastvlm.runtime.encoders import COMPUTE_UNITS, VISION_NAMES
+    from fastvlm.runtime.backends import BACKENDS
+    from fastvlm.runtime.coreml import COMPUTE_UNITS
     from fastvlm.runtime.evaluation.registry import LAYOUTS
 
     assert set(choices("export", "quant")) == {*ENCODER_SCHEMES, *DTYPES}
@@ -66,7 +67,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert set(choices("export", "group_size")) == set(map(str, GROUP_SIZES))
     assert set(choices("export", "io")) == set(IO_KINDS)
     assert set(choices("export", "min_os")) == set(SYSTEMS)
-    assert set(choices("generate", "backend")) == set(VISION_NAMES)
+    assert set(choices("generate", "backend")) == set(BACKENDS)
     assert set(choices("caption", "compute_units")) == set(COMPUTE_UNITS)
     assert set(choices("eval", "task")) == set(LAYOUTS)
     assert set(choices("bundle", "client")) == set(TARGETS)

@@ -120,7 +120,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
 def test_answers_are_the_same_with_the_projector_in_the_package(
     exports: dict[str, Export], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, whole = (fastvlm.load(exports[name].folder, vision="reference") for name in ("plain", "whole"))
+    plain, whole = (fastvlm.load(exports[name].folder, backend="reference") for name in ("plain", "whole"))
     assert whole.encoder.projected
     pixel_values = to_pixel_values(preprocess(open_image(PICTURE), SIZE, "pad"))
     assert whole.encoder.encode(pixel_values).shape == (1, 4, 128)

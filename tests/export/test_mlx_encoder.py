@@ -85,15 +85,15 @@ def test_folder_without_a_package_answers(exported: Path, encoder: FastViT) -> N
     assert vlm.engine.encoder.name == "mlx"
     pixels = verification_images(256)[0]
     features = vlm.engine.encoder.encode(pixels)
-    assert fastvlm.load(exported, vision="mlx").encoder.encode(pixels).tobytes() == features.tobytes()
+    assert fastvlm.load(exported, backend="mlx").engine.encoder.encode(pixels).tobytes() == features.tobytes()
     assert features.shape == (1, 16, 512)
     answer = vlm.generate(Image.new("RGB", (90, 60), "red"), "Describe the image.", max_tokens=4)
     assert len(answer.token_ids) == 4
 
 
-def test_vision_that_does_not_fit_the_folder_is_refused(exported: Path) -> None:
-    with pytest.raises(UsageError, match="holds its encoder in MLX"):
-        fastvlm.load(exported, vision="reference")
+def test_backend_that_does_not_fit_the_folder_is_refused(exported: Path) -> None:
+    with pytest.raises(UsageError, match="has its encoder in MLX"):
+        fastvlm.load(exported, backend="reference")
 
 
 def test_saved_encoder_keeps_what_bfloat16_keeps(

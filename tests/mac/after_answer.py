@@ -1,6 +1,6 @@
 """Whether a process survives the seconds after an answer, in which Core ML lets go of the encoder's input.
 
-    python tests/mac/after_answer.py FOLDER [--seconds 3] [--vision reference]
+    python tests/mac/after_answer.py FOLDER [--seconds 3] [--backend reference]
 
 coremltools 9.0 may end a process about one second after an image: Core ML releases the input array on a queue of its
 own, and coremltools drops the reference without the GIL. Allocations in that second make the damage visible. Answers
@@ -31,11 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=3.0, help="to wait after each answer")
-    parser.add_argument("--vision", default=None)
+    parser.add_argument("--backend", default=None)
     parser.add_argument("--compute-units", default=None)
     arguments = parser.parse_args()
     model = fastvlm.load(
-        arguments.folder, arguments.vision, compute_units=arguments.compute_units, encoder_process=True
+        arguments.folder, arguments.backend, compute_units=arguments.compute_units, encoder_process=True
     )
     processes, allocations = [], 0
     for number in range(PICTURES):

@@ -85,7 +85,7 @@ def test_folder_of_apples_scripts_answers_as_it_is(
     encoder: FastViT, package: Path, tmp_path: Path, tolerance: Callable[[str], float], bits: int | None
 ) -> None:
     write_folder(tmp_path / "apple", package, bits)
-    vlm = load(tmp_path / "apple", vision="reference")
+    vlm = load(tmp_path / "apple", backend="reference")
     assert NO_MANIFEST_NOTE in vlm.notes
     pixels = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
     with torch.inference_mode():

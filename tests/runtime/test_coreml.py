@@ -16,8 +16,7 @@ from fastvlm.models import versions
 from fastvlm.models.errors import MachineError, PackageError
 from fastvlm.models.versions import import_coremltools
 from fastvlm.runtime import coreml
-from fastvlm.runtime.coreml import CoreMLTools
-from fastvlm.runtime.encoders import COMPUTE_UNITS
+from fastvlm.runtime.coreml import COMPUTE_UNITS, CoreMLTools
 
 EXTENSION = '''
 import os, tempfile

@@ -29,14 +29,14 @@ SHORT = Limits(load=3.0, predict=3.0)
 CRASHES = ("segv", "abort", "kill", "exit", "hang", "rubbish", "nonsense", "long", "close")
 REPORTS = {
     "segv": "was ended by SIGSEGV",
-    "abort": 'was ended by SIGABRT .*its last words: "MPSGraph: error: MLIR pass manager failed"',
+    "abort": 'was ended by SIGABRT .*its last output: "MPSGraph: error: MLIR pass manager failed"',
     "kill": "was ended by SIGKILL .* memory runs out",
     "exit": "exited with code 7",
     "hang": "did not answer within 3 s",
-    "rubbish": "sent something else than messages .*E5RT",
-    "nonsense": "sent something else than messages",
-    "long": "sent something else than messages .*found a message of",
-    "close": "sent something else than messages .*closed its pipe",
+    "rubbish": "sent data other than messages .*E5RT",
+    "nonsense": "sent data other than messages",
+    "long": "sent data other than messages .*got a message of",
+    "close": "sent data other than messages .*closed its pipe",
 }
 
 
@@ -182,9 +182,9 @@ def test_crash_loop_ends(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_advice_fits_the_back_end_and_the_units(make: Make) -> None:
-    with pytest.raises(CrashError, match="vision='reference'") as caught:
+    with pytest.raises(CrashError, match="backend='reference'") as caught:
         make("exit", "load", compute_units="CPU_ONLY").wait_ready()
-    assert caught.value.arguments == ("vision",)
+    assert caught.value.arguments == ("backend",)
     with pytest.raises(CrashError, match="Leave out encoder_process=True") as caught:
         make("exit", "load", backend="reference").wait_ready()
     assert caught.value.arguments == ("encoder_process",)

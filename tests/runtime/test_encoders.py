@@ -1,4 +1,4 @@
-"""Vision back ends: which one opens where, and what is checked on the way in and out."""
+"""Vision encoders: their features, and the checks of their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvlm.models.errors import MachineError, PackageError, UsageError
+from fastvlm.models.errors import PackageError
 from fastvlm.models.images import to_pixel_values
-from fastvlm.runtime import encoder_process, encoders
 from fastvlm.runtime.compiled_cache import CompiledCache
-from fastvlm.runtime.encoders import (
-    CoreMLEncoder,
-    ReferenceEncoder,
-    Shapes,
-    check_pixels,
-    checked_features,
-    open_encoder,
-)
+from fastvlm.runtime.encoders import CoreMLEncoder, ReferenceEncoder, Shapes, check_pixels, checked_features
 
 SIZE, CHANNELS = 128, 3
 SHAPES = Shapes(SIZE, CHANNELS, hidden_size=6)
@@ -32,7 +24,7 @@ FEATURES = np.arange(12, dtype=np.float32).reshape(1, 4, CHANNELS)
 
 
 class FakeCoreML:
-    """Core ML's part of the work: 'compiles' any package into a program that gives patch means."""
+    """A compiler in place of Core ML, whose packages give patch means."""
 
     version = "macOS 15.1"
     given: Any
@@ -49,7 +41,7 @@ class FakeCoreML:
 
 
 def pixels_of(given: Any) -> np.ndarray:
-    """0..1 of what Core ML is given: an array, or a PIL image."""
+    """Returns the pixels in 0..1 of an input of Core ML, an array or a PIL image."""
     return given if isinstance(given, np.ndarray) else np.asarray(given).transpose(2, 0, 1)[None] / 255
 
 
@@ -59,7 +51,7 @@ def patch_means(pixel_values: np.ndarray) -> np.ndarray:
 
 
 def save_program(path: Path, as_image: bool = False, output: str = "image_features") -> Path:
-    """A true ML Program: mean colour per patch; with `as_image` of an RGB image."""
+    """Saves an ML Program that gives the mean colour of each patch, with `as_image` from an RGB image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import coremltools as ct
@@ -100,7 +92,7 @@ def coreml(package: Path, tmp_path: Path, tools: FakeCoreML | None = None) -> Co
 
 
 def test_reference_encoder_runs_the_saved_package(real_package: Path) -> None:
-    encoder = open_encoder(real_package, "reference", SHAPES)
+    encoder = ReferenceEncoder(real_package, SHAPES)
     features = encoder.encode(PIXELS)
     assert (encoder.name, encoder.image_size, encoder.compile_ms) == ("reference", SIZE, 0.0)
     assert features.dtype == np.float32
@@ -112,9 +104,9 @@ def test_reference_encoder_refuses_a_package_of_another_size(real_package: Path)
         ReferenceEncoder(real_package, Shapes(192, CHANNELS, 6)).encode(np.zeros((1, 3, 192, 192), np.float32))
 
 
-def test_package_error_when_the_reference_executor_finds_no_package(tmp_path: Path) -> None:
+def test_package_error_when_there_is_no_package(tmp_path: Path) -> None:
     with pytest.raises(PackageError):
-        open_encoder(tmp_path / "none.mlpackage", "reference", SHAPES)
+        ReferenceEncoder(tmp_path / "none.mlpackage", SHAPES)
 
 
 def test_core_ml_encoder_gives_float32_features(real_package: Path, tmp_path: Path) -> None:
@@ -123,7 +115,7 @@ def test_core_ml_encoder_gives_float32_features(real_package: Path, tmp_path: Pa
     np.testing.assert_array_equal(features, patch_means(PIXELS).astype(np.float16).astype(np.float32))
 
 
-def test_compile_time_counts_only_when_the_package_was_compiled(real_package: Path, tmp_path: Path) -> None:
+def test_compile_time_is_0_when_the_package_was_compiled_before(real_package: Path, tmp_path: Path) -> None:
     assert coreml(real_package, tmp_path).compile_ms > 0
     assert coreml(real_package, tmp_path).compile_ms == 0
 
@@ -141,7 +133,7 @@ def test_package_that_takes_an_image_gets_one(image_package: Path, tmp_path: Pat
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-3)
 
 
-def test_package_with_the_projector_says_so(real_package: Path, tmp_path: Path) -> None:
+def test_package_with_the_projector_is_projected(real_package: Path, tmp_path: Path) -> None:
     projecting = save_program(tmp_path / "fastvithd.mlpackage", output="image_embeds")
     encoder = ReferenceEncoder(projecting, SHAPES)
     assert encoder.projected
@@ -154,7 +146,7 @@ def test_package_with_the_projector_says_so(real_package: Path, tmp_path: Path) 
     ("pixel_values", "found"),
     [
         (PIXELS[0], r"float32 of shape \(3, 128, 128\)"),
-        (PIXELS.astype(np.float64), "found float64"),
+        (PIXELS.astype(np.float64), "got float64"),
         (np.zeros((1, 3, 64, 64), np.float32), r"\(1, 3, 64, 64\)"),
         (np.zeros((2, 3, SIZE, SIZE), np.float32), r"\(2, 3, 128, 128\)"),
     ],
@@ -167,10 +159,10 @@ def test_package_error_when_pixels_have_another_form(pixel_values: np.ndarray, f
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        ({"other": FEATURES}, r"output 'image_features'; found \['other'\]"),
-        ({"image_features": FEATURES[0]}, r"shape \(1, 4, 3\).*found \(4, 3\)"),
-        ({"image_features": FEATURES.reshape(1, 3, 4)}, r"found \(1, 3, 4\)"),
-        ({"image_embeds": FEATURES}, r"image_embeds should have shape \(1, 4, 6\)"),
+        ({"other": FEATURES}, r"output 'image_features' \(got \['other'\]\)"),
+        ({"image_features": FEATURES[0]}, r"shape \(1, 4, 3\).*got \(4, 3\)"),
+        ({"image_features": FEATURES.reshape(1, 3, 4)}, r"got \(1, 3, 4\)"),
+        ({"image_embeds": FEATURES}, r"image_embeds must have the shape \(1, 4, 6\)"),
         ({"image_features": np.where(FEATURES == 5, np.nan, FEATURES)}, "1 of 12 values .* not finite"),
         ({"image_features": np.where(FEATURES > 9, np.inf, FEATURES)}, "2 of 12 values .* not finite"),
     ],
@@ -206,59 +198,3 @@ def test_features_that_are_not_finite_fail_the_load(real_package: Path, tmp_path
 
     with pytest.raises(PackageError, match="12 of 12 values .* not finite"):
         coreml(real_package, tmp_path, Overflowing())
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of the encoders that would have been started in a process."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(encoder_process, "EncoderProcess", lambda *args, **options: calls.append(options) or "process")
-    monkeypatch.setattr(encoders, "ReferenceEncoder", lambda *args: "in process")
-    monkeypatch.delenv("FASTVLM_COMPUTE_UNITS", raising=False)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("platform", "expected"), [("darwin", "process"), ("linux", "in process"), ("win32", "in process")]
-)
-def test_back_end_follows_the_machine_when_none_is_named(
-    platform: str, expected: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
-    assert open_encoder(Path("p"), None, SHAPES) == expected
-    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
-    assert open_encoder(Path("p"), "reference", SHAPES, None, True) == "process"
-    assert started[-1]["backend"] == "reference"
-
-
-def test_compute_units_come_from_argument_then_variable(
-    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    open_encoder(Path("p"), "coreml", SHAPES)
-    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "CPU_ONLY")
-    open_encoder(Path("p"), "coreml", SHAPES)
-    open_encoder(Path("p"), "coreml", SHAPES, "ALL")
-    assert [options["compute_units"] for options in started] == ["CPU_AND_NE", "CPU_ONLY", "ALL"]
-    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "ENGINE")
-    with pytest.raises(UsageError, match="FASTVLM_COMPUTE_UNITS should be one of .*'ENGINE'"):
-        open_encoder(Path("p"), "coreml", SHAPES)
-    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
-
-
-def test_compute_units_of_no_use_are_refused() -> None:
-    with pytest.raises(UsageError, match="one of CPU_AND_NE, .*; found 'GPU'"):
-        open_encoder(Path("p"), "coreml", SHAPES, "GPU")
-    with pytest.raises(UsageError, match="compute_units are Core ML's, and vision is 'reference'"):
-        open_encoder(Path("p"), "reference", SHAPES, "ALL")
-
-
-def test_usage_error_when_no_such_back_end_exists() -> None:
-    with pytest.raises(UsageError, match="'reference' or 'mlx'; found 'cuda'"):
-        open_encoder(Path("p"), "cuda", SHAPES)
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="here Core ML works")
-def test_machine_error_when_core_ml_is_asked_for_off_a_mac(real_package: Path) -> None:
-    with pytest.raises(MachineError, match="macOS only"):
-        open_encoder(real_package, "coreml", SHAPES)

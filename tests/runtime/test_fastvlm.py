@@ -115,7 +115,7 @@ def test_folder_is_loaded_with_all_its_parts(
         return open_vlm(path).engine.encoder
 
     monkeypatch.setattr(runtime, "open_encoder", encoder)
-    vlm = fastvlm.load(path, vision="reference")
+    vlm = fastvlm.load(path, backend="reference")
     assert opened == [(path / "fastvithd.mlpackage", "reference", Shapes(256, 512, 128), None, False, None)]
     assert (vlm.trained, vlm.notes) == (False, ("random weights",))
     assert vlm.load_ms > 0
@@ -176,7 +176,7 @@ def test_folder_error_when_there_is_no_model(tmp_path: Path) -> None:
 
 def test_package_error_when_the_package_is_a_dummy(write_folder: Write) -> None:
     with pytest.raises(PackageError):
-        fastvlm.load(write_folder(), vision="reference")
+        fastvlm.load(write_folder(), backend="reference")
 
 
 @pytest.mark.parametrize("name", ["llava_small_reparam_tied", "llava_small_train_untied"])

@@ -12,8 +12,9 @@ import pytest
 
 from fastvlm.models.errors import MachineError, UsageError
 from fastvlm.runtime import on_device
+from fastvlm.runtime.coreml import COMPUTE_UNITS
 from fastvlm.runtime.encoder_process import EncoderProcess, Limits
-from fastvlm.runtime.encoders import COMPUTE_UNITS, Shapes
+from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.folder import open_folder
 from fastvlm.runtime.on_device import FLOOR_DB, DeviceRun, DeviceVerification, Way, agreement, verify_on_device
 

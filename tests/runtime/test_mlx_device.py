@@ -1,16 +1,26 @@
-"""MLX and the memory that a GPU recommends: tested up to the calls, which need a Mac."""
+"""MLX's device: calls for a GPU's memory, which need a Mac, and the streams of a program with many threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvlm.models import _mlx
-from fastvlm.runtime.device_memory import CACHE_BYTES, HEADROOM_BYTES, DeviceMemory
+from fastvlm.models._mlx import mx, on_cpu
+from fastvlm.models.errors import FastVLMError
+from fastvlm.runtime.batch import Batch
 from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.mlx_device import CACHE_BYTES, HEADROOM_BYTES, DeviceMemory, SharedStream
+from fastvlm.runtime.request import Request, prepare
 
 M1_8GB = {
     "resource_limit": 499000,
@@ -25,7 +35,7 @@ M1_8GB = {
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, computing_on: Callable) -> SimpleNamespace:
-    """A GPU in place of the CPU; `calls` are those that set its memory."""
+    """A GPU in place of the CPU, with the `calls` that set its memory."""
     found = SimpleNamespace(calls=[], info=dict(M1_8GB))
     computing_on("gpu")
     monkeypatch.setattr(_mlx.mx, "device_info", lambda: found.info)
@@ -105,3 +115,72 @@ def test_nothing_is_set_on_a_cpu(vlm: FastVLM, gpu: SimpleNamespace, computing_o
     with memory.in_use():
         memory.after_prefill()
     assert (gpu.calls, memory.notes) == ([], ())
+
+
+TASKS = Path("/proc/self/task")
+PICTURE = np.full((40, 60, 3), 77, np.uint8)
+
+counts_threads = pytest.mark.skipif(
+    sys.platform != "linux" or not on_cpu(), reason="counts the threads behind MLX's streams on a CPU"
+)
+
+
+def thread_count() -> int:
+    return len(list(TASKS.iterdir()))
+
+
+def in_new_threads(work: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+
+def requests() -> list[Request]:
+    """Returns requests whose answers have different lengths."""
+    options = {"ignore_eos": True, "temperature": 1.0, "seed": 1}
+    return [prepare(PICTURE, "What?", max_tokens=count, **options) for count in (2, 4, 6)]
+
+
+def ids(answers: Iterable[Generation | FastVLMError]) -> list[tuple[int, ...]]:
+    return [one.token_ids for one in answers if isinstance(one, Generation)]
+
+
+@counts_threads
+def test_new_threads_leave_no_mlx_threads_behind(vlm: FastVLM) -> None:
+    alone = ids(vlm.engine.stream(request).read() for request in requests())
+    answers: list[list[tuple[int, ...]]] = []
+
+    def ask() -> None:
+        answers.append(ids(vlm.engine.stream(request).read() for request in requests()))
+        answers.append(ids(Batch(vlm.engine).outcomes(requests())))
+
+    in_new_threads(ask, 3)
+    count = thread_count()
+    in_new_threads(ask, 12)
+    assert thread_count() < count + 12  # a thread for each would be left; torch's and Python's own come and go
+    assert answers == [alone] * 30
+
+
+@counts_threads
+def test_batch_resumes_in_another_thread(vlm: FastVLM) -> None:
+    alone = ids(vlm.engine.stream(request).read() for request in requests())
+    batch, found = Batch(vlm.engine).outcomes(requests()), []
+    for _ in range(3):
+        in_new_threads(lambda: found.append(next(batch)), 1)
+    assert ids(found) == alone
+
+
+@counts_threads
+@pytest.mark.skipif(not hasattr(mx, "new_thread_unsafe_stream"), reason="this MLX's streams serve every thread")
+def test_threads_except_the_loading_one_share_a_stream() -> None:
+    found: list[mx.Stream] = []
+    shared = SharedStream()
+
+    def compute() -> None:
+        with shared():
+            found.append(mx.default_stream(mx.cpu))
+
+    in_new_threads(compute, 3)
+    assert found[0] == found[1] == found[2] != mx.default_stream(mx.cpu)
+    assert isinstance(shared(), contextlib.nullcontext)
