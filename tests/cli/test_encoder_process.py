@@ -91,8 +91,8 @@ def test_crash_names_options_and_exits_with_1(model: Path) -> None:
     assert done.stdout == ""
     assert re.fullmatch(
         r"error: Core ML: its process was ended by SIGABRT while it loaded the package on ALL \(its last output: "
-        r'"MPSGraph: error: MLIR pass manager failed"\)\. Try --compute-units CPU_ONLY, and find out which units work '
-        rf"with fastvlm verify {re.escape(str(model))} --on-device\n",
+        r'"MPSGraph: error: MLIR pass manager failed"\)\. Try --compute-units CPU_ONLY, and find the units that work '
+        rf"with fastvlm verify {re.escape(str(model))} --on-device\.\n",
         done.stderr,
     )
 
