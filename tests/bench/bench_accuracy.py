@@ -1,7 +1,7 @@
-"""`make accuracy`: what each scheme costs, in bytes, in noise and in right answers.
+"""`make accuracy`: the bytes, the noise and the accuracy of each scheme.
 
-Every folder is exported from one checkpoint, verified, and asked the same held-out questions, greedy, through the
-reference executor. Encoder schemes are shown with a float16 decoder, so that only one thing changes at a time.
+Every folder is an export of one checkpoint. It is verified and answers the same held-out questions, greedily, with the
+reference executor. Encoder schemes have a float16 decoder, so that only one thing changes at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(model: str, scratch: Path, options: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Exports and asks; floors and lint are shown here, not held to."""
+    """Exports and evaluates one combination. Floors and lint are not enforced."""
     exported = fastvlm.export(
         model, scratch / "model", force=True, allow_lint=True, allow_shortfall=True, **options
     ).as_dict()

@@ -1,13 +1,14 @@
-"""The encoder in a process of its own, compared with one in process, within one run.
+"""The encoder in a separate process, compared with one in process, within one run.
 
-    python tests/bench/bench_encoder_process.py MODEL_FOLDER
+    python tests/bench/bench_encoder_process.py FOLDER [--rounds N] [--images N]
 
-Prints three tables: a whole `generate` in new processes, captions with an encoder that takes its time without using the
-CPU (as the Neural Engine does), and captions with the reference executor.
+Prints the times of warm encodes, captions with an encoder that waits without using the CPU (like the Neural Engine),
+captions with the reference executor, and whole `generate` commands in new processes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -22,19 +23,29 @@ import fastvlm
 from fastvlm.models.images import to_pixel_values
 from fastvlm.runtime.batch import Batch
 from fastvlm.runtime.encoder_process import EncoderProcess
-from fastvlm.runtime.encoders import ReferenceEncoder, Shapes
+from fastvlm.runtime.encoders import ReferenceEncoder, Shapes, VisionEncoder
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import prepare
 
 CHILD = Path(__file__).resolve().parents[1] / "runtime" / "bad_child.py"
 SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
-IMAGES, TOKENS, BATCH = 64, 32, 8
-ROUNDS = 9
+TOKENS, BATCH = 32, 8
 
 
-class Sleeping:
-    """An encoder in process that takes its time without using the CPU."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="an exported folder with a package")
+    parser.add_argument("--rounds", type=int, default=9, help="commands of each kind")
+    parser.add_argument("--images", type=int, default=64, help="images of each captioning run")
+    arguments = parser.parse_args()
+    compare_encodes(arguments.folder)
+    compare_captions(arguments.folder, arguments.images)
+    compare_commands(arguments.folder, arguments.rounds)
+
+
+class SleepingEncoder:
+    """An encoder in process that waits without using the CPU."""
 
     name, projected, compile_ms = "sleeping", False, 0.0
 
@@ -47,7 +58,7 @@ class Sleeping:
 
 
 def generate_once(folder: Path, *extra: str) -> tuple[float, float]:
-    """Seconds of a whole command, and its `encode_ms`."""
+    """Returns the seconds of a whole command, and its `encode_ms`."""
     command = [sys.executable, "-m", "fastvlm", "generate", str(folder), "-i", str(SAMPLE), "-p", "Describe the image.",
                "--backend", "reference", "--max-tokens", "8", "--json", *extra]  # fmt: skip
     start = time.perf_counter()
@@ -55,12 +66,13 @@ def generate_once(folder: Path, *extra: str) -> tuple[float, float]:
     return time.perf_counter() - start, json.loads(done.stdout)["timings"]["encode_ms"]
 
 
-def commands(folder: Path) -> None:
+def compare_commands(folder: Path, rounds: int) -> None:
+    """Prints the times of `generate` in new processes, alternating."""
     found: dict[str, list[tuple[float, float]]] = {"in process": [], "own process": []}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         found["in process"].append(generate_once(folder))
         found["own process"].append(generate_once(folder, "--encoder-process"))
-    print(f"generate, {ROUNDS} new processes each, alternating (medians)")
+    print(f"generate, {rounds} new processes each, alternating (medians)")
     for name, runs in found.items():
         seconds, encode_ms = (statistics.median(column) for column in zip(*runs, strict=True))
         print(f"  {name:<12} {1000 * seconds:7.0f} ms whole   {encode_ms:7.1f} ms encode, cold")
@@ -68,8 +80,8 @@ def commands(folder: Path) -> None:
     print(f"  difference   {1000 * statistics.median(a[0] - b[0] for a, b in pairs):+7.0f} ms whole (bar: +150)")
 
 
-def encodes(folder: Path) -> None:
-    """Warm images, alternating."""
+def compare_encodes(folder: Path) -> None:
+    """Prints the times of warm encodes, alternating."""
     opened = fastvlm.load(folder, "reference")
     shapes, package = Shapes.of(opened.config), opened.folder.package
     inside = ReferenceEncoder(package, shapes)
@@ -90,66 +102,62 @@ def encodes(folder: Path) -> None:
     print(f"  difference   {medians['own process'] - medians['in process']:+7.2f} ms (bar: +3)")
 
 
-def images() -> Iterable[np.ndarray]:
+def random_images(count: int) -> Iterable[np.ndarray]:
     rng = np.random.default_rng(0)
-    return (rng.integers(0, 255, (90, 120, 3), dtype=np.uint8) for _ in range(IMAGES))
+    return (rng.integers(0, 255, (90, 120, 3), dtype=np.uint8) for _ in range(count))
 
 
-def rate(model: FastVLM) -> float:
-    """Captions per second."""
-    asked = (prepare(image, "Describe the image.", max_tokens=TOKENS, ignore_eos=True) for image in images())
+def rate(model: FastVLM, count: int) -> float:
+    """Returns the captions per second of `count` images."""
+    images = random_images(count)
+    requests = (prepare(image, "Describe the image.", max_tokens=TOKENS, ignore_eos=True) for image in images)
     model.engine.feature_cache.clear()
     start = time.perf_counter()
-    outcomes = list(Batch(model.engine, BATCH).outcomes(asked))
+    outcomes = list(Batch(model.engine, BATCH).outcomes(requests))
     seconds = time.perf_counter() - start
     assert all(isinstance(outcome, Generation) for outcome in outcomes)
-    return IMAGES / seconds
+    return count / seconds
 
 
-def captions(folder: Path) -> None:
+def compare_captions(folder: Path, count: int) -> None:
+    """Prints the rates of captions with a sleeping encoder and with the reference executor."""
     vlm = fastvlm.load(folder, "reference")
     shapes = Shapes.of(vlm.config)
 
-    def with_encoder(encoder: object) -> FastVLM:
+    def with_encoder(encoder: VisionEncoder) -> FastVLM:
         return FastVLM(vlm.folder, encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0)
 
-    decoding = with_encoder(Sleeping(shapes, 0.0))
-    rate(decoding)
-    seconds = 1 / statistics.median(rate(decoding) for _ in range(3))
+    decoding = with_encoder(SleepingEncoder(shapes, 0.0))
+    rate(decoding, count)
+    seconds = 1 / statistics.median(rate(decoding, count) for _ in range(3))
     program = (str(CHILD), "slow", str(seconds), "-")
     apart = with_encoder(EncoderProcess(vlm.folder.package, shapes, program=program))
     apart.engine.encoder.wait_ready()
     rows: dict[str, Callable[[], FastVLM]] = {
         "decoder alone": lambda: decoding,
-        "in turn": lambda: with_encoder(Sleeping(shapes, seconds)),
+        "in turn": lambda: with_encoder(SleepingEncoder(shapes, seconds)),
         "own process": lambda: apart,
     }
-    show(
-        f"{IMAGES} captions, encoder that waits {1000 * seconds:.1f} ms an image (the decoder's time of one)",
-        rows,
-        1 / seconds,
-    )
+    show(f"{count} captions, encoder that waits {1000 * seconds:.1f} ms per image (the decoder's time)", rows, count)
     real = with_encoder(EncoderProcess(vlm.folder.package, shapes, backend="reference"))
     real.engine.encoder.wait_ready()
     inside = with_encoder(ReferenceEncoder(vlm.folder.package, shapes))
-    show(f"{IMAGES} captions, reference executor", {"in process": lambda: inside, "own process": lambda: real})
+    rows = {"in process": lambda: inside, "own process": lambda: real}
+    show(f"{count} captions, reference executor", rows, count)
 
 
-def show(title: str, rows: dict[str, Callable[[], FastVLM]], encoder_rate: float = float("inf")) -> None:
-    """Ratios are to the slower half: the first row, or the encoder alone."""
+def show(title: str, rows: dict[str, Callable[[], FastVLM]], count: int) -> None:
+    """Prints the median rate of three alternating runs of each row."""
     found: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(3):
         for name, model in rows.items():
-            found[name].append(rate(model()))
+            found[name].append(rate(model(), count))
     medians = {name: statistics.median(rates) for name, rates in found.items()}
-    slower = min(next(iter(medians.values())), encoder_rate)
+    first = next(iter(medians.values()))
     print(title)
     for name, value in medians.items():
-        print(f"  {name:<14} {value:7.2f} captions/s   {value / slower:5.2f} x")
+        print(f"  {name:<14} {value:7.2f} captions/s   {value / first:5.2f} x")
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    encodes(folder)
-    captions(folder)
-    commands(folder)
+    main()

@@ -1,12 +1,11 @@
-"""One decode step as a GPU gets it, counted without a GPU: MLX's operations in its graph, and the host's time.
+"""A decode step in the form for a GPU, measured without one: the operations of its graph, and the host's time.
 
     python tests/bench/bench_metal_graph.py [--layers N] [--runs N]
 
-Both sides take the same Qwen2 (the 0.5B's dimensions, 8 bits, random weights) and their own decoding loops: ours is
-`decode`, the baseline is mlx-lm's `generate_step`. What they hand to `mx.async_eval` is counted and never computed.
-MLX's CPU device writes its fused functions (RMS norm, rotary positions, attention) out in small operations. Under
-"fused" each is one operation, as on Metal, and under "written out" they are as the CPU has them.
-Times are the thread's CPU time, since other work on the machine would count in the clock's.
+Both sides have the same Qwen2 (the 0.5B's dimensions, 8 bits, random weights) and their own decoding loops: `decode`,
+and mlx-lm's `generate_step` as the baseline. Their arguments of `mx.async_eval` are counted and never computed. MLX's
+CPU device builds RMS norm, rotary positions and attention from small operations. In "fused" each is one operation, as
+on Metal. In "written_out" they are those of the CPU. Times are the CPU time of the thread.
 """
 
 from __future__ import annotations
@@ -36,16 +35,17 @@ from fastvlm.runtime.sampling import Sampler, SamplingOptions
 mx = _mlx.mx
 
 POSITIONS = 285
-"""Positions read before the step: 256 image tokens of 1024 px, and a short question."""
+"""The positions in the cache before the step: 256 image tokens of 1024 px, and a short question."""
 
 CAPACITY = 512
+"""The positions that the caches have space for."""
 
 Steps = Callable[[], Iterator[Any]]
-"""Begins an answer; every `next` launches at least one more step."""
+"""A function that begins an answer. Every `next` launches at least one more step."""
 
 
 class LaunchedError(Exception):
-    """Ends a loop at its `mx.async_eval`."""
+    """An exception that ends a loop at its `mx.async_eval`."""
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compared(sides: dict[str, Steps], runs: int) -> dict[str, Any]:
-    """Operations and host milliseconds by side, and ours as a share of mlx-lm's."""
+    """Returns operations and host milliseconds by side, and their ratios to mlx-lm's."""
     counts = {side: Counter(operations(begin)) for side, begin in sides.items()}
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(runs):
@@ -133,7 +133,7 @@ def keys_and_values(config: Qwen2Config) -> Any:
 
 
 def operations(begin: Steps) -> Iterator[str]:
-    """The name of every operation that the first launch of an answer would compute."""
+    """Yields the name of every operation that the first launch of an answer would compute."""
     outputs: list[Any] = []
 
     def launch(*arrays: Any) -> None:
@@ -148,7 +148,7 @@ def operations(begin: Steps) -> Iterator[str]:
 
 
 def second_launch_s(begin: Steps) -> float:
-    """CPU seconds of the host between an answer's first and second launch: one step of its loop, nothing computed."""
+    """Returns the host's CPU seconds between the first and the second launch of an answer, without computation."""
     times: list[float] = []
 
     def launch(*_: Any) -> None:
@@ -163,7 +163,7 @@ def second_launch_s(begin: Steps) -> float:
 
 @contextlib.contextmanager
 def fused_functions() -> Iterator[None]:
-    """Has each function that Metal computes in one kernel be one operation, which cannot be computed."""
+    """Replaces each function that is one kernel on Metal by one operation, whose result is meaningless."""
 
     def attention(queries: Any, keys: Any, values: Any, *, scale: float, mask: Any = None, sinks: Any = None) -> Any:
         return mx.depends([queries], [keys, values])[0]

@@ -1,6 +1,6 @@
-"""`make bench`: the whole path at full size, next to what one would do without this toolkit.
+"""`make bench`: the whole path at full size, compared with doing the same without this toolkit.
 
-Every figure that matters is a ratio of two times from this one run, because machines are shared and noisy.
+Every figure that matters is a ratio of two times within this run, since machines are shared and noisy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from decoders import DECODED_TOKENS, PROMPT_TOKENS, in_turns
 
 SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
 PRODUCTS = 20
-"""Matrix products of 2048 x 2048 that are timed together, in turns with the encoders."""
+"""The matrix products of 2048 x 2048 that are timed together, alternating with the encoders."""
 # The un-rewritten encoder, converted as the upstream exporter does: float32, no folding, no compression.
 PLAIN_CONVERSION = """
 import sys
@@ -99,7 +99,7 @@ def measure(model: str, scratch: Path, runs: int, *, mixed: bool = False) -> dic
 
 
 def cold_seconds(scratch: Path, runs: int) -> float:
-    """Median wall time of the whole `generate` command on `tiny`, each in a new process."""
+    """Returns the median wall time of the whole `generate` command on `tiny`, each in a new process."""
     folder = str(scratch / "tiny")
     command = [sys.executable, "-m", "fastvlm.cli.main"]
     run_measured([*command, "export", "tiny", "-o", folder])
@@ -108,7 +108,7 @@ def cold_seconds(scratch: Path, runs: int) -> float:
 
 
 def mixed_at(snr_db: float, model: str, scratch: Path) -> dict[str, Any]:
-    """`mixed` asked for an SNR of `image_features`."""
+    """Exports `mixed` at an SNR of `image_features`."""
     log(f"export mixed at {snr_db:.1f} dB")
     words = ["export", model, "--quant", "mixed", "--min-snr", f"{snr_db:.2f}", "-o", str(scratch / "mixed"), "--json"]
     run = run_measured([sys.executable, "-m", "fastvlm.cli.main", *words])
@@ -116,7 +116,7 @@ def mixed_at(snr_db: float, model: str, scratch: Path) -> dict[str, Any]:
 
 
 def encoder_figures(export: dict[str, Any]) -> tuple[int, float]:
-    """Bytes of an export's package, and the SNR in dB of its executed output."""
+    """Returns the bytes of an export's package, and the SNR in dB of its executed output."""
     result = export["result"]
     size = sum(count for name, count in result["file_bytes"].items() if ".mlpackage/" in name)
     return size, result["parity"]["image_features"]["snr_db"]
@@ -137,7 +137,7 @@ def run_measured(command: list[str]) -> dict[str, Any]:
 
 
 def resident_peak(pid: int) -> int:
-    """Peak resident bytes of a running process; 0 where the system does not tell."""
+    """Returns the peak resident bytes of a running process, or 0 if the system does not report them."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -146,7 +146,7 @@ def resident_peak(pid: int) -> int:
 
 
 def encode_times(model: str, folder: Path, runs: int) -> dict[str, Any]:
-    """The saved int8 package in the executor, next to the un-rewritten encoder in eager torch float32."""
+    """Returns times of the saved int8 package in the executor, and of the original encoder in eager torch float32."""
     import torch
 
     from fastvlm.models.fastvit import FastViT
@@ -173,13 +173,13 @@ def encode_times(model: str, folder: Path, runs: int) -> dict[str, Any]:
 
 
 def decoder_times(folder: Path, runs: int) -> dict[str, dict[str, float]]:
-    """Prefill and decode in MLX, next to a Qwen2 of the same size in transformers on torch (if it is installed)."""
+    """Returns times of prefill and decode in MLX, and of an equal Qwen2 in transformers on torch if it is installed."""
     log("prefill and decode")
     return in_turns(folder, 2 * runs)
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median seconds of each, after one warm-up, taking turns so that a noisy moment hits all alike."""
+    """Returns the median seconds of each candidate, after one warm-up. They alternate, so that noise hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(runs + 1):
         for name, call in candidates.items():
@@ -204,7 +204,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as a Markdown table."""
+    """Returns the figures as a Markdown table."""
     export, plain, generate = figures["export"], figures["plain_conversion"], figures["generate"]
     encode, decoder = figures["encode"]["seconds"], figures["decoder"]
     timings = generate["result"]["timings"]
@@ -229,18 +229,20 @@ def table(figures: dict[str, Any]) -> str:
     ]
     if mixed := figures["mixed"]:
         (size, snr_db), (int8_size, int8_db) = encoder_figures(mixed), encoder_figures(export)
-        beside = f"int8 {int8_size / 1e6:.1f} MB, {int8_db:.1f} dB"
-        rows.append(("package, mixed", f"{size / 1e6:.1f} MB, {snr_db:.1f} dB in {mixed['seconds']:.0f} s", beside))
+        baseline = f"int8 {int8_size / 1e6:.1f} MB, {int8_db:.1f} dB"
+        rows.append(("package, mixed", f"{size / 1e6:.1f} MB, {snr_db:.1f} dB in {mixed['seconds']:.0f} s", baseline))
     for stage, what in (
         ("prefill", f"prefill of {PROMPT_TOKENS} tokens"),
         ("decode", f"decode of {DECODED_TOKENS} tokens"),
     ):
         seconds, theirs = decoder["ours"][stage], decoder.get("transformers")
-        beside = f"{seconds / theirs[stage]:.2f} x transformers on torch" if theirs else "transformers is not installed"
-        rows.append((what, f"{seconds:.2f} s", beside))
+        baseline = (
+            f"{seconds / theirs[stage]:.2f} x transformers on torch" if theirs else "transformers is not installed"
+        )
+        rows.append((what, f"{seconds:.2f} s", baseline))
     title = f"{figures['model']}, int8 encoder, 8-bit decoder; {figures['machine']}"
     return f"{title}\n\n| what | figure | next to |\n|---|---|---|\n" + "\n".join(
-        f"| {what} | {figure} | {beside} |" for what, figure, beside in rows
+        f"| {what} | {figure} | {baseline} |" for what, figure, baseline in rows
     )
 
 

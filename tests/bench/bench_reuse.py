@@ -1,8 +1,8 @@
-"""What is not done twice: a batch next to one by one, a second question next to the first.
+"""The gain of reuse: a batch compared with single answers, and a second question compared with the first.
 
     python tests/bench/bench_reuse.py FOLDER [--runs N] [--tokens N]
 
-Ratios of times from this one run, the two sides taking turns, because machines are shared and noisy.
+All figures are ratios of times within one run, in which the two sides alternate, since machines are shared and noisy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Prefill and decoding of one decoder in a process of its own, timed when asked: what two decoders do in turns.
+"""Prefill and decoding of one decoder in a separate process, timed on demand, to alternate between two decoders.
 
     python tests/bench/decoders.py ours|transformers FOLDER
 
-Reads `prefill` or `decode` line by line and answers each with its seconds. In one process the thread pools of the two
-would slow each other down, by half where cores are few.
+Reads `prefill` or `decode` line by line and prints the seconds of each. In one process the two thread pools would
+slow each other down, by half on few cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDES = ("ours", "transformers")
 
 
 def in_turns(folder: Path, runs: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each stage by side, after one warm-up; without transformers where it is not installed."""
+    """Returns the median seconds of each stage by side, after one warm-up. A side that is not installed is left out."""
     processes = {side: started(side, folder) for side in SIDES}
     present = {side: process for side, process in processes.items() if ready(process)}
     times: dict[str, dict[str, list[float]]] = {side: {stage: [] for stage in STAGES} for side in present}
@@ -48,11 +48,11 @@ def started(side: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def ready(process: subprocess.Popen[str]) -> bool:
-    """False where its library is not installed. Raises RuntimeError when it fails otherwise."""
-    said = answer(process)
-    if said not in ("ready", "missing"):
+    """Returns False if the library is not installed. Raises RuntimeError if the process fails otherwise."""
+    state = answer(process)
+    if state not in ("ready", "missing"):
         raise RuntimeError(f"{process.args} ended with {process.wait()}")
-    return said == "ready"
+    return state == "ready"
 
 
 def asked(process: subprocess.Popen[str], stage: str) -> float:
@@ -73,7 +73,7 @@ def ours(folder: Path) -> Mapping[str, Callable[[], Any]]:
     from fastvlm.runtime.generate import decode, prefill
     from fastvlm.runtime.sampling import Sampler, SamplingOptions
 
-    decoder = fastvlm.load(folder).language.language_model
+    decoder = fastvlm.load(folder).engine.language.language_model
     embeds = mx.array(prompt(decoder.config.hidden_size))
     state: dict[str, Any] = {}
 
@@ -114,7 +114,7 @@ def transformers(folder: Path) -> Mapping[str, Callable[[], Any]]:
 
 
 def prompt(hidden_size: int) -> np.ndarray:
-    """(1, 285, D) float32 of about the size of embeddings."""
+    """Returns a prompt (1, 285, D), float32, of about the magnitude of embeddings."""
     drawn = np.random.default_rng(0).standard_normal((1, PROMPT_TOKENS, hidden_size))
     return (0.05 * drawn).astype(np.float32)
 
