@@ -10,20 +10,14 @@ OPTIONS = {
     "as_json": "--json",
     "client": "--for",
     "folder": "FOLDER",
-    "layout": "--encoder",
     "model": "MODEL",
     "model_id": "ID",
-    "recipe_file": "--recipe",
-    "target": "--min-os",
     "zipped": "--zip",
 }
 """The option of an argument, where it is not the argument's name with dashes."""
 
 OFF = {"with_projector": "--no-projector"}
 """The option that sets an argument to False, where it is not `--no-` and the option."""
-
-VALUES = {"layout": {"apple": "coreml"}}
-"""The word for an argument's value, where the option has another one."""
 
 VALUE = r"""=('[^']*'|"[^"]*"|[\w.+-]*\w)"""
 """A value after an argument's name, as Python writes it."""
@@ -54,4 +48,4 @@ def _option(found: re.Match[str]) -> str:
     if value == "False":
         return OFF.get(argument, f"--no-{option.removeprefix('--')}")
     word = value.strip("'\"")
-    return f"{option} {VALUES.get(argument, {}).get(word, word)}"
+    return f"{option} {word}"

@@ -73,14 +73,14 @@ def judge(folder: Path, client: str, as_json: bool) -> NoReturn:
 def verdict(result: BundleCheck) -> Iterator[str]:
     """Yields the lines of a check."""
     if result.passed:
-        yield f"{result.folder} is valid for {result.target}"
+        yield f"{result.folder} is valid for {result.client}"
     for fault in result.faults:
         yield f"fault: {fault}"
 
 
 def summary(result: Bundle) -> Iterator[str]:
     """Yields the sizes of a bundle, and its estimated memory."""
-    yield f"{result.path}: {megabytes(result.total_bytes)} for {result.target}, checked"
+    yield f"{result.path}: {megabytes(result.total_bytes)} for {result.client}, checked"
     sizes: dict[str, int] = {}
     for name, entry in result.files.items():
         top = name.split("/")[0]

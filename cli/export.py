@@ -168,35 +168,16 @@ def export_command(
     ] = False,
 ) -> None:
     """Export a checkpoint to a model folder: Core ML encoder, MLX decoder, tokenizer. The result is verified first."""
+    arguments = dict(locals())  # by the names of ExportOptions
+    quantize = False if no_quantize_embeddings else None
     with StageProgress() as progress:
         progress("load the tools")
         disable_tf32()
-        from ..export.exporter import export
+        from ..export.exporter import export_checkpoint
+        from ..export.options import ExportOptions
 
-        result = export(
-            model,
-            out,
-            adapter=adapter,
-            layout="apple" if encoder == "coreml" else encoder,
-            quant=quant,
-            min_snr=min_snr,
-            max_bytes=max_bytes,
-            recipe_file=recipe,
-            decoder_bits=decoder_bits,
-            decoder_avg_bits=decoder_avg_bits,
-            decoder_quantizer=decoder_quantizer,
-            group_size=given.as_int(group_size),
-            quantize_embeddings=False if no_quantize_embeddings else None,
-            image_size=image_size,
-            io=io,
-            target=min_os,
-            with_projector=with_projector,
-            calibrate=calibrate,
-            force=force,
-            allow_lint=allow_lint,
-            allow_shortfall=allow_shortfall,
-            on_stage=progress,
-        )
+        chosen = {"group_size": given.as_int(group_size), "quantize_embeddings": quantize, "on_stage": progress}
+        result = export_checkpoint(model, out, ExportOptions.chosen({**arguments, **chosen}))
     for text in result.notes:
         note(text)
     if as_json:

@@ -13,7 +13,7 @@ from . import options as given
 from .progress import megabytes
 
 if TYPE_CHECKING:
-    from ..export.package_report import PackageReport
+    from ..export.inspect_package import PackageReport
     from ..models.compute_plan import Placement
 
 LISTED_PLACES = 5
@@ -28,7 +28,7 @@ def inspect_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Describe a package: inputs, operations, bytes, FLOPs. Exits with 1 if it breaks a rule of the Neural Engine."""
-    from ..export.package_report import inspect
+    from ..export.inspect_package import inspect
 
     report = inspect(path)
     found = placement_of(report.path) if with_placement else None

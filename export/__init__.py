@@ -1,10 +1,11 @@
-"""From a checkpoint to a model folder: Core ML package, MLX weights, tokenizer, manifest.
+"""Exports a checkpoint to a model folder: Core ML package, MLX weights, tokenizer, manifest.
 
-The package shares its name with the public function `fastvlm.export(...)`, so it can be called as that.
+The package can be called: `fastvlm.export("tiny", "model")` calls `fastvlm.export.exporter.export`.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,25 @@ if TYPE_CHECKING:
 
 
 class _CallablePackage(ModuleType):
+    # A package that is also the function of its name, with that function's signature and documentation.
+
     def __call__(self, *args: Any, **options: Any) -> Export:
-        """See `fastvlm.export.exporter.export`."""
+        """Calls `fastvlm.export.exporter.export`."""
         from .exporter import export
 
         return export(*args, **options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        from .exporter import export
+
+        return inspect.signature(export)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        from .exporter import export
+
+        return f"export{inspect.signature(export)}\n\n{inspect.getdoc(export)}"
 
 
 sys.modules[__name__].__class__ = _CallablePackage

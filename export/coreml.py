@@ -1,6 +1,6 @@
 """The rewritten encoder as a Core ML package: trace, convert, compress, save.
 
-coremltools is kept quiet and inside a folder of ours; what reaches the user is our own progress.
+coremltools runs silently and writes its temporary files into the output folder. The user sees this project's progress.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,16 @@ from ..models.versions import import_coremltools
 from ..quant.activations import with_int8_inputs
 from ..quant.constexprs import with_stored_weights
 from ..quant.schemes import StoredWeight
-from .interface import DEFAULT_INTERFACE, TARGETS, Interface
 from .lint import COMPRESSED_WEIGHTS_KEY
+from .options import OnStage
+from .recipe import DEFAULT_INTERFACE, DEPLOYMENT_TARGETS, PackageInterface
 
 if TYPE_CHECKING:
     from coremltools.models import MLModel
     from torch import nn
 
 PACKAGE_NAMESPACE = uuid.UUID("5b0ce0a7-3d0b-4f53-8a51-5f6d4a3c9d10")
-"""Item identifiers of a package are drawn at random by coremltools; ours derive from this, so that bytes repeat."""
+"""The namespace of item identifiers. coremltools draws them at random, and derived ones make the bytes repeatable."""
 
 
 def convert_encoder(
@@ -41,30 +42,34 @@ def convert_encoder(
     package: Path,
     *,
     metadata: Mapping[str, str],
-    on_stage: Callable[[str], None],
-    interface: Interface = DEFAULT_INTERFACE,
+    on_stage: OnStage,
+    interface: PackageInterface = DEFAULT_INTERFACE,
     int8_inputs: Mapping[str, np.float16] | None = None,
 ) -> None:
-    """Writes `network` (from `rewrite`) to `package`: an ML Program, float16 inside, of fixed shapes.
+    """Writes `network` (from `rewrite`) to `package`: an ML Program with fixed shapes that computes in float16.
 
-    `images` (1, 3, S, S) -> `image_features` (1, N, C), of the types that `interface` says. The same input gives the
-    same bytes. `stored` are the weights in fewer bits, by their convolutions' names; `network` has them already.
-    `int8_inputs` are the scales of convolutions that take their input in int8.
+    `images` (1, 3, S, S) -> `image_features` (1, N, C), of the types of `interface`. Equal inputs give equal bytes.
+
+    Args:
+        stored: the compressed weights by the names of their convolutions. `network` already has their values.
+        int8_inputs: the scales of the convolutions whose input is int8.
 
     Raises:
-        PackageError: coremltools could not convert, or changed a weight that should be compressed.
+        PackageError: coremltools cannot convert the network, or changed a weight that should be compressed.
     """
     scratch = package.with_name("scratch")
     scratch.mkdir(parents=True)
     with quiet_coremltools(scratch) as ct:
-        passes = with_int8_inputs(ct.PassPipeline.DEFAULT, int8_inputs or {})  # first: the other gives new names
+        passes = with_int8_inputs(ct.PassPipeline.DEFAULT, int8_inputs or {})  # before the pass that renames
         model = _convert(ct, network, image_size, with_stored_weights(passes, stored), interface, on_stage)
         on_stage("save the package")
         _describe(model, interface, {**metadata, COMPRESSED_WEIGHTS_KEY: str(len(stored))})
         try:
             model.save(str(package))
         except RuntimeError as reason:
-            raise PackageError(f"coremltools could not write {package.name}: {str(reason).splitlines()[0]}") from reason
+            raise PackageError(
+                f"{package.name}: coremltools cannot write it ({str(reason).splitlines()[0]})."
+            ) from reason
     make_reproducible(package)
     shutil.rmtree(scratch)
 
@@ -74,8 +79,8 @@ def _convert(
     network: nn.Sequential,
     image_size: int,
     pass_pipeline: Any,
-    interface: Interface,
-    on_stage: Callable[[str], None],
+    interface: PackageInterface,
+    on_stage: OnStage,
 ) -> MLModel:
     import torch
 
@@ -89,22 +94,22 @@ def _convert(
             traced,
             inputs=[_input_type(ct, interface, shape)],
             outputs=[ct.TensorType(interface.output_name, dtype=np.dtype(interface.output_dtype).type)],
-            minimum_deployment_target=ct.target[TARGETS[interface.target]],
+            minimum_deployment_target=ct.target[DEPLOYMENT_TARGETS[interface.min_os]],
             compute_precision=ct.precision.FLOAT16,
             skip_model_load=True,
             pass_pipeline=pass_pipeline,
         )
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as reason:
-        raise PackageError(f"coremltools could not convert the encoder: {str(reason).splitlines()[0]}") from reason
+        raise PackageError(f"the encoder: coremltools cannot convert it ({str(reason).splitlines()[0]}).") from reason
 
 
-def _input_type(ct: Any, interface: Interface, shape: tuple[int, ...]) -> Any:
+def _input_type(ct: Any, interface: PackageInterface, shape: tuple[int, ...]) -> Any:
     if interface.takes_image:  # with a scale or bias here coremltools would add a float32 multiplication
         return ct.ImageType(INPUT_NAME, shape=shape, color_layout=ct.colorlayout.RGB)
     return ct.TensorType(INPUT_NAME, shape=shape, dtype=np.dtype(interface.io).type)
 
 
-def _describe(model: MLModel, interface: Interface, metadata: Mapping[str, str]) -> None:
+def _describe(model: MLModel, interface: PackageInterface, metadata: Mapping[str, str]) -> None:
     model.author = "fastvlm"
     model.short_description = "FastViTHD vision encoder of FastVLM, reparameterized, for the Neural Engine"
     model.input_description[INPUT_NAME] = (
@@ -121,7 +126,7 @@ def _describe(model: MLModel, interface: Interface, metadata: Mapping[str, str])
 
 
 def make_reproducible(package: Path) -> None:
-    """Rewrites what coremltools draws at random: the program's map order and the items' identifiers."""
+    """Replaces what coremltools draws at random: the order of the program's maps and the items' identifiers."""
     from coremltools.proto import Model_pb2
 
     manifest = json.loads((package / "Manifest.json").read_text())
@@ -139,9 +144,9 @@ def make_reproducible(package: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_coremltools(scratch: Path) -> Iterator[Any]:
-    """coremltools, without its version warnings, failed-import lines and progress bars.
+    """Yields coremltools, without its version warnings, failed-import lines and progress bars.
 
-    Its temporary files go to `scratch`: inside our own partial output, so that a kill leaves nothing in /tmp.
+    Its temporary files go to `scratch`, inside the partial output, so that a killed process leaves nothing in /tmp.
     """
     directory, tempfile.tempdir = tempfile.tempdir, str(scratch)
     try:

@@ -1,14 +1,15 @@
-"""`fastvlm export`: a checkpoint becomes a model folder, verified before it appears."""
+"""`fastvlm.export`: a checkpoint becomes a model folder, which is verified before it appears."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Protocol
 
 from .._version import __version__
 from ..models.checkpoint import Checkpoint, tensors_under
@@ -21,14 +22,13 @@ from ..models.references import DEFAULT_MODEL, open_checkpoint
 from ..models.safetensors_files import write_weights
 from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes
 from ..quant.decoder import check_language_tensors, saved_tensors
-from ..quant.decoder_scheme import DecoderScheme, decoder_scheme
+from ..quant.decoder_scheme import DecoderScheme
 from ..quant.decoder_sensitivity import mixed_bits
-from ..quant.encoder_scheme import EncoderScheme, encoder_scheme
 from ..quant.prompts import calibration_prompts
-from ..quant.recipe import read_recipe
 from ..quant.schemes import BLOCKWISE
-from .interface import interface_for
-from .mlx_encoder import beside_encoder, encoder_bytes, mlx_scheme, read_encoder
+from .atomic_folder import check_destination, new_folder
+from .inspect_package import inspect as inspect_package
+from .mlx_encoder import encoder_bytes, read_encoder, with_encoder
 from .model_folder import (
     PROCESSOR_CONFIG,
     copy_licences,
@@ -36,20 +36,19 @@ from .model_folder import (
     file_table,
     preprocessor_config,
 )
-from .output import check_destination, new_folder
-from .package_report import inspect
-from .recipe import Border, Recipe, calibration_set, check_beside, replayed
+from .options import ExportOptions, OnStage
+from .recipe import Recipe, calibration_set, planned_recipe, read_recipe
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, verify_features
 from .write_encoder import WrittenEncoder, write_encoder
 
 ENCODER_BYTES_PER_WEIGHT = 4.0
-"""On disk while a package is written, at most: coremltools keeps a copy beside what it saves."""
+"""The most disk space per encoder weight while a package is written. coremltools keeps a copy of what it saves."""
 
 OTHER_BYTES = 32 * 2**20
-"""Tokenizer, configs and some room."""
+"""The disk space for tokenizer and configs, with some reserve."""
 
-OnStage = Callable[[str], None]
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,23 @@ class Export:
 
     folder: Path
     checkpoint: str
+    """The name of the checkpoint."""
     trained: bool
+    """False for random weights, whose text means nothing."""
     notes: tuple[str, ...]
+    """Remarks for the user, one line each."""
     verification: Verification
     encoder_bytes: int
     files: dict[str, dict[str, Any]]
-    """Size (`bytes`) and `sha256` of each file, by its path in the folder."""
+    """The size (`bytes`) and `sha256` of each file, by its path in the folder."""
 
     @property
     def total_bytes(self) -> int:
+        """The bytes of all files but the manifest."""
         return sum(entry["bytes"] for entry in self.files.values())
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report as it is printed with `--json`."""
         return {
             "folder": str(self.folder),
             "checkpoint": self.checkpoint,
@@ -81,127 +85,122 @@ class Export:
         }
 
 
-def export(
-    model: str | Path = DEFAULT_MODEL,
-    out: str | Path | None = None,
-    *,
-    adapter: str | Path | None = None,
-    layout: str = "apple",
-    quant: str | None = None,
-    min_snr: float | None = None,
-    max_bytes: str | int | None = None,
-    recipe_file: str | Path | None = None,
-    decoder_bits: int | str | None = None,
-    decoder_quantizer: str | None = None,
-    decoder_avg_bits: float | None = None,
-    group_size: int | None = None,
-    quantize_embeddings: bool | None = None,
-    image_size: int | None = None,
-    io: str | None = None,
-    target: str | None = None,
-    with_projector: bool | None = None,
-    calibrate: str | Path | None = None,
-    force: bool = False,
-    allow_lint: bool = False,
-    allow_shortfall: bool = False,
-    on_stage: OnStage = lambda _: None,
-) -> Export:
-    """Writes the model folder of a checkpoint: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
+class ExportFunction(Protocol[P]):
+    """The type of `export`: a model, an output folder, and the keyword arguments `P`."""
 
-    `model` is a checkpoint folder in Apple's, Hugging Face's or mlx-vlm's layout, a hub id that was downloaded, `tiny`
-    or `random:SIZE`; `out` defaults to a folder named after it. `adapter` is the folder of a LoRA adapter to merge.
-    The folder appears under its name only once it is complete and verified; `on_stage` hears what is being done.
-    `layout` is `apple`, a Core ML package, or `mlx`: the encoder stands beside the decoder, for clients that run it in
-    MLX; `quant` is then bf16 or fp32, and what is about the package does not apply.
-    `quant` is int8 by default; `mixed` keeps `min_snr` (dB, 40 by default) or `max_bytes`. `recipe_file`, an exported
-    folder or its `fastvlm.json`, does again what that export did: it settles the encoder's and the decoder's weights,
-    and options that do are refused beside it.
-    The decoder has `decoder_bits` 8, `group_size` 64 and `quantize_embeddings` by default.
-    `io` (`float32`, `float16`, `image`), `target` (`ios17`, `ios18`) and `with_projector` are the package's border: see
-    `Interface`. `calibrate` is a folder of images to measure on, instead of embedded ones.
-    A package that breaks a rule of the Neural Engine is refused unless `allow_lint`; a result that falls short of the
-    checkpoint is refused unless `allow_shortfall`: the manifest's notes tell of both. What is not finite never passes.
+    def __call__(
+        self, model: str | Path = ..., out: str | Path | None = ..., *args: P.args, **options: P.kwargs
+    ) -> Export: ...
+
+
+def with_options(options: Callable[P, ExportOptions]) -> Callable[[Callable[..., Export]], ExportFunction[P]]:
+    """Gives a function the keyword arguments of `options` in place of its `**options`, for callers and for `help`."""
+
+    def decorate(function: Callable[..., Export]) -> ExportFunction[P]:
+        own = inspect.signature(function)
+        kept = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        keywords = inspect.signature(options).parameters.values()
+        function.__signature__ = own.replace(parameters=[*kept, *keywords])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@with_options(ExportOptions)
+def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **options: Any) -> Export:
+    """Exports a checkpoint to a model folder: Core ML encoder, MLX decoder, tokenizer, configs, manifest.
+
+    The folder appears under its name only when it is complete and verified.
+
+    Args:
+        model: a checkpoint folder in the layout of Apple, Hugging Face or mlx-vlm, the id of a downloaded checkpoint,
+            `tiny`, or `random:SIZE`.
+        out: the folder to write. By default it is in the current folder and named after the model and `quant`.
+        adapter: the folder of a LoRA adapter to merge first, in the layout of PEFT or LLaVA.
+        recipe: an exported folder, its `fastvlm.json`, or a file with only a recipe. Its decisions are repeated, and
+            arguments that would decide the same are refused.
+        calibrate: a folder of images to measure on, in place of the embedded drawings.
+        encoder: `coreml` for a Core ML package, or `mlx` for weights in the decoder's file, for clients that run the
+            encoder in MLX. Arguments about the package are then refused.
+        quant: the format of the encoder's weights: `int8` (default), `fp16`, `pal8`, `pal6`, `pal4`, `int4`, `w8a8`,
+            or `mixed`, which chooses per weight by measurement. With `encoder="mlx"`: `bf16` (default) or `fp32`.
+        min_snr: the SNR of `image_features` in dB that `mixed` keeps (default 40).
+        max_bytes: the most bytes of the package with `mixed`, such as `80M`, instead of `min_snr`.
+        image_size: the side of the square input in pixels, a multiple of 64. By default it is as trained.
+        decoder_bits: the bits per decoder weight: 4, 5, 6, 8 (default), 16, or `mixed`, which chooses per matrix by
+            measurement.
+        decoder_avg_bits: the average bits per weight with `decoder_bits="mixed"`, scales included (default 5).
+        decoder_quantizer: `gptq` calibrates the rounding and takes minutes, `rtn` rounds to nearest. The default is
+            `gptq` below 8 bits.
+        group_size: the number of decoder weights that share a scale: 32, 64 (default) or 128.
+        quantize_embeddings: False keeps the embedding table in float16.
+        io: the package's input and output type: `float32` (default), `float16`, or `image`, which takes an RGB image
+            and returns float32.
+        min_os: the oldest system: `ios17` (also macOS 14) or `ios18` (also macOS 15). The default is the oldest one
+            that supports the weights.
+        with_projector: True puts the projector into the package, which then returns `image_embeds`.
+        force: True overwrites an earlier export.
+        allow_lint: True accepts a package that breaks a rule of the Neural Engine. The manifest has a note about it.
+        allow_shortfall: True accepts a folder that falls short of its checkpoint. The manifest has a note about it.
+            NaN and infinite values are never accepted.
+        on_stage: a function that is called with a short description of each stage before it begins.
+
+    Returns:
+        The folder, the bytes of its files, and the results of the verification.
 
     Raises:
-        FastVLMError: the checkpoint cannot be read, the output cannot be written, or the result falls short of the
-            checkpoint (`VerificationError`). Nothing is left behind.
+        UsageError: arguments are invalid or exclude each other.
+        VerificationError: the result falls short of the checkpoint.
+        FastVLMError: the checkpoint cannot be read, or the output cannot be written. Nothing is left behind.
     """
+    return export_checkpoint(model, out, ExportOptions(**options))
+
+
+def export_checkpoint(model: str | Path, out: str | Path | None, options: ExportOptions) -> Export:
+    """Exports a checkpoint: `export` with its keyword arguments as one value."""
     disable_tf32()
-    checkpoint = open_checkpoint(model, adapter)
-    border = Border(io, target, with_projector)
-    scheme = scheme_for(layout, quant, min_snr, max_bytes, {**asdict(border), "recipe": recipe_file})
-    recipe = Recipe(
-        encoder=scheme,
-        decoder=decoder_scheme(decoder_bits, decoder_quantizer, decoder_avg_bits, group_size, quantize_embeddings),
-        image_size=checkpoint.config.image_size if image_size is None else image_size,
-        interface=interface_for([scheme.quant], **asdict(border)),
-    )
-    saved = None if recipe_file is None else read_recipe(recipe_file)
-    if saved is not None:
-        check_beside(
-            saved,
-            {"quant": quant, "min_snr": min_snr, "max_bytes": max_bytes},
-            {
-                "decoder_bits": decoder_bits,
-                "decoder_quantizer": decoder_quantizer,
-                "decoder_avg_bits": decoder_avg_bits,
-                "group_size": group_size,
-                "quantize_embeddings": quantize_embeddings,
-            },
-        )
-        recipe = replayed(recipe, saved, border, keep_size=image_size is not None)
-    check_engine(recipe, allow_lint)
-    calibration = calibration_set(calibrate, recipe.image_size, checkpoint.config.image_aspect_ratio, saved)
+    checkpoint, on_stage = open_checkpoint(model, options.adapter), options.on_stage
+    saved = None if options.recipe is None else read_recipe(options.recipe)
+    recipe = planned_recipe(options, checkpoint.config.image_size, saved)
+    check_engine(recipe, options.allow_lint)
+    calibration = calibration_set(options.calibrate, recipe.image_size, checkpoint.config.image_aspect_ratio, saved)
     destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)
-    check_destination(destination, force=force)
+    check_destination(destination, force=options.force)
     check_language_tensors(checkpoint)
     tokenizer = export_tokenizer(checkpoint.tokenizer_files())
     check_space(destination, bytes_needed(checkpoint, recipe))
-    with new_folder(destination, force=force) as folder:
+    with new_folder(destination, force=options.force) as folder:
         if recipe.has_package:
             encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
-            broken = lint_notes(folder / PACKAGE_NAME, allow_lint)
+            broken_rules = lint_notes(folder / PACKAGE_NAME, options.allow_lint)
         else:
-            broken = ()
             encoder = read_encoder(checkpoint, recipe, calibration, on_stage)
-        recipe = replace(recipe, encoder=replace(recipe.encoder, weights=encoder.plan))
-        recipe = replace(recipe, decoder=write_decoder(folder, checkpoint, recipe, encoder, tokenizer, on_stage))
+            broken_rules = ()
+        decoder = write_decoder(folder, checkpoint, recipe, encoder, tokenizer, on_stage)
+        recipe = recipe.settled(encoder.plan, decoder)
         write_configs(folder, checkpoint, recipe, tokenizer)
         verification = verify_features(
             folder, checkpoint, encoder.images, encoder.reference, manifest_recipe(recipe, encoder), on_stage=on_stage
         )
-        if not (verification.passed or allow_shortfall):
-            raise VerificationError(
-                f"{checkpoint.name} was not exported: {'; '.join(verification.failures)}; "
-                "--allow-shortfall writes it anyway"
-            )
+        check_verification(checkpoint, verification, options.allow_shortfall)
         on_stage("write the manifest")
         result = Export(
             folder=destination,
             checkpoint=checkpoint.name,
             trained=is_trained(checkpoint),
-            notes=(*checkpoint.notes, *encoder.notes, *broken, *verification.encoder.notes, *verification.failures),
+            notes=(
+                *checkpoint.notes,
+                *encoder.notes,
+                *broken_rules,
+                *verification.encoder.notes,
+                *verification.failures,
+            ),
             verification=verification,
             encoder_bytes=encoder_bytes(folder),
             files=file_table(folder),
         )
         write_json(folder / MANIFEST_NAME, manifest(checkpoint, recipe, encoder, result))
     return result
-
-
-def scheme_for(
-    layout: str,
-    quant: str | None,
-    min_snr: float | None,
-    max_bytes: str | int | None,
-    of_package: Mapping[str, object],
-) -> EncoderScheme:
-    """How the encoder is stored. Raises UsageError when options contradict each other or the layout."""
-    if layout == "apple":
-        return encoder_scheme(quant, min_snr, max_bytes)
-    if layout != "mlx":
-        raise UsageError(f"--layout should be apple or mlx; found {layout!r:.40}")
-    return mlx_scheme(quant, {**of_package, "min_snr": min_snr, "max_bytes": max_bytes})
 
 
 def write_decoder(
@@ -212,7 +211,7 @@ def write_decoder(
     tokenizer: ExportedTokenizer,
     on_stage: OnStage,
 ) -> DecoderScheme:
-    """Writes decoder and projector; returns the scheme with what was chosen for a mixed one."""
+    """Writes decoder and projector. Returns the scheme, with the bits that were chosen for a mixed one."""
     scheme, prompts = recipe.decoder, []
     if scheme.needs_calibration:
         rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
@@ -221,11 +220,12 @@ def write_decoder(
         scheme = scheme.with_layers(mixed_bits(checkpoint, scheme, prompts, on_stage))
     on_stage("write the decoder's weights")
     tensors = saved_tensors(checkpoint, scheme, prompts)
-    write_weights(folder, tensors if recipe.has_package else beside_encoder(encoder.tensors, tensors))
+    write_weights(folder, tensors if recipe.has_package else with_encoder(encoder.tensors, tensors))
     return scheme
 
 
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenizer: ExportedTokenizer) -> None:
+    """Writes the JSON files, the tokenizer, and the licences of the checkpoint."""
     config = exported_config(checkpoint, tokenizer.image_token_index, recipe.image_size, recipe.decoder)
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / "preprocessor_config.json", preprocessor_config(recipe.image_size))
@@ -236,7 +236,7 @@ def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenize
 
 
 def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, result: Export) -> dict[str, Any]:
-    """The content of `fastvlm.json`. It holds no dates and no paths: the same export gives the same bytes."""
+    """Returns the content of `fastvlm.json`, without dates and paths: the same export gives the same bytes."""
     return {
         "format": MANIFEST_FORMAT,
         "fastvlm": __version__,
@@ -255,39 +255,56 @@ def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, re
 
 
 def manifest_recipe(recipe: Recipe, encoder: WrittenEncoder) -> dict[str, Any]:
-    """What the manifest says of what was done to the checkpoint: enough to verify it, and to do it again."""
+    """Returns the manifest's recipe: enough to verify the export and to repeat it."""
     return {**recipe.as_dict(), **encoder.as_dict()}
 
 
 def check_engine(recipe: Recipe, allow_lint: bool) -> None:
-    """Raises UsageError for what lint will refuse for sure, before the work is done."""
+    """Raises UsageError if lint will certainly refuse the package, before the work begins."""
     if BLOCKWISE in {recipe.quant, *recipe.encoder.weights.values()} and not allow_lint:
         raise UsageError(
-            f"{BLOCKWISE} has scales per block, which breaks a rule of the Neural Engine: take pal4, which is smaller, "
-            "or add --allow-lint"
+            f"quant={BLOCKWISE!r} has scales per block, which breaks a rule of the Neural Engine. Use quant='pal4', "
+            "which is smaller, or pass allow_lint=True.",
+            "quant",
+            "allow_lint",
         )
 
 
 def lint_notes(package: Path, allow_lint: bool) -> tuple[str, ...]:
-    """The rules of the Neural Engine that the package breaks. Raises PackageError unless `allow_lint`."""
-    errors = inspect(package).errors
+    """Returns the rules of the Neural Engine that the package breaks. Raises PackageError unless `allow_lint`."""
+    errors = inspect_package(package).errors
     broken = tuple(f"{finding.rule}: {finding.example} ({finding.reason})" for finding in errors)
     if broken and not allow_lint:
-        listed = "; ".join(broken)
-        raise PackageError(f"the package would not run on the Neural Engine: {listed}; --allow-lint writes it anyway")
+        raise PackageError(
+            f"the package would not run on the Neural Engine: {'; '.join(broken)}. Pass allow_lint=True to write it "
+            "anyway.",
+            "allow_lint",
+        )
     return tuple(f"breaks a rule of the Neural Engine, which was allowed: {one}" for one in broken)
 
 
+def check_verification(checkpoint: Checkpoint, verification: Verification, allow_shortfall: bool) -> None:
+    """Raises VerificationError if the folder falls short of its checkpoint, unless `allow_shortfall`."""
+    if not (verification.passed or allow_shortfall):
+        raise VerificationError(
+            f"{checkpoint.name} was not exported: {'; '.join(verification.failures)}. Pass allow_shortfall=True to "
+            "write it anyway.",
+            "allow_shortfall",
+        )
+
+
 def is_trained(checkpoint: Checkpoint) -> bool:
-    return RANDOM_NOTE not in checkpoint.notes  # also with an adapter merged into it
+    """Returns False for random weights, also with an adapter merged into them."""
+    return RANDOM_NOTE not in checkpoint.notes
 
 
 def default_destination(checkpoint: Checkpoint, recipe: Recipe) -> Path:
+    """Returns the folder that is written without `out`: `MODEL-QUANT` in the current folder."""
     return Path(re.sub(r"[^\w.-]+", "-", checkpoint.name) + f"-{recipe.quant}")
 
 
 def bytes_needed(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """About how much disk the export takes up while it is written."""
+    """Returns an estimate of the disk space that the export needs while it is written."""
     encoder = sum(prod(info.shape) for info in tensors_under(checkpoint.tensors, APPLE_ENCODER_PREFIX).values())
     language = sum(prod(shape) for shape in language_shapes(checkpoint.config).values())
     scheme, decoder = recipe.decoder, checkpoint.config.decoder

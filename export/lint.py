@@ -1,7 +1,7 @@
-"""What keeps a program from the Neural Engine, or makes it slow there, told from the saved package alone.
+"""Rules for programs on the Neural Engine, checked on the saved package alone.
 
-The rules are what coremltools, Apple's guidance and measurements of others say (of shapes, ranks, types and
-operations). They prove that a program is *eligible*; only a compute plan on a Mac proves where it runs.
+The rules are about shapes, ranks, types and operations. They come from coremltools, Apple's guidance and published
+measurements. They show that a program is *eligible*. Only a compute plan on a Mac shows where it runs.
 """
 
 from __future__ import annotations
@@ -27,43 +27,62 @@ ENGINE_OPERATIONS = frozenset(
     "add avg_pool cast clip concat conv dequantize gelu layer_norm linear matmul max_pool mul pow quantize reduce_mean "
     "relu reshape rsqrt sigmoid silu softmax split sqrt squeeze sub tanh transpose expand_dims".split()
 )
-"""Kinds that the engine is known to run; the encoder needs 14 of them, and two more with 8-bit inputs."""
+"""The kinds that the engine is known to run. The encoder has 14 of them, and two more with int8 inputs."""
 
 MAX_RANK = 5
+"""The highest rank of a tensor on the engine."""
+
 MAX_EXTENT = 16384
+"""The most positions along a side of a tensor on the engine."""
+
 MAX_CHANNELS = 65536
+"""The most channels of a tensor on the engine."""
+
 MAX_KERNEL = 13
+"""The widest kernel of a convolution, and the widest average pooling, on the engine."""
+
 MAX_FLOAT16 = 65504.0
 MIN_NORMAL_FLOAT16 = 2.0**-14
+
 SUBNORMAL_SHARE = 0.05
+"""The share of subnormal numbers in a constant that is accepted."""
+
 ROW_BYTES = 64
+"""The bytes to which the engine pads a last axis."""
+
 CHANNEL_MULTIPLE = 16
+"""The multiple to which the engine pads channels."""
+
 CACHE_BYTES = 2 * 2**20
+"""The size of the engine's cache."""
+
 MAX_WEIGHT_BYTES = 250 * 10**6
+"""The size of a package above which it loads slowly."""
 
 COMPRESSED_WEIGHTS_KEY = "fastvlm.compressed_weights"
-"""Package metadata: how many weights the exporter compressed."""
+"""The key of the package's metadata with the number of weights that the exporter compressed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule found in a program."""
+    """The places of a program that break one rule."""
 
     severity: Severity
     rule: str
     count: int
     example: str
-    """The first place, with what is there."""
+    """The first place, with its shape or value."""
     reason: str
     advice: str
 
     def as_dict(self) -> dict[str, str | int]:
+        """Returns the finding as it is printed with `--json`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: where a program breaks it, why that matters, and the way out."""
+    """A rule: the places that break it, why it matters, and what to do."""
 
     severity: Severity
     name: str
@@ -73,7 +92,7 @@ class Rule:
 
 
 def lint(program: Program) -> list[Finding]:
-    """What breaks the rules, errors first."""
+    """Returns the broken rules of a program, errors first."""
     findings = []
     for rule in RULES:
         places = list(rule.places(program))
@@ -83,14 +102,17 @@ def lint(program: Program) -> list[Finding]:
 
 
 def flexible_shapes(program: Program) -> Iterator[str]:
+    """Yields the tensors whose shape is not fixed."""
     yield from (f"{tensor.name} {tensor}" for tensor in program.types.values() if not tensor.is_fixed)
 
 
 def batches(program: Program) -> Iterator[str]:
+    """Yields the inputs with more than one image."""
     yield from (f"{tensor.name} {tensor}" for tensor in program.inputs if tensor.rank > 2 and tensor.shape[0] > 1)
 
 
 def float32_operations(program: Program) -> Iterator[str]:
+    """Yields the operations that compute in float32, other than casts at the input and the output."""
     outputs = {tensor.name for tensor in program.outputs}
     inputs = {tensor.name for tensor in program.inputs}
     for operation in computed(program):
@@ -102,16 +124,19 @@ def float32_operations(program: Program) -> Iterator[str]:
 
 
 def high_ranks(program: Program) -> Iterator[str]:
+    """Yields the tensors of a rank above `MAX_RANK`."""
     yield from (f"{tensor.name} {tensor}" for tensor in results(program) if tensor.rank > MAX_RANK)
 
 
 def large_extents(program: Program) -> Iterator[str]:
+    """Yields the tensors with a longer side or more channels than the engine takes."""
     for tensor in results(program):
         if tensor.rank == 4 and (max(tensor.shape[2:]) > MAX_EXTENT or tensor.shape[1] > MAX_CHANNELS):
             yield f"{tensor.name} {tensor}"
 
 
 def wide_kernels(program: Program) -> Iterator[str]:
+    """Yields the convolutions with a kernel wider than `MAX_KERNEL`."""
     for operation in computed(program):
         weight = operation.inputs.get("weight", ())
         if operation.kind == "conv" and weight:
@@ -121,12 +146,14 @@ def wide_kernels(program: Program) -> Iterator[str]:
 
 
 def foreign_operations(program: Program) -> Iterator[str]:
+    """Yields the operations that the engine is not known to run."""
     for operation in computed(program):
         if operation.kind not in ENGINE_OPERATIONS:
             yield f"{operation.name} ({operation.kind})"
 
 
 def block_scales(program: Program) -> Iterator[str]:
+    """Yields the weights with a scale per block."""
     for operation in program.operations:
         scale = operation.values.get("scale")
         blockwise = operation.kind == "constexpr_blockwise_shift_scale"
@@ -135,6 +162,7 @@ def block_scales(program: Program) -> Iterator[str]:
 
 
 def missing_compression(program: Program) -> Iterator[str]:
+    """Yields the number of compressed weights if it is less than the exporter compressed."""
     expected = program.metadata.get(COMPRESSED_WEIGHTS_KEY, "")
     found = sum(constexpr_census(program).values())
     if expected.isdigit() and found < int(expected):
@@ -142,6 +170,7 @@ def missing_compression(program: Program) -> Iterator[str]:
 
 
 def broken_constants(program: Program) -> Iterator[str]:
+    """Yields the constants that are NaN, infinite, or past float16."""
     for operation, values in float_constants(program):
         if not np.isfinite(values).all():
             yield f"{operation.name} (not finite)"
@@ -150,14 +179,17 @@ def broken_constants(program: Program) -> Iterator[str]:
 
 
 def unfused_norms(program: Program) -> Iterator[str]:
+    """Yields the operations that a fused norm would not leave."""
     yield from (f"{op.name} ({op.kind})" for op in computed(program) if op.kind in ("rsqrt", "sqrt", "pow"))
 
 
 def costly_kinds(program: Program) -> Iterator[str]:
+    """Yields the operations that change the memory layout."""
     yield from (f"{op.name} ({op.kind})" for op in computed(program) if op.kind in ("linear", "squeeze"))
 
 
 def turned_weights(program: Program) -> Iterator[str]:
+    """Yields the products that transpose a softmax."""
     constants = Constants(program)
     softmaxes = {output.name for op in computed(program) if op.kind == "softmax" for output in op.outputs}
     for operation in (op for op in computed(program) if op.kind == "matmul"):
@@ -168,15 +200,18 @@ def turned_weights(program: Program) -> Iterator[str]:
 
 
 def many_transposes(program: Program) -> Iterator[str]:
+    """Yields every transpose but the first."""
     transposes = [op.name for op in computed(program) if op.kind == "transpose"]
     yield from transposes[1:]
 
 
 def rank_5(program: Program) -> Iterator[str]:
+    """Yields the tensors of rank 5."""
     yield from (f"{tensor.name} {tensor}" for tensor in results(program) if tensor.rank == MAX_RANK)
 
 
 def large_pools(program: Program) -> Iterator[str]:
+    """Yields the average poolings with a window wider than `MAX_KERNEL`."""
     for operation in computed(program):
         sizes = operation.inputs.get("kernel_sizes", ())
         if operation.kind == "avg_pool" and sizes:
@@ -186,17 +221,19 @@ def large_pools(program: Program) -> Iterator[str]:
 
 
 def short_rows(program: Program) -> Iterator[str]:
+    """Yields the tensors with a last axis shorter than `ROW_BYTES`."""
     for tensor in results(program):
         if (
             tensor.rank == 4
             and tensor.shape[-1] > 1
-            and tensor.elements > 0  # a stranger's package may declare none
+            and tensor.elements > 0  # an untrusted package may declare none
             and tensor.nbytes // tensor.elements * tensor.shape[-1] < ROW_BYTES
         ):
             yield f"{tensor.name} {tensor}"
 
 
 def odd_channels(program: Program) -> Iterator[str]:
+    """Yields the convolutions with a number of channels that is padded."""
     for operation in computed(program):
         channels = operation.outputs[0].shape[1:2] if operation.kind == "conv" and operation.outputs else ()
         if any(count % CHANNEL_MULTIPLE for count in channels):
@@ -204,6 +241,7 @@ def odd_channels(program: Program) -> Iterator[str]:
 
 
 def large_operands(program: Program) -> Iterator[str]:
+    """Yields the tensors that do not fit into the engine's cache, the largest first."""
     tensors = sorted(results(program), key=lambda tensor: -tensor.nbytes)
     yield from (
         f"{tensor.name} {tensor}, {tensor.nbytes / 2**20:.1f} MiB" for tensor in tensors if tensor.nbytes > CACHE_BYTES
@@ -211,14 +249,16 @@ def large_operands(program: Program) -> Iterator[str]:
 
 
 def heavy_weights(program: Program) -> Iterator[str]:
+    """Yields the size of the weights if it is above `MAX_WEIGHT_BYTES`."""
     total = sum(stored_bytes(program).values())
     if total > MAX_WEIGHT_BYTES:
         yield f"{total / 1e6:.0f} MB"
 
 
 def subnormal_constants(program: Program) -> Iterator[str]:
+    """Yields the constants with many numbers too small for full precision in float16."""
     for operation, values in float_constants(program):
-        if values.dtype != np.float16 or not values.ndim:  # an epsilon has to be small
+        if values.dtype != np.float16 or not values.ndim:  # an epsilon is meant to be small
             continue
         count = int(np.count_nonzero((np.abs(values) < MIN_NORMAL_FLOAT16) & (values != 0)))
         if count > SUBNORMAL_SHARE * values.size:
@@ -226,17 +266,17 @@ def subnormal_constants(program: Program) -> Iterator[str]:
 
 
 def computed(program: Program) -> Iterator[Operation]:
-    """The operations that run for each image."""
+    """Yields the operations that run for each image."""
     return (operation for operation in program.operations if not operation.is_constant)
 
 
 def results(program: Program) -> Iterator[TensorType]:
-    """The tensors that are computed for each image, of fixed shape."""
+    """Yields the tensors of fixed shape that are computed for each image."""
     return (output for operation in computed(program) for output in operation.outputs if output.is_fixed)
 
 
 def float_constants(program: Program) -> Iterator[tuple[Operation, np.ndarray]]:
-    """Each floating-point constant with its values: dense weights, and the scales and tables of compressed ones."""
+    """Yields each floating-point constant and its values: dense weights, scales and tables of compressed weights."""
     for operation in program.operations:
         if operation.is_constant:
             for value in operation.values.values():
@@ -258,7 +298,7 @@ RULES = (
          "rewrite it with convolutions, matmul and elementwise operations"),
     Rule("error", "block scales", block_scales, "per-block scales fall to the CPU, and were wrong on some devices",
          "quantize per channel"),
-    Rule("error", "compression", missing_compression, "the package holds more bits than it should",
+    Rule("error", "compression", missing_compression, "the package has fewer compressed weights than were written",
          "export again with the pinned coremltools"),
     Rule("error", "constants", broken_constants, "the engine would compute NaN or infinity from it",
          "check the checkpoint for damaged tensors"),
@@ -278,7 +318,7 @@ RULES = (
     Rule("warning", "odd channels", odd_channels, f"channels are padded to a multiple of {CHANNEL_MULTIPLE}",
          "choose widths that are multiples"),
     Rule("warning", "large operands", large_operands, f"operands past {CACHE_BYTES >> 20} MiB leave the engine's cache",
-         "none needed: a smaller image size makes them smaller"),
+         "nothing is needed, and a smaller image size makes them smaller"),
     Rule("warning", "heavy weights", heavy_weights, f"packages past {MAX_WEIGHT_BYTES // 10**6} MB load slowly",
          "use int8"),
     Rule("warning", "subnormal constants", subnormal_constants, "numbers below 6e-5 lose precision in float16",

@@ -1,9 +1,9 @@
-"""The files of an exported model folder other than the package: weights, configs, tokenizer, manifest."""
+"""The contents of an exported folder's configs, its licences, and the table of its files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..models.checkpoint import Checkpoint
 from ..models.config import PATCH_SIZE
@@ -12,19 +12,16 @@ from ..models.folder_layout import LICENCE_FILES, MANIFEST_NAME
 from ..models.tokenizer_files import IMAGE_TOKEN
 from ..quant.decoder_scheme import DecoderScheme
 
-if TYPE_CHECKING:
-    pass
-
 
 def exported_config(
     checkpoint: Checkpoint, image_token_index: int, image_size: int, scheme: DecoderScheme
 ) -> dict[str, Any]:
-    """Apple's `config.json` with what export decided: the image token, the size, the dtype, the quantization."""
+    """Returns Apple's `config.json` with the export's image token, image size, dtype and quantization."""
     decoder, table = checkpoint.config.decoder, checkpoint.tensors["model.embed_tokens.weight"]
     config = {
         **checkpoint.config_dict,
-        "vocab_size": table.shape[0],  # clients size the table by it; source files sometimes name another number
-        "rope_theta": decoder.rope_theta,  # newer files keep it under rope_parameters, where clients do not look
+        "vocab_size": table.shape[0],  # clients size the table by it, and source files sometimes have another number
+        "rope_theta": decoder.rope_theta,  # newer files have it in rope_parameters, which clients do not read
         "image_token_index": image_token_index,
         "mm_vision_tower": f"mobileclip_l_{image_size}",
         "tie_word_embeddings": decoder.tie_word_embeddings,
@@ -36,7 +33,7 @@ def exported_config(
 
 
 def preprocessor_config(image_size: int) -> dict[str, Any]:
-    """CLIP's fields, as the iOS app and transformers read them: pixels in 0..1, bicubic, square of `image_size`."""
+    """Returns CLIP's fields for the iOS app and transformers: pixels in 0..1, bicubic, a square of `image_size`."""
     return {
         "crop_size": {"height": image_size, "width": image_size},
         "do_center_crop": True,
@@ -63,7 +60,7 @@ PROCESSOR_CONFIG = {
 
 
 def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
-    """Licence files beside a checkpoint go where its weights go."""
+    """Copies the licence files of a checkpoint's folder."""
     source = getattr(checkpoint, "folder", None)
     if not isinstance(source, Path):
         return
@@ -74,9 +71,9 @@ def copy_licences(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size, sha256 and sampled sha256 of every file under `folder`, by its path there, but for the manifest.
+    """Returns the size, sha256 and sampled sha256 of every file under `folder` but the manifest, by its path.
 
-    Hidden files do not count: the Finder leaves its own in each folder that is looked at.
+    Hidden files are skipped, because the Finder writes its own into each folder that is opened.
     """
     table = {}
     paths = (path for path in folder.rglob("[!.]*") if path.is_file() and path.name != MANIFEST_NAME)

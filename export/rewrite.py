@@ -1,7 +1,8 @@
-"""The encoder as the Neural Engine wants it: channel-first throughout, batch 1, fixed size, everything constant folded.
+"""The encoder rewritten for the Neural Engine: channels first throughout, batch 1, fixed size, all constants folded.
 
-Next to the upstream graph (460 operations, 25 transposes, rank 5) the program that this traces into has 352 operations,
-one transpose and rank 4 at most. The folds are exact; they are computed in float64.
+Compared with the upstream graph (460 operations, 25 transposes, rank 5) the traced program has 352 operations, one
+transpose and rank 4 at most. The folds are exact: they are computed in float64. The projector is here too, for packages
+that include it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.checkpoint import Checkpoint, iter_float_tensors
 from ..models.errors import WeightsError
 from ..models.fastvit import (
     AttentionBlock,
@@ -29,11 +31,15 @@ from ..models.fastvit import (
 from ..models.fastvit_config import HEAD_DIM, LAYER_NORM_EPS
 
 STREAM_LIMIT = 65504 / 4
-"""A quarter of float16's largest number: calibration images do not show every image's extremes."""
+"""The most that a residual stream reaches on calibration images: a quarter of float16's largest number, because other
+images reach more."""
+
+PROJECTOR_LAYERS = ("0", "2")
+"""The places of the linear layers in Apple's `mm_projector`. A GELU is between them."""
 
 
 class EngineFFN(nn.Module):
-    """7x7 depthwise convolution with its batch norm folded, fc1, GELU, fc2 with the layer scale folded."""
+    """A 7x7 depthwise convolution with its batch norm folded, fc1, GELU, and fc2 with the layer scale folded."""
 
     def __init__(self, block: RepMixerBlock | AttentionBlock, layer_scale: Tensor, stream_scale: float) -> None:
         super().__init__()
@@ -47,7 +53,7 @@ class EngineFFN(nn.Module):
 
 
 class EngineRepMixerBlock(nn.Module):
-    """A block whose input stream is scaled by `scale_in` and whose output stream by `scale`."""
+    """A RepMixer block whose input stream is scaled by `scale_in` and whose output stream is scaled by `scale`."""
 
     def __init__(self, block: RepMixerBlock, scale_in: float, scale: float) -> None:
         super().__init__()
@@ -60,12 +66,12 @@ class EngineRepMixerBlock(nn.Module):
 
 
 class EngineAttentionBlock(nn.Module):
-    """Attention over a grid of `grid` x `grid` positions, each head's channels in front of its positions."""
+    """An attention block over `grid` x `grid` positions, with each head's channels in front of its positions."""
 
     def __init__(self, block: AttentionBlock, grid: int, scale: float) -> None:
         super().__init__()
         self.grid = grid
-        self.eps = LAYER_NORM_EPS * scale**2  # layer norm is free of the stream's scale but for its epsilon
+        self.eps = LAYER_NORM_EPS * scale**2  # only the epsilon of layer norm depends on the stream's scale
         self.channels = block.norm.weight.numel()
         self.num_heads = self.channels // HEAD_DIM
         self.qkv = folded_qkv(block)
@@ -78,7 +84,7 @@ class EngineAttentionBlock(nn.Module):
         return x + self.convffn(x)
 
     def normalize(self, x: Tensor) -> Tensor:
-        # Written this way coremltools fuses it into one layer_norm; `pow` or `sqrt` would stay eight operations.
+        # coremltools fuses this form into one layer_norm. With `pow` or `sqrt` it would stay eight operations.
         centred = x - x.mean(1, keepdim=True)
         return centred * ((centred * centred).mean(1, keepdim=True) + self.eps).rsqrt()
 
@@ -86,15 +92,15 @@ class EngineAttentionBlock(nn.Module):
         positions = self.grid * self.grid
         qkv = self.qkv(x).reshape(1, 3 * self.num_heads, HEAD_DIM, positions)
         query, key, value = qkv.split(self.num_heads, 1)  # (1, heads, 32, HW) each
-        # Keys in front of queries, as in ml-ane-transformers: a second matmul that turns its weights aborts MPSGraph,
-        # which runs the package on a GPU (lint rule "turned weights").
+        # Keys come before queries, as in ml-ane-transformers. A second matmul that transposes its weights makes
+        # MPSGraph abort, which runs the package on a GPU (lint rule "turned weights").
         weights = (key.transpose(-1, -2) @ query).softmax(-2)  # (1, heads, keys, queries)
         mixed = value @ weights  # (1, heads, 32, queries)
         return mixed.reshape(1, self.channels, self.grid, self.grid)
 
 
 class EngineHead(nn.Module):
-    """`conv_exp`: (1, C, H, W) -> (1, 2C, H, W)."""
+    """The last convolution, `conv_exp`: (1, C, H, W) -> (1, 2C, H, W)."""
 
     def __init__(self, conv_exp: MobileOneBlock, scale_in: float) -> None:
         super().__init__()
@@ -106,7 +112,7 @@ class EngineHead(nn.Module):
 
 
 class TokensLast(nn.Module):
-    """The one transpose: (1, C, H, W) -> (1, HW, C)."""
+    """The only transpose: (1, C, H, W) -> (1, HW, C)."""
 
     def __init__(self, grid: int) -> None:
         super().__init__()
@@ -124,12 +130,15 @@ def rewrite(
     pixel_scale: float = 1.0,
     projector: nn.Module | None = None,
 ) -> nn.Sequential:
-    """A network equal to `encoder` for `images` (1, 3, S, S) float32 in 0..1, giving `image_features` (1, N, C).
+    """Returns a network equal to `encoder`: `images` (1, 3, S, S) float32 in 0..1 -> `image_features` (1, N, C).
 
-    `encoder` is reparameterized in place first; convolutions that need no fold are shared with it, not copied.
-    Inside stage k the residual stream is `scales[k]` times the original's: with powers of two that is exact,
-    and it keeps a stream that passes float16's range inside it. With `pixel_scale` 255 images come in 0..255. A
-    `projector`, (1, C, H, W) -> (1, D, H, W), follows the encoder, in front of the transpose: the output is (1, N, D).
+    `encoder` is reparameterized in place first. Convolutions that need no fold are shared with it, not copied.
+
+    Args:
+        scales: the factor of each stage's residual stream. Powers of two are exact, and keep a stream inside
+            float16's range that would exceed it.
+        pixel_scale: 255 for images in 0..255.
+        projector: (1, C, H, W) -> (1, D, H, W). It follows the encoder, before the transpose: the output is (1, N, D).
     """
     encoder.reparameterize()
     stage_scales = iter(scales or [1.0] * len(encoder.config.depths))
@@ -150,20 +159,18 @@ def rewrite(
                 if isinstance(block, RepMixerBlock):
                     parts.append(EngineRepMixerBlock(block, scale_in, scale))
                     scale_in = scale
-                elif isinstance(
-                    block, AttentionBlock
-                ):  # the position convolution wrote the stream; without one, nothing can rescale it
+                elif isinstance(block, AttentionBlock):  # the position convolution has rescaled the stream
                     parts.append(EngineAttentionBlock(block, grid, scale_in))
     parts += [EngineHead(encoder.conv_exp, scale_in), *([projector] if projector else []), TokensLast(grid)]
     return nn.Sequential(*parts).requires_grad_(False).eval()
 
 
 def branch_convolutions(network: nn.Module) -> list[str]:
-    """Names of the dense convolutions inside residual branches: fc1 and fc2, qkv and proj, in order.
+    """Returns the names of the dense convolutions inside residual branches: fc1 and fc2, qkv and proj, in order.
 
-    What goes wrong there is damped by the layer scale, and they do 96 % of the arithmetic of FastViTHD's convolutions.
-    The others (stem, downsampling, squeeze and excitation) stand in the image's one path: in int8 their inputs would
-    cost 12 dB on the small reference encoders.
+    The layer scale damps their errors, and they do 96 % of the arithmetic of FastViTHD's convolutions. The others
+    (stem, downsampling, squeeze and excitation) are on the image's only path: int8 inputs there would cost 12 dB on the
+    small reference encoders.
     """
     blocks = {name for name, module in network.named_modules()
               if isinstance(module, EngineRepMixerBlock | EngineAttentionBlock)}  # fmt: skip
@@ -175,17 +182,18 @@ def branch_convolutions(network: nn.Module) -> list[str]:
 
 
 def folded(block: nn.Module) -> nn.Conv2d:
-    """The one convolution that a block's branches were folded into."""
+    """Returns the convolution that a block's branches were folded into."""
     assert isinstance(block, MobileOneBlock | ReparamLargeKernelConv)
     return block.lkb_reparam if isinstance(block, ReparamLargeKernelConv) else block.reparam_conv
 
 
 def conv_gelu(conv: nn.Conv2d) -> nn.Sequential:
+    """Returns `conv` followed by a GELU."""
     return nn.Sequential(conv, nn.GELU())
 
 
 def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
-    """`conv` for an input that is `scale_in` times the original and an output that should be `scale_out` times it."""
+    """Returns `conv` for an input that is `scale_in` times the original, with `scale_out` times the original output."""
     if scale_in == scale_out == 1:
         return conv
     weight = conv.weight.double() * (scale_out / scale_in)
@@ -193,7 +201,7 @@ def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
 
 
 def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:
-    """The largest magnitude of each stage's residual stream over `images`, each (1, 3, S, S).
+    """Returns the largest magnitude of each stage's residual stream over `images`, each (1, 3, S, S).
 
     Raises:
         WeightsError: the encoder computes NaN or infinite values in float32.
@@ -208,12 +216,14 @@ def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:
                 x = write(x)
                 maxima[stage] = float(np.maximum(maxima[stage], float(x.abs().max())))  # keeps a NaN, unlike max()
     if not np.isfinite(maxima).all():
-        raise WeightsError(f"the encoder computes NaN or infinite values (largest by stage: {maxima}): damaged weights")
+        raise WeightsError(
+            f"the encoder: NaN or infinite values in float32 (largest by stage: {maxima}). The weights are damaged."
+        )
     return maxima
 
 
 def stream_writers(part: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What writes into the residual stream of a stage, step by step: a position convolution, or the blocks' halves."""
+    """Yields the functions that write the stream of a stage: a position convolution, or the halves of blocks."""
     if isinstance(part, PositionConv):
         yield part
     elif isinstance(part, nn.Sequential):
@@ -223,21 +233,60 @@ def stream_writers(part: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def stream_scales(maxima: Iterable[float]) -> list[float]:
-    """Per stage the power of two, 1 or less, that keeps a stream of that magnitude under `STREAM_LIMIT`."""
+    """Returns for each stage the power of two, at most 1, that keeps its stream under `STREAM_LIMIT`."""
     return [min(1.0, 2.0 ** math.floor(math.log2(STREAM_LIMIT / value))) if value else 1.0 for value in maxima]
 
 
 def scaled_outputs(weight: Tensor, bias: Tensor, scale: Tensor) -> nn.Conv2d:
-    """The 1x1 convolution whose output channels are multiplied by `scale` (C, 1, 1)."""
+    """Returns the 1x1 convolution with its output channels multiplied by `scale` (C, 1, 1)."""
     scale = scale.double().flatten()
     return conv_from(weight.double() * scale[:, None, None, None], bias.double() * scale, stride=1, groups=1)
 
 
 def folded_qkv(block: AttentionBlock) -> nn.Conv2d:
-    """qkv as a 1x1 convolution that takes in layer norm's gain and bias, and the query's 1/sqrt(32)."""
+    """Returns qkv as a 1x1 convolution with layer norm's gain and bias and the query's 1/sqrt(32) folded into it."""
     weight = block.token_mixer.qkv.weight.double()  # (3C, C)
     bias = weight @ block.norm.bias.double()
     weight = weight * block.norm.weight.double()
     queries = torch.ones(len(weight), 1, dtype=torch.float64)
     queries[: len(weight) // 3] = HEAD_DIM**-0.5
     return conv_from((weight * queries)[:, :, None, None], bias * queries[:, 0], stride=1, groups=1)
+
+
+class ProjectorConvs(nn.Module):
+    """The projector as 1x1 convolutions: linear, exact GELU, linear, (B, C, H, W) -> (B, D, H, W)."""
+
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d) -> None:
+        super().__init__()
+        self.linear_0 = first
+        self.linear_2 = second
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> ProjectorConvs:
+        """Returns the checkpoint's projector in float32. Shapes are checked with the decoder's.
+
+        Raises:
+            WeightsError: a tensor is not finite.
+        """
+        return cls(*(_linear(checkpoint, f"model.mm_projector.{place}") for place in PROJECTOR_LAYERS)).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_0(x)))
+
+
+def projected(checkpoint: Checkpoint, image_features: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the checkpoint's projection of each `image_features` (1, N, C): (1, N, D), float32."""
+    projector = ProjectorConvs.from_checkpoint(checkpoint)
+    with torch.inference_mode():
+        columns = [torch.from_numpy(features).mT[..., None] for features in image_features]  # (1, C, N, 1)
+        return [projector(column)[..., 0].mT.numpy() for column in columns]  # (1, N, D)
+
+
+def _linear(checkpoint: Checkpoint, layer: str) -> nn.Conv2d:
+    parameters = []
+    for name, values in iter_float_tensors(checkpoint, (f"{layer}.weight", f"{layer}.bias"), "pt"):
+        parameters.append(torch.as_tensor(values).float())
+        if not torch.isfinite(parameters[-1]).all():
+            raise WeightsError(f"{name}: NaN or infinite values. The checkpoint is damaged.")
+    weight, bias = parameters
+    return conv_from(weight[:, :, None, None], bias, stride=1, groups=1)

@@ -1,4 +1,4 @@
-"""The tokenizer's files as the exported folder holds them: one `tokenizer.json`, with `<image>` in it."""
+"""The tokenizer's files of an exported folder: one `tokenizer.json`, with `<image>` in it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from ..models.files import parse_json_object
 from ..models.tokenizer_files import IMAGE_TOKEN, MAX_TOKENIZER_BYTES, added_token, byte_level_bpe, load_tokenizer
 
 KEEP_SPACES = ("clean_up_tokenization_spaces", False)
-"""A setting that swift-transformers takes for true where it is absent: spaces in front of punctuation would go."""
+"""A setting that swift-transformers takes as true if it is absent, which would remove spaces before punctuation."""
 
 COPIED_FILES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
+    """The tokenizer of an export."""
+
     files: Mapping[str, bytes]
     image_token_index: int
 
 
 def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
-    """The files to write, from the checkpoint's.
+    """Returns the files to write, from the checkpoint's.
 
-    `<image>` keeps its id where the tokenizer has it, else it gets the one behind the last added token: 151646 for the
-    0.5B and 1.5B, another for the 7B. Checkpoints saved with the slow tokenizer only have `vocab.json` and
-    `merges.txt`: they get a `tokenizer.json` made from these.
+    `<image>` keeps its id if the tokenizer has it. Otherwise it gets the id after the last added token: 151646 for the
+    0.5B and 1.5B, another one for the 7B. Checkpoints saved with the slow tokenizer have only `vocab.json` and
+    `merges.txt`, and get a `tokenizer.json` made from them.
 
     Raises:
-        ConfigError: there is no tokenizer, or its files are malformed.
+        ConfigError: the tokenizer is missing, or its files are malformed.
     """
     config = parsed(source, "tokenizer_config.json") if "tokenizer_config.json" in source else {}
     if "tokenizer.json" in source:
@@ -39,7 +41,9 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     elif "vocab.json" in source and "merges.txt" in source:
         tokenizer = tokenizer_from_vocabulary(source, config)
     else:
-        raise ConfigError("the checkpoint has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt")
+        raise ConfigError(
+            "the checkpoint has no tokenizer: neither tokenizer.json nor vocab.json with merges.txt. Download it again."
+        )
     image_token_index = add_image_token(tokenizer, config)
     config.setdefault(*KEEP_SPACES)
     check_loadable(tokenizer)
@@ -50,13 +54,13 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
 
 
 def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
-    """Adds `<image>` to both descriptions in place and returns its id."""
+    """Adds `<image>` to both descriptions in place, and returns its id. Raises ConfigError if they are malformed."""
     added = tokenizer.setdefault("added_tokens", [])
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     whole = isinstance(added, list) and all(_is_added_token(token) for token in added)
     if not whole or not isinstance(vocab, dict) or not all(is_id(token_id) for token_id in vocab.values()):
-        raise ConfigError("tokenizer.json should have 'added_tokens' with ids and a byte-level BPE 'model.vocab'")
+        raise ConfigError("tokenizer.json must have 'added_tokens' with ids and a byte-level BPE 'model.vocab'.")
     for token in added:
         if token["content"] == IMAGE_TOKEN:
             return token["id"]
@@ -74,38 +78,44 @@ def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
 
 
 def tokenizer_from_vocabulary(source: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
-    """`tokenizer.json` from the slow tokenizer's files, as transformers' converter for Qwen2 lays it out."""
+    """Returns `tokenizer.json` from the slow tokenizer's files, in the form of transformers' converter for Qwen2.
+
+    Raises:
+        ConfigError: the files are malformed, or have no added tokens.
+    """
     vocab = parsed(source, "vocab.json")
     try:
         lines = source["merges.txt"].decode("utf-8").splitlines()
     except UnicodeDecodeError as reason:
-        raise ConfigError(f"merges.txt is not UTF-8: {reason}") from None
+        raise ConfigError(f"merges.txt is not UTF-8 ({reason}).") from None
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if not all(is_id(token_id) for token_id in vocab.values()) or any(len(pair) != 2 for pair in merges):
-        raise ConfigError("vocab.json should map tokens to ids, and merges.txt hold two symbols a line")
+        raise ConfigError("vocab.json must map tokens to ids, and merges.txt must have two symbols per line.")
     added = slow_added_tokens(source, config)
     if not added:
         raise ConfigError(
-            "the checkpoint names no added tokens: neither added_tokens.json nor added_tokens_decoder in "
-            "tokenizer_config.json is there, so <|im_start|> and <|im_end|> have no ids"
+            "the checkpoint has no added tokens, so <|im_start|> and <|im_end|> have no ids. They must be in "
+            "added_tokens.json or in added_tokens_decoder of tokenizer_config.json."
         )
     return byte_level_bpe(vocab, merges, [added[token_id] for token_id in sorted(added)])
 
 
 def slow_added_tokens(source: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Added tokens by id, from `added_tokens.json` and, with their own flags, from `added_tokens_decoder`."""
+    """Returns the added tokens by id, from `added_tokens.json` and, with flags, from `added_tokens_decoder`."""
     added: dict[int, dict[str, Any]] = {}
     if "added_tokens.json" in source:
         for content, token_id in parsed(source, "added_tokens.json").items():
             if not is_id(token_id):
-                raise ConfigError(f"added_tokens.json should map tokens to ids; {content!r:.40} has {token_id!r:.40}")
+                raise ConfigError(
+                    f"added_tokens.json must map tokens to ids (got {token_id!r:.40} for {content!r:.40})."
+                )
             added[token_id] = added_token(token_id, content)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, Mapping):
-        raise ConfigError("tokenizer_config.json: added_tokens_decoder should map ids to tokens")
+        raise ConfigError("tokenizer_config.json: added_tokens_decoder must map ids to tokens.")
     for key, entry in decoder.items():
         if not key.isdigit() or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-            raise ConfigError(f"tokenizer_config.json: added_tokens_decoder has a malformed entry {key!r:.40}")
+            raise ConfigError(f"tokenizer_config.json: added_tokens_decoder has a malformed entry {key!r:.40}.")
         plain = added_token(int(key), entry["content"])
         flags = {name: entry[name] for name in plain.keys() & entry.keys() if isinstance(entry[name], bool)}
         added[int(key)] = {**plain, **flags}
@@ -113,20 +123,21 @@ def slow_added_tokens(source: Mapping[str, bytes], config: Mapping[str, Any]) ->
 
 
 def check_loadable(tokenizer: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the `tokenizers` library takes it, with every added token at its id."""
+    """Raises ConfigError unless the `tokenizers` library loads it, with every added token at its id."""
     loaded = load_tokenizer(json.dumps(tokenizer).encode(), "tokenizer.json")
     for token in tokenizer["added_tokens"]:
         found = loaded.token_to_id(token["content"])
         if found != token["id"]:  # the library renumbers ids that leave a gap
             raise ConfigError(
-                f"tokenizer.json gives {token['content']!r:.40} the id {token['id']}, but it loads as {found}: "
-                "its ids should have no gaps"
+                f"tokenizer.json: {token['content']!r:.40} has the id {token['id']}, but it loads as {found}. The ids "
+                "must have no gaps."
             )
 
 
 def parsed(source: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises ConfigError if it is too large or malformed."""
     if len(source[name]) > MAX_TOKENIZER_BYTES:
-        raise ConfigError(f"{name} has {len(source[name])} bytes; {MAX_TOKENIZER_BYTES} are the most")
+        raise ConfigError(f"{name} must have at most {MAX_TOKENIZER_BYTES} bytes (got {len(source[name])}).")
     return parse_json_object(source[name], name)
 
 
@@ -135,4 +146,5 @@ def _is_added_token(token: Any) -> bool:
 
 
 def is_id(value: Any) -> bool:
+    """Returns True for a whole number that is not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

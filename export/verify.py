@@ -1,12 +1,12 @@
-"""Whether an exported folder still computes what its checkpoint does: run, compared, judged by a floor per scheme.
+"""The verification of an exported folder against its checkpoint, with a floor for each scheme.
 
-The saved package runs in the reference executor with every result rounded to float16, as on the engine; the saved
-decoder runs in MLX. Both are compared with the checkpoint in float32: what they give, and the weights themselves.
+The saved package runs in the executor with every result rounded to float16, as on the Neural Engine. The saved decoder
+runs in MLX. Outputs and weights of both are compared with the checkpoint in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,36 +15,41 @@ import numpy as np
 
 from ..models.checkpoint import Checkpoint
 from ..models.config import check_image_size
-from ..models.errors import ModelFolderError
+from ..models.errors import ModelFolderError, listed
 from ..models.files import read_json_object
 from ..models.float32 import disable_tf32
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.references import open_checkpoint
 from ..quant.calibration import folder_images, verification_images
 from .model_folder import file_table
+from .options import OnStage, silent
 from .verify_decoder import DecoderVerification, verify_decoder
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..models.images import Fit
-    from .verify_encoder import EncoderReference, EncoderVerification
+    from .encoder_reference import EncoderReference
+    from .verify_encoder import EncoderVerification
 
 ENCODER_FLOOR_DB = {"fp16": 50.0, "pal8": 35.0, "int8": 30.0, "pal6": 22.0, "int4": 12.0, "pal4": 12.0, "mixed": 12.0,
                     "w8a8": 22.0, "bf16": 30.0, "fp32": 90.0}  # fmt: skip
-"""SNR of `image_features` below which a package falls short: below what the trained `tiny` keeps (51 dB at fp16, 32 at
-int8, 26 at pal6 and w8a8, 14 at pal4), which is less than what the small reference encoders do."""
+"""The least SNR of `image_features` in dB by scheme. Each is below what the trained `tiny` keeps (51 dB at fp16, 32 at
+int8, 26 at pal6 and w8a8, 14 at pal4), which is less than the small reference encoders keep."""
+
 DECODER_FLOOR_DB = {16: 45.0, 8: 25.0, 6: 15.0, 5: 10.0, 4: 6.0}
-"""SNR of the logits by the fewest bits of a layer. To the nearest level the small reference decoders reach 59, 33, 20,
-14 and 7 dB or more, with GPTQ 4 to 6 more."""
+"""The least SNR of the logits in dB by the fewest bits of a layer. Rounded to nearest, the small reference decoders
+reach 59, 33, 20, 14 and 7 dB or more. GPTQ reaches 4 to 6 dB more."""
+
 FLOAT16_MAX = 65504.0
 
 MAX_LISTED = 4
+"""The most weights of one part, or files, in a message."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a folder reached next to its checkpoint, and the floors that it was held to."""
+    """The agreement of a folder with its checkpoint, and the floors for it."""
 
     encoder: EncoderVerification
     encoder_floor_db: float
@@ -52,11 +57,13 @@ class Verification:
 
     @property
     def decoder_floor_db(self) -> float:
+        """The least SNR of the logits in dB."""
         return DECODER_FLOOR_DB[self.decoder.fewest_bits]
 
     @property
     def failures(self) -> list[str]:
-        found = [*listed(self.encoder.weights.failures), *listed(self.decoder.weights.failures)]
+        """The reasons why the folder falls short, one line each."""
+        found = [*first_few(self.encoder.weights.failures), *first_few(self.decoder.weights.failures)]
         checks = (
             ("image_features", self.encoder.output, self.encoder_floor_db),
             ("logits", self.decoder.logits, self.decoder_floor_db),
@@ -69,16 +76,18 @@ class Verification:
         ]
         if self.decoder.largest > FLOAT16_MAX:
             found.append(
-                f"decoder layer {self.decoder.largest_layer} reaches {self.decoder.largest:.0f}, and float16 ends at "
-                "65,504: on a GPU it would give NaN"
+                f"decoder layer {self.decoder.largest_layer} reaches {self.decoder.largest:.0f}, but float16 ends at "
+                "65,504, so a GPU would compute NaN"
             )
         return found
 
     @property
     def passed(self) -> bool:
+        """True if nothing falls short."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the manifest's `parity`."""
         return {
             "image_features": {
                 **self.encoder.output.as_dict(),
@@ -91,8 +100,8 @@ class Verification:
         }
 
 
-def listed(failures: Sequence[str]) -> list[str]:
-    """The first few, and how many more there are."""
+def first_few(failures: Sequence[str]) -> list[str]:
+    """Returns the first failures, and one line for the number of others."""
     more = [f"{len(failures) - MAX_LISTED} more weights differ"] if len(failures) > MAX_LISTED else []
     return [*failures[:MAX_LISTED], *more]
 
@@ -103,19 +112,28 @@ def verify(
     *,
     adapter: str | Path | None = None,
     images: str | Path | None = None,
-    on_stage: Callable[[str], None] = lambda _: None,
+    on_stage: OnStage = silent,
 ) -> Verification:
-    """Compares an exported folder with the checkpoint that it should come from, on a folder of `images` or on ours.
+    """Compares an exported folder with its checkpoint: files, weights, image features, logits, a greedy answer.
 
-    `adapter` is the folder of the LoRA adapter that was merged into it.
+    Args:
+        folder: an exported model folder.
+        against: the checkpoint that it was exported from, as `fastvlm.export` takes it.
+        adapter: the folder of the LoRA adapter that was merged into it.
+        images: a folder of images to compare on, in place of the embedded drawings.
+        on_stage: a function that is called with a short description of each stage before it begins.
+
+    Returns:
+        The agreement by part. `passed` is false if the folder falls short, and `failures` has the reasons.
 
     Raises:
-        ModelFolderError: the folder is incomplete.
-        ImageError: no image can be read.
-        VerificationError: a weight or an output is not finite, or of another shape than the checkpoint's.
+        ModelFolderError: the folder is incomplete, or does not match its manifest.
+        ImageError: `images` has no image that can be read.
+        VerificationError: a weight or an output is not finite, or has another shape than the checkpoint's.
+        FastVLMError: the checkpoint cannot be read.
     """
     from ..models.fastvit import FastViT
-    from .verify_encoder import encoder_reference
+    from .encoder_reference import encoder_reference
 
     disable_tf32()
     folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against, adapter)
@@ -130,42 +148,42 @@ def verify(
 
 
 def saved_recipe(folder: Path) -> Mapping[str, Any]:
-    """What the manifest says of the export. Raises ModelFolderError when it does not say enough to verify it."""
+    """Returns the manifest's recipe. Raises ModelFolderError if it lacks what verification needs."""
     recipe = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("recipe")
     if not isinstance(recipe, Mapping) or str(recipe.get("quant")) not in ENCODER_FLOOR_DB:
-        raise ModelFolderError(f"{folder / MANIFEST_NAME} does not name its recipe: export the model again")
+        raise ModelFolderError(f"{folder / MANIFEST_NAME}: the recipe is missing or unknown. Export the model again.")
     if not isinstance(recipe.get("image_size"), int):
-        raise ModelFolderError(f"{folder / MANIFEST_NAME} names no image size: export the model again")
+        raise ModelFolderError(f"{folder / MANIFEST_NAME}: the recipe has no image size. Export the model again.")
     check_image_size(recipe["image_size"])
     scales = recipe.get("stream_scales")
     if not isinstance(scales, list) or not all(isinstance(scale, int | float) and scale > 0 for scale in scales):
-        raise ModelFolderError(f"{folder / MANIFEST_NAME} names no scales of the stages: export the model again")
+        raise ModelFolderError(f"{folder / MANIFEST_NAME}: stream_scales is invalid. Export the model again.")
     return recipe
 
 
 def encoder_floor_db(recipe: Mapping[str, Any]) -> float:
-    """What `image_features` should reach: for `mixed` the SNR that it was searched for, where it was for one."""
+    """Returns the least SNR of `image_features` in dB: for `mixed` the `min_snr` of its search, if it had one."""
     promised = recipe.get("min_snr")
     return float(promised) if isinstance(promised, int | float) else ENCODER_FLOOR_DB[recipe["quant"]]
 
 
 def check_hashes(folder: Path) -> None:
-    """Raises ModelFolderError unless every file is, to the byte, what the manifest says."""
-    listed = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("files")
+    """Raises ModelFolderError unless every file has the bytes that the manifest lists."""
+    expected = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("files")
     found = file_table(folder)
-    if not isinstance(listed, dict):
-        raise ModelFolderError(f"{folder / MANIFEST_NAME} lists no files: export the model again")
-    changed = sorted(name for name in listed.keys() | found.keys() if not _same(listed.get(name), found.get(name)))
+    if not isinstance(expected, dict):
+        raise ModelFolderError(f"{folder / MANIFEST_NAME}: 'files' is missing. Export the model again.")
+    changed = sorted(name for name in expected.keys() | found.keys() if not _same(expected.get(name), found.get(name)))
     if changed:
         raise ModelFolderError(
-            f"{folder} does not match its manifest in {', '.join(changed[:4])}: damaged, or from different exports; "
-            "export the model again"
+            f"{folder} does not match its manifest in {listed(changed, MAX_LISTED)}: damaged, or from different "
+            "exports. Export the model again."
         )
 
 
-def _same(listed: Any, found: Any) -> bool:
-    entries = isinstance(listed, dict) and isinstance(found, dict)
-    return entries and all(listed.get(key) == found[key] for key in ("bytes", "sha256"))
+def _same(expected: Any, found: Any) -> bool:
+    entries = isinstance(expected, dict) and isinstance(found, dict)
+    return entries and all(expected.get(key) == found[key] for key in ("bytes", "sha256"))
 
 
 def verify_features(
@@ -175,10 +193,10 @@ def verify_features(
     reference: EncoderReference,
     recipe: Mapping[str, Any],
     *,
-    on_stage: Callable[[str], None],
+    on_stage: OnStage,
 ) -> Verification:
-    """`verify` for a checkpoint whose encoder has been run on `images`. `recipe` is what the manifest says of it."""
-    from .projector import projected
+    """Verifies a folder whose checkpoint's encoder has already run on `images`. `recipe` is the manifest's."""
+    from .rewrite import projected
     from .verify_encoder import verify_encoder
 
     if recipe.get("layout") == "mlx":
@@ -199,11 +217,11 @@ def verify_mlx(
     images: Sequence[np.ndarray],
     reference: EncoderReference,
     recipe: Mapping[str, Any],
-    on_stage: Callable[[str], None],
+    on_stage: OnStage,
 ) -> Verification:
-    """`verify_features` for a folder that holds its encoder in MLX."""
+    """Verifies a folder that has its encoder in MLX: see `verify_features`."""
     from ..models.fastvit import FastViT
-    from .mlx_encoder import verify_mlx_encoder
+    from .verify_encoder import verify_mlx_encoder
 
     on_stage("run the saved encoder")
     encoder = FastViT.from_checkpoint(checkpoint)
@@ -214,9 +232,9 @@ def verify_mlx(
 
 
 def rebuilt(checkpoint: Checkpoint, recipe: Mapping[str, Any]) -> nn.Module:
-    """The network that the package was made from, before its weights were compressed; from the checkpoint, anew."""
+    """Returns the network that the package was made from, with its weights uncompressed, from the checkpoint again."""
     from ..models.fastvit import FastViT
-    from .interface import interface_for
+    from .recipe import interface_for
     from .write_encoder import rewritten
 
     interface, encoder = interface_for([recipe["quant"]], saved=recipe), FastViT.from_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""The saved decoder and projector next to the checkpoint's: logits, greedy answers, and weight by weight."""
+"""The exported decoder and projector compared with the checkpoint's: logits, greedy answers, and weight by weight."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ from ..quant.metrics import Agreement, WeightAudit, compare, kl_divergence
 from ..quant.prompts import probe_prompt
 
 CONTINUATION_TOKENS = 16
+"""The most tokens of the greedy answer, which is compared token by token."""
 
 MAX_RESIDENT_BYTES = 5e9
-"""Weights beyond this are not kept in memory for the sake of a continuation."""
+"""The most bytes of weights for a greedy answer, which keeps them in memory."""
 
 
 @dataclass(frozen=True)
 class DecoderVerification:
-    """What the saved decoder reached."""
+    """The agreement of an exported decoder with the checkpoint's."""
 
     logits: Agreement
-    """At every position behind the image: the rest of the prompt and the saved decoder's own greedy answer to it."""
+    """The agreement at every position after the image: the rest of the prompt, and the greedy answer."""
     kl: float
-    """How far the distributions over the next token are apart there, in nats."""
+    """The KL divergence between the distributions over the next token there, in nats."""
     greedy_tokens: int
-    """Length of that answer."""
+    """The length of that answer."""
     greedy_same: float | None
-    """Share of its ids that the checkpoint, fed with the answer so far, finds likeliest as well."""
+    """The share of its ids that are also the checkpoint's likeliest, after the same answer so far."""
     greedy_prefix: int
-    """Ids until both would part ways."""
+    """The number of ids before the first difference."""
     largest: float
-    """The largest magnitude inside, which a GPU computes in float16."""
+    """The largest magnitude inside. A GPU computes it in float16."""
     largest_layer: int
     fewest_bits: int
     weights: WeightAudit
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the manifest's figures of the logits."""
         return {
             **self.logits.as_dict(),
             "kl": round(self.kl, 6),
@@ -68,10 +70,13 @@ class DecoderVerification:
 
 
 def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndarray) -> DecoderVerification:
-    """Runs the saved decoder and projector next to the checkpoint's, in float32, on a question about an image.
+    """Runs the exported and the checkpoint's decoder and projector, in float32, on a question about an image.
+
+    Args:
+        image_features: (1, N, C).
 
     Raises:
-        VerificationError: weights or logits are not finite, or the folder holds a decoder of other dimensions.
+        VerificationError: weights or logits are not finite, or the folder has a decoder of other dimensions.
     """
     config = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME, ModelFolderError))
     weights = saved_weights(folder)
@@ -80,8 +85,8 @@ def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndar
     rows = min(config.decoder.vocab_size, checkpoint.config.decoder.vocab_size)
     prompt = probe_prompt((folder / "tokenizer.json").read_bytes(), image_features, rows)
     answer = greedy_answer(weights, config, prompt)
-    asked, audit, bits = prompt.continued(answer[:-1]), WeightAudit(), stored_bits(weights, config)
-    original, saved = side_by_side(
+    asked, audit, bits = prompt.continued(answer[:-1]), WeightAudit(), layer_bits(weights, config)
+    original, saved = run_both(
         LayerwiseDecoder(checkpoint_reader(checkpoint), checkpoint.config),
         LayerwiseDecoder(saved_reader(weights, config), config),
         asked,
@@ -104,10 +109,10 @@ def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndar
 
 
 def greedy_answer(weights: Mapping[str, mx.array], config: FastVLMConfig, prompt: Prompt) -> list[int]:
-    """Ids of the saved decoder's greedy answer, up to the end or `CONTINUATION_TOKENS`.
+    """Returns the ids of the exported decoder's greedy answer, up to its end or `CONTINUATION_TOKENS`.
 
-    The prompt goes through layer by layer, expanded to float32; single tokens then go through the weights as they are
-    stored, which stay in memory. Empty where they would take more than `MAX_RESIDENT_BYTES`.
+    The prompt is computed layer by layer with weights expanded to float32, single tokens with the stored weights. The
+    answer is empty if the weights have more than `MAX_RESIDENT_BYTES`.
     """
     if sum(array.nbytes for array in weights.values()) > MAX_RESIDENT_BYTES:
         return []
@@ -121,10 +126,10 @@ def greedy_answer(weights: Mapping[str, mx.array], config: FastVLMConfig, prompt
     return answer
 
 
-def side_by_side(
+def run_both(
     original: LayerwiseDecoder, saved: LayerwiseDecoder, prompt: Prompt, audit: WeightAudit, bits: Mapping[str, int]
 ) -> tuple[Probe, Probe]:
-    """Runs both, and compares each weight when it is read. `bits` by saved layer name, 16 where it has none."""
+    """Runs both, and compares each weight when it is read. `bits` is by saved layer name, and 16 for other layers."""
     runs = LayerwiseRun(original, prompt), LayerwiseRun(saved, prompt)
     for (name, expected), (_, found) in zip(*(run.parts() for run in runs), strict=True):
         if isinstance(expected, mx.array):
@@ -138,8 +143,8 @@ def side_by_side(
     return first, second
 
 
-def stored_bits(weights: Mapping[str, mx.array], config: FastVLMConfig) -> dict[str, int]:
-    """Bits of each quantized layer, by its saved name."""
+def layer_bits(weights: Mapping[str, mx.array], config: FastVLMConfig) -> dict[str, int]:
+    """Returns the bits of each quantized layer, by its saved name."""
     if config.quantization is None:
         return {}
     return {layer: config.quantization.of(layer).bits for layer in quantized_layers(weights)}
@@ -153,7 +158,7 @@ def _add(audit: WeightAudit, name: str, expected: mx.array, found: mx.array, bit
 
 
 def _check_dimensions(saved: FastVLMConfig, expected: FastVLMConfig) -> None:
-    """Raises VerificationError when the folder cannot come from the checkpoint at all."""
+    """Raises VerificationError if the folder cannot come from the checkpoint."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     pairs = [(name, getattr(saved.decoder, name), getattr(expected.decoder, name)) for name in names]
     pairs += [(name, getattr(saved, name), getattr(expected, name)) for name in ("mm_hidden_size",)]
@@ -161,5 +166,6 @@ def _check_dimensions(saved: FastVLMConfig, expected: FastVLMConfig) -> None:
     for name, found, wanted in pairs:
         if found != wanted:
             raise VerificationError(
-                f"the folder's {name} is {found}, the checkpoint's {wanted}: another model's export"
+                f"the folder is another model's export ({name} is {found}, but {wanted} in the checkpoint). Pass the "
+                "checkpoint that it was exported from."
             )

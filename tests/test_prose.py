@@ -21,8 +21,6 @@ BAD_OPENING = re.compile(r"(Of|What|Whether|As|See)\b")
 PENDING: frozenset[str] = frozenset(
     (
         "docs/api.md",
-        "export",
-        "export/bundle",
         "runtime",
         "tests/export",
         "tests/export/bundle",

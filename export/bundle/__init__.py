@@ -1,1 +1,1 @@
-"""Model folders as the assets of a client: what each client expects, written, and checked with fresh eyes."""
+"""Bundles: a model folder packaged for an app, and validated against the app's loader."""

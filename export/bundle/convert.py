@@ -1,4 +1,4 @@
-"""A model folder's files as a client wants them."""
+"""The files of a bundle, made from those of a model folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ...models.tokenizer_files import PARTS_CHAT_TEMPLATE
 from ..model_folder import PROCESSOR_CONFIG, preprocessor_config
 from ..tokenizer import KEEP_SPACES
 from .check import added_ids, template_faults
-from .contract import Contract
+from .contracts import Contract
 from .tensors import saved_tensors
 
 COPIED = ("tokenizer.json", "special_tokens_map.json", GENERATION_CONFIG_NAME)
 TEMPLATE_FILE = "chat_template.jinja"
 
 LEFT_OUT = ("rope_scaling", "rope_parameters", "auto_map", "transformers_version")
-"""Of config.json: the first two are null or say what rope_theta says, or the folder would not have been read."""
+"""The keys of config.json that bundles lack. In a folder that was read, the first two are null or repeat rope_theta."""
 
 
 def write_files(source: Path, folder: Path, contract: Contract) -> None:
-    """Writes the client's files into `folder`, which is empty."""
+    """Writes the client's files into `folder`, which must be empty."""
     for file in weight_files(source):
         shutil.copyfile(file, folder / file.name)
     if (source / INDEX_NAME).is_file():
@@ -37,9 +37,9 @@ def write_files(source: Path, folder: Path, contract: Contract) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     config = read_json_object(source / CONFIG_NAME)
-    settings = tokenizer_settings(source, templated=contract.layout == "mlx")
+    settings = tokenizer_settings(source, templated=contract.encoder == "mlx")
     size = FastVLMConfig.from_dict(config).image_size
-    if contract.layout == "apple":
+    if contract.encoder == "coreml":
         shutil.copytree(source / PACKAGE_NAME, folder / PACKAGE_NAME)
         processor = PROCESSOR_CONFIG
         config = {key: value for key, value in config.items() if key not in LEFT_OUT}
@@ -56,15 +56,15 @@ def write_files(source: Path, folder: Path, contract: Contract) -> None:
 
 
 def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
-    """`tokenizer_config.json`; `templated`: with a chat template that takes messages in parts."""
+    """Returns `tokenizer_config.json`. With `templated` its chat template takes messages in parts."""
     settings = read_json_object(source / "tokenizer_config.json")
     settings.setdefault("tokenizer_class", "Qwen2Tokenizer")
     settings.setdefault(*KEEP_SPACES)
     if (source / TEMPLATE_FILE).is_file():
         settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
     tokenizer = read_json_object(source / "tokenizer.json")
-    added_ids(tokenizer)  # raises when they are malformed
-    # transformers believes this list, where there is one, and not tokenizer.json's
+    added_ids(tokenizer)  # raises if they are malformed
+    # transformers prefers this list to tokenizer.json's
     listed = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in tokenizer["added_tokens"]
@@ -78,7 +78,7 @@ def tokenizer_settings(source: Path, *, templated: bool) -> dict[str, Any]:
 
 
 def mlx_config(source: Path, config: Mapping[str, Any], settings: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """`config.json` for clients that run the encoder in MLX: without an image token's id, with `vision_config`."""
+    """Returns `config.json` for clients that run the encoder in MLX: with `vision_config`, without an image token."""
     kept = {key: value for key, value in config.items() if key not in (*LEFT_OUT, "image_token_index")}
     longest = config.get("tokenizer_model_max_length", config.get("max_position_embeddings", 32768))
     return {
@@ -92,7 +92,7 @@ def mlx_config(source: Path, config: Mapping[str, Any], settings: Mapping[str, A
 
 
 def end_id(source: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
-    """The one id that ends an answer: the tokenizer's `eos_token`, else the config's first."""
+    """Returns the id that ends an answer: that of the tokenizer's `eos_token`, or the config's first."""
     ends = FastVLMConfig.from_dict(config).eos_token_ids
     token = settings.get("eos_token")
     token = token.get("content") if isinstance(token, Mapping) else token
@@ -101,7 +101,7 @@ def end_id(source: Path, config: Mapping[str, Any], settings: Mapping[str, Any])
 
 
 def encoder_config_of(source: Path) -> FastViTConfig:
-    """The architecture of a folder's encoder in MLX, read off its tensors. Raises WeightsError."""
+    """Returns the architecture of a folder's encoder in MLX, from its tensors. Raises WeightsError."""
     return FastViTConfig.from_shapes(
         apple_encoder_shapes(
             {
@@ -114,7 +114,7 @@ def encoder_config_of(source: Path) -> FastViTConfig:
 
 
 def vision_config(source: Path, image_size: int) -> dict[str, Any]:
-    """What the clients want to know of the encoder; FastViTHD's numbers where no tensor shows them."""
+    """Returns the clients' description of the encoder. Numbers that no tensor shows are FastViTHD's."""
     config = encoder_config_of(source)
     projection_dim = saved_tensors(source)[MLX_ENCODER_PREFIX + HEAD_PROJECTION].shape[1]
     return {

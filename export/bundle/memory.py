@@ -1,4 +1,4 @@
-"""What a bundle takes up on a phone, against what iOS gives to one app."""
+"""The memory of a bundle on a phone, compared with the limit of iOS for one app."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from ...models.files import read_json_object
 from ...models.folder_layout import CONFIG_NAME, PACKAGE_NAME, weight_files
 from ...models.safetensors_files import BITS
 from ...models.tensor_names import MLX_ENCODER_PREFIX
-from .contract import Contract
+from .contracts import Contract
 from .tensors import saved_tensors
 
 DEFAULT_CONTEXT = 2048
+"""The tokens of context in an estimate without `context`."""
+
 PROMPT_TOKENS = 128
-"""Of text, beside the image's, for the estimate."""
+"""The tokens of text in the estimated prompt, besides the image's."""
+
 APP_BYTES = 250e6
-"""The app itself, its camera frames and MLX's buffer cache (the apps keep it to 20 MB or so)."""
+"""The bytes of the app itself, its camera frames, and MLX's buffer cache, which the apps limit to about 20 MB."""
+
 LIVE_RESULTS = 3
-"""Of the largest results in the encoder, how many are in memory at once: input, hidden width, output."""
+"""The number of the encoder's largest results in memory at one time: input, hidden width, output."""
 
 
 @dataclass(frozen=True)
 class Phone:
-    """What one app may take up, in bytes: measured by others, with `os_proc_available_memory` or by Xcode."""
+    """The bytes that one app may use on a phone, from published measurements (`os_proc_available_memory` or Xcode)."""
 
     ram: str
     examples: str
@@ -47,20 +51,23 @@ PHONES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, at most as far as it can be told from the files; not measured on a phone."""
+    """An upper estimate of the bytes by part, from the files. It was not measured on a phone."""
 
     parts: Mapping[str, int]
     context: int
 
     @property
     def total_bytes(self) -> int:
+        """The bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def advice(self) -> tuple[str, ...]:
+        """The phones with too little memory, and what would help, one line each."""
         return tuple(_advice(self))
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the estimate as it is printed with `--json`."""
         phones = [
             {
                 "ram": phone.ram,
@@ -94,34 +101,34 @@ def _advice(estimate: Estimate) -> Iterator[str]:
         parts = estimate.parts
         largest = max(parts, key=lambda name: parts[name])
         remedy = {
-            "decoder": "export with --decoder-bits 4, or take a smaller model",
-            "key-value cache": f"ask for less than --context {estimate.context}",
-            "encoder": "export with --quant pal6 or pal4",
-            "prefill": "ask for shorter prompts",
-        }.get(largest, "take a smaller model")
+            "decoder": "export the decoder with 4 bits, or use a smaller model",
+            "key-value cache": f"use a context of less than {estimate.context} tokens",
+            "encoder": "export the encoder as pal6 or pal4",
+            "prefill": "use shorter prompts",
+        }.get(largest, "use a smaller model")
         yield f"the largest part is the {largest}: {remedy}"
 
 
 def estimate(folder: Path, contract: Contract, context: int | None = None) -> Estimate:
-    """What the bundle or model folder in `folder` takes up in the client's app, with so many tokens of context.
+    """Estimates the memory of a bundle or model folder in the client's app, with `context` tokens of context.
 
     Raises:
-        UsageError: the model has not so much context.
+        UsageError: `context` is more than the model's limit.
     """
     decoder = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME)).decoder
     longest = decoder.max_position_embeddings
     if context is None:
         context = min(DEFAULT_CONTEXT, longest)
     if not 1 <= context <= longest:
-        raise UsageError(f"--context should be from 1 to the model's {longest} tokens; found {context}")
+        raise UsageError(f"context must be between 1 and the model's {longest} tokens (got {context}).", "context")
     kept = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
-    tokens = context_tokens(folder, contract) + PROMPT_TOKENS
+    tokens = image_tokens(folder, contract) + PROMPT_TOKENS
     parts = {
         "decoder": decoder_bytes(folder),
         "encoder": encoder_weight_bytes(folder),
         "encoder, running": working_bytes(folder, contract),
         "key-value cache": kept * context * contract.cache_bytes,
-        # the clients compute logits at every position of the prompt
+        # the clients compute logits for every position of the prompt
         "prefill": tokens * (decoder.vocab_size + 2 * decoder.intermediate_size) * contract.cache_bytes,
         "app": int(APP_BYTES),
     }
@@ -129,19 +136,23 @@ def estimate(folder: Path, contract: Contract, context: int | None = None) -> Es
 
 
 def image_size(folder: Path, contract: Contract) -> int:
+    """Returns the side of the encoder's input in pixels."""
     return contract.image_size or FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME)).image_size
 
 
-def context_tokens(folder: Path, contract: Contract) -> int:
+def image_tokens(folder: Path, contract: Contract) -> int:
+    """Returns the number of tokens of one image."""
     return (image_size(folder, contract) // PATCH_SIZE) ** 2
 
 
 def decoder_bytes(folder: Path) -> int:
+    """Returns the bytes of the decoder's and the projector's weights."""
     files = sum(file.stat().st_size for file in weight_files(folder))
     return files if (folder / PACKAGE_NAME).is_dir() else files - encoder_weight_bytes(folder)
 
 
 def encoder_weight_bytes(folder: Path) -> int:
+    """Returns the bytes of the encoder's package, or of its tensors in MLX."""
     package = folder / PACKAGE_NAME
     if package.is_dir():
         return sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
@@ -150,10 +161,10 @@ def encoder_weight_bytes(folder: Path) -> int:
 
 
 def working_bytes(folder: Path, contract: Contract) -> int:
-    """Of results inside the encoder: the largest are stage 0's hidden ones, a quarter of the image's side."""
+    """Returns the bytes of the largest results inside the encoder: stage 0's hidden ones, at a quarter of the side."""
     size = image_size(folder, contract)
     if (folder / PACKAGE_NAME).is_dir():
-        from ..package_report import inspect
+        from ..inspect_package import inspect
 
         operands = inspect(folder / PACKAGE_NAME).largest_operands
         return LIVE_RESULTS * max((tensor.nbytes for tensor in operands), default=0)

@@ -1,4 +1,4 @@
-"""Where a bundle goes: a folder of its own, one that holds an earlier bundle, an app's checkout, or a zip file."""
+"""The place of a bundle: a new folder, one with an earlier bundle, a checkout of Apple's app, or a zip file."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from typing import Any
 from ...models.errors import OutputError
 from ...models.files import is_file, read_json_object, sha256
 from ...models.folder_layout import PACKAGE_NAME
-from ..output import publish
-from .contract import Contract
+from ..atomic_folder import publish
+from .contracts import Contract
 
 BUNDLE_MANIFEST = "fastvlm-bundle.json"
 MANIFEST_FORMAT = 1
 APP_FOLDERS = ("app/FastVLM", "FastVLM")
-"""Where `FastVLM.swift` lies in a checkout of ml-fastvlm, and in its `app`; the model goes into `model` there."""
+"""The places of `FastVLM.swift` in a checkout of ml-fastvlm and in its `app`. The model is in `model` next to it."""
 
 MAX_OTHERS = 200
-"""Files of others in a model's folder. Where there are more, it is the folder of something else."""
+"""The most other files in a model's folder. With more, it is a folder for something else."""
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+"""The time of every entry, so that equal bundles give equal bytes. It is the earliest that zip files have."""
+
 ZIP_MODE = 0o644 << 16
 UNIX = 3
 
 
-def bundle_folder(to: Path, contract: Contract) -> Path:
-    """The folder that is meant by `--to`: in a checkout of the app, the one that its model lies in."""
-    for name in APP_FOLDERS if contract.layout == "apple" else ():
-        if (to / name / "FastVLM.swift").is_file():
-            return to / name / "model"
-    return to
+def bundle_folder(out: Path, contract: Contract) -> Path:
+    """Returns the bundle's folder: `out`, or the model's folder if `out` is a checkout of the app."""
+    for name in APP_FOLDERS if contract.encoder == "coreml" else ():
+        if (out / name / "FastVLM.swift").is_file():
+            return out / name / "model"
+    return out
 
 
 def app_folder(folder: Path) -> Path | None:
-    """The checkout's `app`, for the folder in it that the app's model lies in; None for any other folder."""
+    """Returns the checkout's `app` if `folder` is the model's folder in it, or None."""
     return folder.parent.parent if (folder.parent / "FastVLM.swift").is_file() else None
 
 
 def earlier_files(folder: Path) -> dict[str, str]:
-    """sha256 by name of an earlier bundle's files. Raises OutputError when its manifest is malformed."""
+    """Returns the sha256 of an earlier bundle's files by name. Raises OutputError if its manifest is malformed."""
     manifest = folder / BUNDLE_MANIFEST
     if not manifest.is_file():
         return {}
     files = read_json_object(manifest, OutputError).get("files")
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
-        raise OutputError(f"{manifest} is damaged: remove it and the files of the bundle, or choose another folder")
+        raise OutputError(f"{manifest} is damaged. Remove it and the files of the bundle, or choose another folder.")
     return {name: entry["sha256"] for name, entry in files.items()}
 
 
@@ -60,29 +62,29 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def check_place(folder: Path, contract: Contract) -> None:
-    """Raises OutputError when something that is no earlier bundle's is in the way: before anything is written."""
+    """Raises OutputError if other files than an earlier bundle's are in the way, before anything is written."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{folder} exists and is no folder: choose another one")
+        raise OutputError(f"{folder} exists and is not a folder. Choose another one.")
     if not folder.is_dir():
         return
     earlier = earlier_files(folder)
     for name, digest in earlier.items():
         file = folder / name
         if is_file(file) and sha256(file) != digest:
-            raise OutputError(f"{file} was changed since it was bundled: keep a copy elsewhere and remove it first")
+            raise OutputError(f"{file} was changed after it was bundled. Keep a copy elsewhere and remove it first.")
     mine = {PACKAGE_NAME, "tokenizer.json", "model.safetensors", *contract.rules}
     others = other_files(folder, earlier)
     taken = sorted(str(file) for file in others if file.parts[0] in mine)
     if taken:
         raise OutputError(
-            f"{folder / taken[0]} is not of an earlier bundle and is in the way: move it, or choose another folder"
+            f"{folder / taken[0]} is not from an earlier bundle and is in the way. Move it, or choose another folder."
         )
     if len(others) > MAX_OTHERS:
-        raise OutputError(f"{folder} holds {len(others)} other files: name a folder of its own inside it")
+        raise OutputError(f"{folder} has more than {MAX_OTHERS} other files. Choose a new folder inside it.")
 
 
 def other_files(folder: Path, earlier: Mapping[str, str]) -> list[Path]:
-    """Files and links in `folder`, relative to it, that are of no earlier bundle."""
+    """Returns the files and links in `folder`, relative to it, that are not from an earlier bundle."""
     found = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -93,13 +95,13 @@ def other_files(folder: Path, earlier: Mapping[str, str]) -> list[Path]:
     return found
 
 
-def publish_beside_others(partial: Path, folder: Path) -> None:
-    """Gives the bundle its name; what others have in a folder that it replaces is carried along as it is."""
+def publish_with_others(partial: Path, folder: Path) -> None:
+    """Gives the bundle its name. Other files in the folder that it replaces are moved along unchanged."""
     if folder.is_dir():
         for name in other_files(folder, earlier_files(folder)):
             target = partial / name
             if target.exists() or target.is_symlink():
-                raise OutputError(f"{folder / name} is not of an earlier bundle and is in the way: move it first")
+                raise OutputError(f"{folder / name} is not from an earlier bundle and is in the way. Move it first.")
             target.parent.mkdir(parents=True, exist_ok=True)
             carry(folder / name, target)
         carry_empty_folders(folder, partial)
@@ -107,13 +109,14 @@ def publish_beside_others(partial: Path, folder: Path) -> None:
 
 
 def carry_empty_folders(folder: Path, partial: Path) -> None:
+    """Makes the empty folders of `folder` in `partial`."""
     for path in folder.rglob("*"):
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             (partial / path.relative_to(folder)).mkdir(parents=True, exist_ok=True)
 
 
 def carry(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where a file system has no such links."""
+    """Links `source` to the name `target`, or copies it if the file system has no hard links."""
     if source.is_symlink():
         target.symlink_to(source.readlink())
         return
@@ -124,14 +127,15 @@ def carry(source: Path, target: Path) -> None:
 
 
 def check_zip(file: Path) -> None:
-    """Raises OutputError unless `file` is absent or an earlier bundle's zip."""
+    """Raises OutputError unless `file` is absent or the zip of an earlier bundle."""
     if not file.exists() and not file.is_symlink():
         return
     if not file.is_file() or not is_bundle_zip(file):
-        raise OutputError(f"{file} exists and is no bundle's zip: choose another name")
+        raise OutputError(f"{file} exists and is not the zip of a bundle. Choose another name.")
 
 
 def is_bundle_zip(file: Path) -> bool:
+    """Returns True for a zip file with a bundle's manifest."""
     try:
         with zipfile.ZipFile(file) as archive:
             return BUNDLE_MANIFEST in archive.namelist()
@@ -140,9 +144,9 @@ def is_bundle_zip(file: Path) -> bool:
 
 
 def publish_zip(partial: Path, file: Path) -> None:
-    """`partial`'s content as a zip: sorted, stored, of one time, so that equal bundles give equal bytes."""
+    """Writes the files in `partial` as a zip: sorted, uncompressed, with one time, so that equal bundles are equal."""
     content = sorted(path for path in partial.rglob("*") if path.is_file())
-    temporary = partial / ".zip"  # in there, so that it goes when the folder goes
+    temporary = partial / ".zip"  # in there, so that it is removed with the folder
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for path in content:
             entry = zipfile.ZipInfo(path.relative_to(partial).as_posix(), ZIP_TIME)

@@ -1,4 +1,4 @@
-"""The tensors that a client's model has, from what its `config.json` says, and whether the files hold just those."""
+"""The tensors of a client's model, derived from `config.json`, compared with those in the weight files."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from ...models.config import FastVLMConfig, Qwen2Config
-from ...models.errors import FastVLMError, ModelFolderError
+from ...models.errors import FastVLMError, ModelFolderError, listed
 from ...models.fastvit_config import FastViTConfig
 from ...models.folder_layout import weight_files
 from ...models.quantization import Quantization
 from ...models.safetensors_files import Shape, TensorInfo, read_header
 from ...models.tensor_names import HEAD_PROJECTION, MLX_ENCODER_PREFIX, language_shapes, saved_name
-from .contract import Contract
+from .contracts import Contract
 
 FLOATS = ("BF16", "F16", "F32")
+"""The types of tensors that are not quantized."""
+
 PACKED = "U32"
+"""The type of quantized weights."""
+
 MAX_LISTED = 5
+"""The most tensors in one fault."""
 
 
 def saved_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """What every weight file's header says. Raises ModelFolderError or WeightsError."""
+    """Returns the shape and type of each tensor, from the headers. Raises ModelFolderError or WeightsError."""
     tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
         header = read_header(file)
         twice = sorted(tensors.keys() & header.keys())
         if twice:
-            raise ModelFolderError(f"{file.name} holds {twice[0]!r:.80} once more")
+            raise ModelFolderError(f"tensor {twice[0]!r:.80} is in two weight files (the second is {file.name}).")
         tensors.update(header)
     return tensors
 
 
 def tensor_faults(folder: Path, config: Mapping[str, Any], contract: Contract) -> Iterator[str]:
-    """Names, shapes and types in which the weight files differ from the client's model, which loads them strictly."""
+    """Yields the differences in names, shapes and types from the client's model, which loads weights strictly."""
     from ...models.language import quantized_shapes
 
     try:
@@ -45,44 +50,44 @@ def tensor_faults(folder: Path, config: Mapping[str, Any], contract: Contract) -
         return
     quantized = {name.removesuffix(".scales") for name in found if name.endswith(".scales")}
     if quantized and quantization is None:
-        yield f"config.json names no 'quantization', but {sorted(quantized)[0]} has .scales"
+        yield f"config.json: 'quantization' is missing, but {sorted(quantized)[0]} has .scales"
         return
     if quantization is not None:
         expected = quantized_shapes(expected, quantized, quantization)
     yield from named("missing", expected.keys() - found.keys())
-    yield from named("that the client has no place for", found.keys() - expected.keys())
+    yield from named("unknown to the client", found.keys() - expected.keys())
     for name in sorted(expected.keys() & found.keys()):
         yield from _tensor_faults(name, found[name], expected[name], quantized)
 
 
 def named(what: str, names: set[str]) -> Iterator[str]:
+    """Yields one line about the tensors `names`, if there are any."""
     if names:
-        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-        yield f"{len(names)} tensors {what}: {', '.join(sorted(names)[:MAX_LISTED])}{more}"
+        yield f"{len(names)} tensors {what}: {listed(sorted(names), MAX_LISTED)}"
 
 
 def _tensor_faults(name: str, info: TensorInfo, shape: Shape, quantized: set[str]) -> Iterator[str]:
     if tuple(info.shape) != shape:
-        yield f"{name} should be of shape {list(shape)}; found {list(info.shape)}"
+        yield f"{name} must have the shape {list(shape)} (got {list(info.shape)})"
     layer = name.removesuffix(".weight")
     wanted = (PACKED,) if layer != name and layer in quantized else FLOATS
     if info.dtype not in wanted:
-        yield f"{name} should hold {' or '.join(wanted)}; found {info.dtype}"
+        yield f"{name} must have the type {' or '.join(wanted)} (got {info.dtype})"
 
 
 def expected_shapes(config: Mapping[str, Any], contract: Contract) -> dict[str, Shape]:
-    """Shape by name of every tensor of the client's model, unquantized. Raises ConfigError or WeightsError."""
+    """Returns the shape of each tensor of the client's model, unquantized. Raises ConfigError or WeightsError."""
     language = {saved_name(name): shape for name, shape in language_shapes(language_config(config)).items()}
     own = "multi_modal_projector.linear_"
     shapes = {name.replace(own, contract.projector): shape for name, shape in language.items()}
-    if contract.layout == "mlx":
-        encoder = contract.encoder or encoder_config(config["vision_config"])
+    if contract.encoder == "mlx":
+        encoder = contract.architecture or encoder_config(config["vision_config"])
         shapes.update(encoder_shapes(encoder, config["vision_config"]["projection_dim"]))
     return shapes
 
 
 def language_config(config: Mapping[str, Any]) -> FastVLMConfig:
-    """What the clients read of the language side, with their defaults."""
+    """Returns the language side of `config.json` as the clients read it, with their defaults."""
     tied = config.get("tie_word_embeddings")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "vocab_size")  # fmt: skip
@@ -94,7 +99,7 @@ def language_config(config: Mapping[str, Any]) -> FastVLMConfig:
 
 
 def encoder_config(vision: Mapping[str, Any]) -> FastViTConfig:
-    """The encoder that `vision_config` describes. Raises WeightsError when it describes none."""
+    """Returns the encoder of `vision_config`. Raises WeightsError if it is invalid."""
     out_channels = int(vision["embed_dims"][-1] * vision["cls_ratio"])
     return FastViTConfig(
         depths=tuple(vision["layers"]),
@@ -103,11 +108,12 @@ def encoder_config(vision: Mapping[str, Any]) -> FastViTConfig:
         token_mixers=tuple(vision["token_mixers"]),
         pos_emb_kernels=tuple(None if shape is None else shape[0] for shape in vision["pos_embs_shapes"]),
         out_channels=out_channels,
-        se_channels=out_channels // 16,  # in the clients' code
+        se_channels=out_channels // 16,  # as in the clients' code
     )
 
 
 def encoder_shapes(config: FastViTConfig, projection_dim: int) -> dict[str, Shape]:
+    """Returns the shape of each tensor of an encoder in MLX."""
     from ...models._mlx import nn
     from ...models.fastvit_mlx import FastViTMLX
 
@@ -117,5 +123,6 @@ def encoder_shapes(config: FastViTConfig, projection_dim: int) -> dict[str, Shap
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+    """Returns the quantization in `config.json`, or None."""
     quantization = config.get("quantization")
     return None if quantization is None else Quantization.from_dict(quantization)

@@ -66,7 +66,7 @@ def folder_work(path: str | Path, prompt_tokens: int | None = None) -> Work:
     config = folder.config
     if not folder.package.is_dir():
         raise ModelFolderError(
-            f"{folder.path} has no Core ML package to estimate. Export it with layout='apple'.", "layout"
+            f"{folder.path} has no Core ML package to estimate. Export it with encoder='coreml'.", "encoder"
         )
     program = read_package(folder.package)
     cost = EncoderCost(

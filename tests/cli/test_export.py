@@ -54,7 +54,7 @@ def test_input_that_is_not_a_checkpoint_is_one_line(
 
 
 def test_existing_folder_needs_force(fastvlm: Callable, one_line_error: Callable, model: Path) -> None:
-    one_line_error(fastvlm("export", "-o", model, cwd=model.parent), "pass --force")
+    one_line_error(fastvlm("export", "-o", model, cwd=model.parent), "Pass --force")
 
 
 @pytest.mark.parametrize(

@@ -51,23 +51,22 @@ def choices(command: str, option: str) -> tuple[str, ...]:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    from fastvlm.export.bundle.targets import TARGETS
-    from fastvlm.export.interface import IO_KINDS
-    from fastvlm.export.interface import TARGETS as SYSTEMS
-    from fastvlm.export.mlx_encoder import DTYPES
+    from fastvlm.export.bundle.contracts import CONTRACTS
+    from fastvlm.export.recipe import DEPLOYMENT_TARGETS, ENCODERS, IO_KINDS, MLX_DTYPES
     from fastvlm.quant.decoder_scheme import DECODER_BITS, GROUP_SIZES, MIXED, QUANTIZERS
     from fastvlm.quant.schemes import ENCODER_SCHEMES
     from fastvlm.runtime.backends import BACKENDS
     from fastvlm.runtime.coreml import COMPUTE_UNITS
     from fastvlm.runtime.evaluation.registry import LAYOUTS
 
-    assert set(choices("export", "quant")) == {*ENCODER_SCHEMES, *DTYPES}
+    assert set(choices("export", "quant")) == {*ENCODER_SCHEMES, *MLX_DTYPES}
+    assert set(choices("export", "encoder")) == set(ENCODERS)
     assert set(choices("export", "decoder_bits")) == {*map(str, DECODER_BITS), MIXED}
     assert set(choices("export", "decoder_quantizer")) == set(QUANTIZERS)
     assert set(choices("export", "group_size")) == set(map(str, GROUP_SIZES))
     assert set(choices("export", "io")) == set(IO_KINDS)
-    assert set(choices("export", "min_os")) == set(SYSTEMS)
+    assert set(choices("export", "min_os")) == set(DEPLOYMENT_TARGETS)
     assert set(choices("generate", "backend")) == set(BACKENDS)
     assert set(choices("caption", "compute_units")) == set(COMPUTE_UNITS)
     assert set(choices("eval", "task")) == set(LAYOUTS)
-    assert set(choices("bundle", "client")) == set(TARGETS)
+    assert set(choices("bundle", "client")) == set(CONTRACTS)

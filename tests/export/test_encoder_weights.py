@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 
 from fastvlm.export.coreml import convert_encoder
-from fastvlm.export.encoder_weights import taking
 from fastvlm.export.exporter import export
-from fastvlm.export.interface import Interface
-from fastvlm.export.package_report import inspect
-from fastvlm.export.recipe import check_calibration
+from fastvlm.export.inspect_package import inspect
+from fastvlm.export.recipe import PackageInterface, check_calibration, read_recipe
 from fastvlm.export.rewrite import rewrite
+from fastvlm.export.write_encoder import resized_inputs
 from fastvlm.models.errors import UsageError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.mlprogram import Constants, read_package
@@ -26,7 +25,6 @@ from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.quant.calibration import folder_images, trial_images
 from fastvlm.quant.encoder import convolutions, quantize, stored_by_plan
 from fastvlm.quant.metrics import compare
-from fastvlm.quant.recipe import read_recipe
 from fastvlm.quant.schemes import MIN_WEIGHT_SNR_DB, is_candidate
 
 
@@ -58,7 +56,7 @@ def test_mixed_keeps_its_floor_in_fewer_bytes_than_int8(mixed: Path) -> None:
 
 
 def test_replayed_recipe_gives_the_same_bytes(mixed: Path, tmp_path: Path) -> None:
-    again = export("random:tiny", out=tmp_path / "again", recipe_file=mixed).folder
+    again = export("random:tiny", out=tmp_path / "again", recipe=mixed).folder
     assert contents(again) == contents(mixed)
 
 
@@ -73,28 +71,28 @@ def test_recipe_that_names_other_convolutions_or_options_beside_it_are_refused(m
     recipe["weights"]["99.conv"] = recipe["weights"].pop("3.convffn.fc1")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(UsageError, match=r"recipe.json: .* \(1 unknown convolutions, such as 99.conv"):
-        export("random:tiny", out=tmp_path / "model", recipe_file=tmp_path / "recipe.json")
-    with pytest.raises(UsageError, match="leave out --quant"):
-        export("random:tiny", out=tmp_path / "model", recipe_file=mixed, quant="int8")
+        export("random:tiny", out=tmp_path / "model", recipe=tmp_path / "recipe.json")
+    with pytest.raises(UsageError, match="Leave out quant"):
+        export("random:tiny", out=tmp_path / "model", recipe=mixed, quant="int8")
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"decoder_bits": 6}, "--decoder-bits"),
-        ({"decoder_bits": 8}, "--decoder-bits"),  # as the recipe has it: asked for all the same
-        ({"group_size": 32}, "--group-size"),
-        ({"decoder_quantizer": "rtn"}, "--decoder-quantizer"),
-        ({"decoder_bits": "mixed", "decoder_avg_bits": 5.0}, "--decoder-bits, --decoder-avg-bits"),
-        ({"quantize_embeddings": False}, "--no-quantize-embeddings"),
+        ({"decoder_bits": 6}, "decoder_bits"),
+        ({"decoder_bits": 8}, "decoder_bits"),  # as the recipe has it: asked for all the same
+        ({"group_size": 32}, "group_size"),
+        ({"decoder_quantizer": "rtn"}, "decoder_quantizer"),
+        ({"decoder_bits": "mixed", "decoder_avg_bits": 5.0}, "decoder_bits, decoder_avg_bits"),
+        ({"quantize_embeddings": False}, "quantize_embeddings=False"),
     ],
 )
 def test_decoder_options_beside_a_recipe_that_has_a_decoder_are_refused(
     mixed: Path, tmp_path: Path, options: dict, named: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"--recipe says how the decoder's weights are stored: leave out {named}$"):
-        export("random:tiny", out=tmp_path / "model", recipe_file=mixed, on_stage=pytest.fail, **options)
+    with pytest.raises(UsageError, match=f"recipe decides how the decoder's weights are stored. Leave out {named}.$"):
+        export("random:tiny", out=tmp_path / "model", recipe=mixed, on_stage=pytest.fail, **options)
 
 
 def pictures(folder: Path, *seeds: int) -> Path:
@@ -109,10 +107,10 @@ def pictures(folder: Path, *seeds: int) -> Path:
 def test_recipe_wants_the_images_again_that_it_was_measured_on(tmp_path: Path) -> None:
     images, others = pictures(tmp_path / "images", 1, 2), pictures(tmp_path / "others", 3)
     model = export("random:tiny", tmp_path / "model", calibrate=images).folder
-    again = partial(export, "random:tiny", tmp_path / "again", recipe_file=model)
-    with pytest.raises(UsageError, match=r"was measured on 2 images of a folder; give them with --calibrate$"):
+    again = partial(export, "random:tiny", tmp_path / "again", recipe=model)
+    with pytest.raises(UsageError, match=r"was measured on 2 images of a folder. Pass that folder as calibrate.$"):
         again(on_stage=pytest.fail)
-    with pytest.raises(UsageError, match=r"measured on 2 images, and --calibrate has 1 that are not the same; give"):
+    with pytest.raises(UsageError, match=r"measured on 2 other images \(calibrate has 1\). Pass"):
         again(calibrate=others, on_stage=pytest.fail)
     assert contents(again(calibrate=images).folder) == contents(model)
 
@@ -123,7 +121,7 @@ def test_images_of_ones_own_beside_a_recipe_of_embedded_ones_are_meant(mixed: Pa
 
 def test_decoder_options_settle_what_a_recipe_of_the_encoder_alone_leaves_open(mixed: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps({"quant": "mixed", "weights": recipe_of(mixed)["weights"]}))
-    folder = export("random:tiny", tmp_path / "model", recipe_file=tmp_path / "recipe.json", group_size=32).folder
+    folder = export("random:tiny", tmp_path / "model", recipe=tmp_path / "recipe.json", group_size=32).folder
     assert recipe_of(folder)["decoder"]["group_size"] == 32
 
 
@@ -135,7 +133,7 @@ def test_package_holds_exactly_the_numbers_that_were_stored(tmp_path: Path, targ
     stored = stored_by_plan(network, dict(zip(candidates, cycle(schemes))))
     quantize(network, stored, ())
     package = tmp_path / "fastvithd.mlpackage"
-    interface = Interface(target=target)
+    interface = PackageInterface(min_os=target)
     convert_encoder(network, 256, stored, package, metadata={}, on_stage=lambda _: None, interface=interface)
     program = read_package(package)
     found = [operation for operation in program.operations if operation.kind.startswith("constexpr_")]
@@ -146,7 +144,7 @@ def test_package_holds_exactly_the_numbers_that_were_stored(tmp_path: Path, targ
 
 
 def test_int4_is_refused_before_any_work_unless_lint_errors_are_allowed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"int4 .* breaks a rule of the Neural Engine.*--allow-lint"):
+    with pytest.raises(UsageError, match=r"int4.* breaks a rule of the Neural Engine.*allow_lint=True"):
         export("random:tiny", out=tmp_path / "model", quant="int4", on_stage=pytest.fail)
 
 
@@ -165,7 +163,7 @@ def test_network_that_takes_another_size_computes_what_one_written_for_it_does()
     written = {size: rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), size) for size in (128, 256)}
     small, large = (torch.from_numpy(trial_images(size)[0]) for size in (128, 256))
     expected = written[256](large)
-    with taking(written[256], 256, 128):
+    with resized_inputs(written[256], 256, 128):
         found = written[256](small)
     assert compare(written[128](small).numpy(), found.numpy(), "features").snr_db > 120
     np.testing.assert_array_equal(written[256](large), expected)

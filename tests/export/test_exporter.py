@@ -15,9 +15,9 @@ import torch
 from safetensors.numpy import load_file
 
 import fastvlm
-from fastvlm.export import exporter, output, write_encoder
+from fastvlm.export import atomic_folder, exporter, write_encoder
 from fastvlm.export.exporter import export
-from fastvlm.export.package_report import inspect
+from fastvlm.export.inspect_package import inspect
 from fastvlm.export.verify import ENCODER_FLOOR_DB
 from fastvlm.models import safetensors_files
 from fastvlm.models.checkpoint import FolderCheckpoint
@@ -192,7 +192,7 @@ def test_replacement_that_was_killed_halfway_is_undone(tmp_path: Path) -> None:
     export("random:tiny", out=out, quant="fp16")
     before = contents(out)
     out.rename(tmp_path / ".model.replaced-999999999")
-    output.remove_abandoned(out)
+    atomic_folder.remove_abandoned(out)
     assert contents(out) == before
 
 
@@ -254,9 +254,9 @@ def test_native_writers_failure_on_a_full_disk_is_told_as_that(tmp_path: Path, m
     monkeypatch.setattr(exporter, "write_weights", fails)
     with pytest.raises(RuntimeError):
         export("random:tiny", out=tmp_path / "model", quant="fp16")
-    usage = output.shutil.disk_usage(tmp_path)
+    usage = atomic_folder.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(exporter, "check_space", lambda *_: None)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    monkeypatch.setattr(atomic_folder.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     with pytest.raises(OutputError, match="the disk is full"):
         export("random:tiny", out=tmp_path / "model", quant="fp16")
     assert list(tmp_path.iterdir()) == []
@@ -277,7 +277,7 @@ def test_existing_folder_needs_force(tmp_path: Path) -> None:
     out = tmp_path / "model"
     export("random:tiny", out=out, quant="fp16")
     before = contents(out)
-    with pytest.raises(OutputError, match="pass --force"):
+    with pytest.raises(OutputError, match="Pass force=True"):
         export("random:tiny", out=out)
     assert contents(out) == before
     export("random:tiny", out=out, quant="int8", force=True)
@@ -291,7 +291,7 @@ def test_force_does_not_replace_what_is_not_ours(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="was not written by fastvlm"):
         export("random:tiny", out=precious, force=True)
     (file := tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         export("random:tiny", out=file, force=True)
     assert (precious / "thesis.tex").read_text() == "all of it"
 
@@ -389,7 +389,7 @@ def test_roundabout_names_do_not_lose_an_existing_export(tmp_path: Path) -> None
     export("random:tiny", out=out, quant="fp16")
     before = contents(out)
     roundabout = out / "gone" / ".." / ".." / "model"
-    with pytest.raises(OutputError, match="pass --force"):
+    with pytest.raises(OutputError, match="Pass force=True"):
         export("random:tiny", out=roundabout, quant="int8")
     assert contents(out) == before
     export("random:tiny", out=out / ".." / "model", quant="int8", force=True)

@@ -14,10 +14,9 @@ import torch
 import fastvlm
 from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.exporter import Export, export
-from fastvlm.export.interface import Interface, interface_for
-from fastvlm.export.package_report import inspect
-from fastvlm.export.projector import ProjectorConvs, projected
-from fastvlm.export.rewrite import rewrite
+from fastvlm.export.inspect_package import inspect
+from fastvlm.export.recipe import PackageInterface, interface_for
+from fastvlm.export.rewrite import ProjectorConvs, projected, rewrite
 from fastvlm.export.verify import verify
 from fastvlm.models.errors import ImageError, UsageError
 from fastvlm.models.fastvit import FastViT
@@ -46,7 +45,7 @@ def features(images: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [encoder(torch.from_numpy(image)).numpy() for image in images]
 
 
-def write_package(interface: Interface, package: Path) -> Path:
+def write_package(interface: PackageInterface, package: Path) -> Path:
     checkpoint = RandomCheckpoint("tiny")
     projector = ProjectorConvs.from_checkpoint(checkpoint) if interface.with_projector else None
     encoder = FastViT.from_checkpoint(checkpoint)
@@ -59,15 +58,15 @@ def write_package(interface: Interface, package: Path) -> Path:
 @pytest.mark.parametrize(
     ("interface", "dtypes", "casts", "spec_version"),
     [
-        (Interface("float32"), ("fp32", "fp32"), 2, 8),
-        (Interface("float16", "ios18"), ("fp16", "fp16"), 0, 9),
-        (Interface("image"), ("fp32", "fp32"), 2, 8),
-        (Interface("float16", with_projector=True), ("fp16", "fp16"), 0, 8),
+        (PackageInterface("float32"), ("fp32", "fp32"), 2, 8),
+        (PackageInterface("float16", "ios18"), ("fp16", "fp16"), 0, 9),
+        (PackageInterface("image"), ("fp32", "fp32"), 2, 8),
+        (PackageInterface("float16", with_projector=True), ("fp16", "fp16"), 0, 8),
     ],
     ids=str,
 )
 def test_package_has_the_border_that_was_asked_for(
-    interface: Interface,
+    interface: PackageInterface,
     dtypes: tuple[str, str],
     casts: int,
     spec_version: int,
@@ -113,7 +112,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
     options: dict[str, Any] = {"quant": "fp16", "decoder_bits": 16, "image_size": SIZE}
     return {
         "plain": export("random:tiny", folder / "plain", **options),
-        "whole": export("random:tiny", folder / "whole", io="image", target="ios18", with_projector=True, **options),
+        "whole": export("random:tiny", folder / "whole", io="image", min_os="ios18", with_projector=True, **options),
     }
 
 
@@ -143,30 +142,30 @@ def test_manifest_tells_the_border_and_verify_reads_it(exports: dict[str, Export
 
 
 def test_recipe_replays_the_whole_folder(exports: dict[str, Export], tmp_path: Path) -> None:
-    again = export("random:tiny", tmp_path / "again", recipe_file=exports["whole"].folder)
+    again = export("random:tiny", tmp_path / "again", recipe=exports["whole"].folder)
     assert again.files == exports["whole"].files
 
 
 def test_recipe_replays_the_border_unless_told_otherwise() -> None:
     saved = {"io": "float16", "target": "ios18", "with_projector": True}
-    assert interface_for(["int8"], saved=saved) == Interface("float16", "ios18", True)
-    assert interface_for(["int8"], "float32", "ios17", False, saved) == Interface()
-    assert interface_for(["int8"]) == Interface()
+    assert interface_for(["int8"], saved=saved) == PackageInterface("float16", "ios18", True)
+    assert interface_for(["int8"], "float32", "ios17", False, saved) == PackageInterface()
+    assert interface_for(["int8"]) == PackageInterface()
 
 
 def test_int4_asks_for_the_system_that_has_it() -> None:
-    assert interface_for(["int4"]).target == "ios18"
-    assert interface_for(["mixed", "int4", "pal6"], saved={"target": "ios17"}).target == "ios18"
-    with pytest.raises(UsageError, match="--quant int4 needs --target ios18"):
-        interface_for(["int4"], target="ios17")
+    assert interface_for(["int4"]).min_os == "ios18"
+    assert interface_for(["mixed", "int4", "pal6"], saved={"target": "ios17"}).min_os == "ios18"
+    with pytest.raises(UsageError, match="quant='int4' needs min_os='ios18'"):
+        interface_for(["int4"], min_os="ios17")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"io": "uint8"}, "--io should be one of float32, float16, image; found 'uint8'"),
-        ({"target": "ios16"}, "--target should be one of ios17, ios18; found 'ios16'"),
-        ({"quant": "int4", "target": "ios17"}, "--quant int4 needs --target ios18"),
+        ({"io": "uint8"}, r"io must be one of float32, float16, image \(got 'uint8'\)"),
+        ({"min_os": "ios16"}, r"min_os must be one of ios17, ios18 \(got 'ios16'\)"),
+        ({"quant": "int4", "min_os": "ios17"}, "quant='int4' needs min_os='ios18'"),
     ],
 )
 def test_impossible_borders_are_refused_before_any_work(options: dict, message: str, tmp_path: Path) -> None:

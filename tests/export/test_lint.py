@@ -12,8 +12,8 @@ import pytest
 from fastvlm.export import exporter
 from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.exporter import export
+from fastvlm.export.inspect_package import describe, inspect
 from fastvlm.export.lint import COMPRESSED_WEIGHTS_KEY, RULES, lint
-from fastvlm.export.package_report import describe, inspect
 from fastvlm.export.rewrite import rewrite
 from fastvlm.models.errors import PackageError
 from fastvlm.models.fastvit import FastViT
@@ -178,7 +178,7 @@ def test_flops_are_those_of_the_layers() -> None:
 
 def test_export_refuses_a_broken_rule_unless_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm.export.lint.MAX_KERNEL", 5)  # the encoder's kernels are 7 wide
-    with pytest.raises(PackageError, match=r"would not run on the Neural Engine: kernel width: .*--allow-lint"):
+    with pytest.raises(PackageError, match=r"would not run on the Neural Engine: kernel width: .*allow_lint=True"):
         export("random:tiny", out=tmp_path / "model", quant="fp16")
     assert list(tmp_path.iterdir()) == []
     assert exporter.export("random:tiny", out=tmp_path / "model", quant="fp16", allow_lint=True).folder.is_dir()

@@ -1,4 +1,4 @@
-"""`--layout mlx`: the encoder beside the decoder, verified, and answered with."""
+"""`encoder="mlx"`: the encoder in the decoder's file, verified, and answered with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import fastvlm
+from fastvlm.export.encoder_reference import EncoderReference, encoder_reference
 from fastvlm.export.exporter import export
-from fastvlm.export.mlx_encoder import verify_mlx_encoder
-from fastvlm.export.package_report import inspect
-from fastvlm.export.verify_encoder import EncoderReference, encoder_reference
+from fastvlm.export.inspect_package import inspect
+from fastvlm.export.verify_encoder import verify_mlx_encoder
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import PackageError, UsageError, VerificationError, WeightsError
 from fastvlm.models.fastvit import FastViT
@@ -29,8 +29,8 @@ TOWER = "vision_tower.vision_model."
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`random:tiny` with `--layout mlx`."""
-    return export("random:tiny", tmp_path_factory.mktemp("mlx") / "model", layout="mlx").folder
+    """`random:tiny` with `encoder="mlx"`."""
+    return export("random:tiny", tmp_path_factory.mktemp("mlx") / "model", encoder="mlx").folder
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,13 @@ def test_manifest_says_what_it_is(exported: Path) -> None:
 
 
 def test_inspect_says_what_a_folder_without_a_package_is(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="encoder as MLX weights, .*: there is no package to inspect$"):
+    with pytest.raises(PackageError, match="encoder as MLX weights, .* and no package to inspect.$"):
         inspect(exported)
-    with pytest.raises(
-        PackageError, match=r"is a checkpoint, .*: export it first, with `fastvlm export .*checkpoint`$"
-    ):
+    with pytest.raises(PackageError, match=r"is a checkpoint, .* Export it first: `fastvlm export .*checkpoint`.$"):
         inspect(TINY_FOLDER)
     for name in ("config.json", "fastvlm.json"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
-    with pytest.raises(PackageError, match="lacks fastvithd.mlpackage: export the model again$"):
+    with pytest.raises(PackageError, match="lacks fastvithd.mlpackage. Export the model again.$"):
         inspect(tmp_path)
 
 
@@ -107,7 +105,7 @@ def test_saved_encoder_keeps_what_bfloat16_keeps(
 
 
 def test_float32_is_exact(tmp_path: Path) -> None:
-    result = export("random:tiny", tmp_path / "model", layout="mlx", quant="fp32", decoder_bits=16)
+    result = export("random:tiny", tmp_path / "model", encoder="mlx", quant="fp32", decoder_bits=16)
     assert result.verification.encoder.output.snr_db > 100
     assert result.encoder_bytes > 4e6
 
@@ -115,8 +113,8 @@ def test_float32_is_exact(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("network.2.1.convffn.fc1.weight", lambda t: t * 1.02, "dB from"),
-        ("network.4.0.token_mixer.reparam_conv.weight", lambda t: t[::-1], "dB from"),
+        ("network.2.1.convffn.fc1.weight", lambda t: t * 1.02, "must keep 60 dB"),
+        ("network.4.0.token_mixer.reparam_conv.weight", lambda t: t[::-1], "must keep 60 dB"),
         ("conv_exp.se.reduce.bias", lambda t: t * 0, "conv_exp.se.reduce.bias"),
     ],
 )
@@ -161,22 +159,22 @@ def changed(exported: Path, tmp_path: Path, name: str, change: Callable[[mx.arra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quant": "int8"}, "takes --quant bf16 or fp32; found 'int8'"),
-        ({"io": "float16"}, "--io is about the Core ML package"),
-        ({"with_projector": True}, "--with-projector is about"),
-        ({"min_snr": 40.0}, "--min-snr is about"),
-        ({"recipe_file": "recipe.json"}, "--recipe is about"),
+        ({"quant": "int8"}, r"quant must be bf16 or fp32 with encoder='mlx' \(got 'int8'\)"),
+        ({"io": "float16"}, "io is about the Core ML package"),
+        ({"with_projector": True}, "with_projector is about"),
+        ({"min_snr": 40.0}, "min_snr is about"),
+        ({"recipe": "recipe.json"}, "recipe is about"),
     ],
 )
 def test_options_of_the_package_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        export("random:tiny", tmp_path / "model", layout="mlx", **options)
+        export("random:tiny", tmp_path / "model", encoder="mlx", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_layouts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--layout should be apple or mlx; found 'onnx'"):
-        export("random:tiny", tmp_path / "model", layout="onnx")
+    with pytest.raises(UsageError, match=r"encoder must be coreml or mlx \(got 'onnx'\)"):
+        export("random:tiny", tmp_path / "model", encoder="onnx")
 
 
 def test_safetensors_hold_every_type(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.exporter import export
-from fastvlm.export.package_report import inspect
+from fastvlm.export.inspect_package import inspect
 from fastvlm.export.rewrite import branch_convolutions, rewrite, stream_maxima, stream_scales
 from fastvlm.models.errors import PackageError
 from fastvlm.models.fastvit import FastViT

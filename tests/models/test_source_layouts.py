@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm.export.projector import projected
+from fastvlm.export.rewrite import projected
 from fastvlm.models.checkpoint import Checkpoint, FolderCheckpoint
 from fastvlm.models.errors import CheckpointError, ConfigError, WeightsError
 from fastvlm.models.fastvit import FastViT

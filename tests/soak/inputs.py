@@ -29,7 +29,7 @@ def make_inputs(folder: Path, model: Path | None, bench: Path | None) -> tuple[P
     extra.mkdir()
     make_checkpoints(extra)
     make_questions(extra / "questions")
-    fastvlm.export("random:tiny", extra / "layout-mlx", layout="mlx", image_size=128, allow_shortfall=True)
+    fastvlm.export("random:tiny", extra / "layout-mlx", encoder="mlx", image_size=128, allow_shortfall=True)
     fastvlm.bundle(extra / "layout-mlx", "mlx-swift-lm", extra / "bundle")
     with zipfile.ZipFile(extra / "checkpoint.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for file in ("config.json", "tokenizer.json"):

@@ -80,7 +80,7 @@ def read_package(folder: Path) -> None:
 
 def inspect_package(folder: Path) -> None:
     from fastvlm.cli.inspect import lines
-    from fastvlm.export.package_report import inspect
+    from fastvlm.export.inspect_package import inspect
 
     report = inspect(folder)
     report.as_dict()
@@ -103,17 +103,14 @@ def read_manifest(folder: Path) -> None:
 
 def read_recipe(folder: Path) -> None:
     """Reads a manifest in the way of `export --recipe` and `verify`."""
-    from fastvlm.export.interface import interface_for
-    from fastvlm.export.recipe import Border, Recipe, check_calibration, replayed
+    from fastvlm.export.options import ExportOptions
+    from fastvlm.export.recipe import check_calibration, interface_for, planned_recipe
+    from fastvlm.export.recipe import read_recipe as file_recipe
     from fastvlm.export.verify import encoder_floor_db, saved_recipe
     from fastvlm.quant.calibration import verification_images
-    from fastvlm.quant.decoder_scheme import decoder_scheme
-    from fastvlm.quant.encoder_scheme import encoder_scheme
-    from fastvlm.quant.recipe import read_recipe as file_recipe
 
-    new = Recipe(encoder_scheme(None, None, None), decoder_scheme(8, None, None, 64), 128, interface_for(["int8"]))
     earlier = file_recipe(folder / "fastvlm.json")
-    recipe = replayed(new, earlier, Border(), keep_size=False)
+    recipe = planned_recipe(ExportOptions(), 128, earlier)
     check_calibration(earlier, verification_images(128), recipe.image_size)
     saved = saved_recipe(folder)
     encoder_floor_db(saved)
@@ -131,8 +128,8 @@ def bundle_model(folder: Path) -> None:
 
 def check_bundle(folder: Path) -> None:
     from fastvlm.export.bundle.check import check_bundle
+    from fastvlm.export.bundle.contracts import contract_for
     from fastvlm.export.bundle.place import check_place
-    from fastvlm.export.bundle.targets import contract_for
 
     check_place(folder, contract_for("mlx-swift-lm"))
     for target in ("mlx-vlm", "mlx-swift-lm", "apple-app"):

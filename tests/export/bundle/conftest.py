@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.export.bundle.targets import APPLE_APP, MLX_VLM, TARGETS
+from fastvlm.export.bundle.contracts import APPLE_APP, CONTRACTS, MLX_VLM
 from fastvlm.export.bundle.write import bundle
 from fastvlm.export.exporter import export
 from fastvlm.models.random_checkpoint import TINY_ENCODER
@@ -15,11 +15,11 @@ from fastvlm.models.random_checkpoint import TINY_ENCODER
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`random:tiny`, exported in both layouts."""
+    """`random:tiny` by encoder: in a package, and in MLX."""
     root = tmp_path_factory.mktemp("folders")
     return {
-        "apple": export("random:tiny", root / "apple", quant="fp16").folder,
-        "mlx": export("random:tiny", root / "mlx", layout="mlx").folder,
+        "coreml": export("random:tiny", root / "coreml", quant="fp16").folder,
+        "mlx": export("random:tiny", root / "mlx", encoder="mlx").folder,
     }
 
 
@@ -27,14 +27,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small_contracts() -> None:
     """The app's and mlx-vlm's code hold FastViTHD's numbers at 1024 px; random:tiny has others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TARGETS, "apple-app", replace(APPLE_APP, image_size=256, channels=512))
-        patch.setitem(TARGETS, "mlx-vlm", replace(MLX_VLM, encoder=replace(TINY_ENCODER, reparameterized=True)))
+        patch.setitem(CONTRACTS, "apple-app", replace(APPLE_APP, image_size=256, channels=512))
+        patch.setitem(CONTRACTS, "mlx-vlm", replace(MLX_VLM, architecture=replace(TINY_ENCODER, reparameterized=True)))
         yield
 
 
 @pytest.fixture(scope="session")
 def bundles(folders: dict[str, Path], small_contracts: None, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A bundle by target."""
+    """A bundle by client."""
     root = tmp_path_factory.mktemp("bundles")
-    layouts = {"apple-app": "apple", "mlx-swift-lm": "mlx", "mlx-vlm": "mlx"}
-    return {target: bundle(folders[layout], target, root / target).path for target, layout in layouts.items()}
+    encoders = {"apple-app": "coreml", "mlx-swift-lm": "mlx", "mlx-vlm": "mlx"}
+    return {client: bundle(folders[encoder], client, root / client).path for client, encoder in encoders.items()}

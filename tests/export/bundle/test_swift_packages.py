@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from fastvlm.export.bundle import swift_packages
-from fastvlm.export.bundle.swift_packages import BEHIND, CHOSEN, RESOLVED, VERSIONS_NOTE, package_resolved, pin_packages
+from fastvlm.export.bundle.swift_packages import (
+    CHOSEN,
+    DEPENDENCIES,
+    RESOLVED,
+    VERSIONS_NOTE,
+    package_resolved,
+    pin_packages,
+)
 
 PROJECT = "".join(f'repositoryURL = "{pin.location}";\n' for pin in CHOSEN)
 
@@ -29,7 +36,7 @@ def test_pins_are_in_the_form_of_xcode() -> None:
     assert content["version"] == 2
     identities = [pin["identity"] for pin in content["pins"]]
     assert identities == sorted(set(identities))
-    assert len(identities) == len(CHOSEN) + len(BEHIND) == 9
+    assert len(identities) == len(CHOSEN) + len(DEPENDENCIES) == 9
     for pin in content["pins"]:
         assert re.fullmatch(r"[0-9a-f]{40}", pin["state"]["revision"])
         assert re.fullmatch(r"\d+\.\d+\.\d+", pin["state"]["version"])

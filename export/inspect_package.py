@@ -1,4 +1,4 @@
-"""What a package holds, read from its files: inputs, operations, bytes, floating-point operations, lint."""
+"""The description of a package from its files: inputs, operations, bytes, floating-point operations, lint."""
 
 from __future__ import annotations
 
@@ -21,35 +21,39 @@ from ..models.mlprogram.cost import flops
 from .lint import Finding, lint, results
 
 LARGEST_OPERANDS = 5
+"""The number of largest tensors in a report."""
 
 
 @dataclass(frozen=True)
 class PackageReport:
-    """A package, described."""
+    """The description of a package."""
 
     path: Path
     inputs: tuple[TensorType, ...]
     image_inputs: dict[str, str]
-    """Colour layout of the inputs that are images, by name."""
+    """The color layout of the inputs that are images, by name."""
     outputs: tuple[TensorType, ...]
     spec_version: int
     operations: dict[str, int]
-    """Operations by kind, the most frequent first; constants are not counted."""
+    """The number of operations by kind, the most frequent first, without constants."""
     compressed_weights: int
     weight_bytes: dict[str, int]
-    """Bytes of constants by how they are stored."""
+    """The bytes of constants by their storage."""
     max_rank: int
     largest_operands: tuple[TensorType, ...]
     flops: int
-    """Floating-point operations of one image; a multiplication and an addition count as two."""
+    """The floating-point operations for one image. A multiplication and an addition count as two."""
     findings: tuple[Finding, ...]
     metadata: dict[str, str]
 
     @property
     def errors(self) -> tuple[Finding, ...]:
+        """The broken rules that keep a program from the Neural Engine."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report as it is printed with `--json`."""
+
         def tensors(found: tuple[TensorType, ...]) -> list[dict[str, Any]]:
             return [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in found]
 
@@ -75,28 +79,28 @@ def inspect(path: str | Path) -> PackageReport:
     """Describes a package, or the one in an exported folder.
 
     Raises:
-        PackageError: there is no package, or it cannot be read.
+        PackageError: the package is missing, or cannot be read.
     """
     path = Path(path).expanduser()
     package = path / PACKAGE_NAME if (path / PACKAGE_NAME).is_dir() else path
     if not package.is_dir():
-        raise PackageError(f"{path} is neither a .mlpackage nor a folder with {PACKAGE_NAME}")
+        raise PackageError(f"{path} is neither a .mlpackage nor a folder with {PACKAGE_NAME}.")
     if (package / CONFIG_NAME).is_file():
         raise PackageError(f"{path} {without_package(package)}")
     return describe(read_package(package))
 
 
 def without_package(folder: Path) -> str:
-    """What a model folder is that has no package. Raises WeightsError when its weights are damaged."""
+    """Returns the reason why a model folder has no package. Raises WeightsError if its weights are damaged."""
     if has_mlx_encoder(folder):
-        return "holds its encoder as MLX weights, for clients that run it in MLX: there is no package to inspect"
+        return "has its encoder as MLX weights, for clients that run it in MLX, and no package to inspect."
     if (folder / MANIFEST_NAME).is_file():
-        return f"lacks {PACKAGE_NAME}: export the model again"
-    return f"is a checkpoint, which has no package yet: export it first, with `fastvlm export {folder}`"
+        return f"lacks {PACKAGE_NAME}. Export the model again."
+    return f"is a checkpoint, which has no package yet. Export it first: `fastvlm export {folder}`."
 
 
 def describe(program: Program) -> PackageReport:
-    """The report of a program that has been read."""
+    """Returns the report of a program."""
     operands = {tensor.name: tensor for tensor in results(program)}.values()
     return PackageReport(
         path=program.path,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from fastvlm.export.recipe import DECODER_FIELDS, read_recipe
 from fastvlm.models.errors import UsageError
 from fastvlm.quant.decoder_scheme import DecoderScheme
 from fastvlm.quant.encoder_scheme import EncoderScheme
-from fastvlm.quant.recipe import DECODER_FIELDS, read_recipe
 
 RECIPE: dict[str, Any] = {"quant": "mixed", "min_snr": 35, "weights": {"0.0": "fp16", "2.0": "pal6", "3": "int8"}}
 

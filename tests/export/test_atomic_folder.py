@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.export import output
-from fastvlm.export.output import new_folder
+from fastvlm.export import atomic_folder
+from fastvlm.export.atomic_folder import new_folder
 from fastvlm.models.errors import OutputError
 
 
@@ -59,7 +59,7 @@ def test_earlier_export_stays_when_the_disk_fills_up(small_disk: Path) -> None:
 
 def test_read_only_file_system_is_told(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(OutputError, match="cannot be written: Read-only"), new_folder(small_disk / "m", force=False):
+    with pytest.raises(OutputError, match=r"cannot be written \(Read-only"), new_folder(small_disk / "m", force=False):
         pass
 
 
@@ -107,7 +107,10 @@ def test_earlier_export_is_put_back_when_ctrl_c_comes_between_two_renames(
 
 
 def test_second_of_two_writers_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists: pass --force"), new_folder(tmp_path / "m", force=False) as folder:
+    with (
+        pytest.raises(OutputError, match=r"exists\. Pass force=True"),
+        new_folder(tmp_path / "m", force=False) as folder,
+    ):
         write(folder)
         (tmp_path / "m").mkdir()  # another process, which was faster
         write(tmp_path / "m", "theirs")
@@ -115,4 +118,4 @@ def test_second_of_two_writers_says_so(tmp_path: Path) -> None:
     second = new_folder(tmp_path / "other", force=False)
     with new_folder(tmp_path / "other", force=False), pytest.raises(OutputError, match="written by this process"):
         second.__enter__()
-    assert output._being_written == set()
+    assert atomic_folder._being_written == set()

@@ -14,13 +14,11 @@ import pytest
 import fastvlm
 from fastvlm.export.bundle import memory, write
 from fastvlm.export.bundle.check import check_bundle
-from fastvlm.export.bundle.contract import Contract
+from fastvlm.export.bundle.contracts import APPLE_APP, CONTRACTS, MLX_SWIFT_LM, MLX_VLM, Contract
 from fastvlm.export.bundle.memory import PHONES, Estimate, estimate
-from fastvlm.export.bundle.place import MAX_OTHERS, publish_beside_others
-from fastvlm.export.bundle.requirements import check_requirements
+from fastvlm.export.bundle.place import MAX_OTHERS, publish_with_others
 from fastvlm.export.bundle.swift_packages import CHOSEN, RESOLVED, VERSIONS_NOTE
-from fastvlm.export.bundle.targets import APPLE_APP, MLX_SWIFT_LM, MLX_VLM, TARGETS
-from fastvlm.export.bundle.write import LICENCE_NOTE, bundle
+from fastvlm.export.bundle.write import LICENCE_NOTE, bundle, check_requirements
 from fastvlm.models.errors import ModelFolderError, OutputError, UsageError, VerificationError
 from fastvlm.models.files import read_json_object, sha256
 
@@ -34,7 +32,7 @@ def test_app_bundle_holds_what_the_app_reads(bundles: dict[str, Path], folders: 
     assert names == {"config.json", "fastvithd.mlpackage", "fastvlm-bundle.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}  # fmt: skip
     weights = "model.safetensors"
-    assert (bundles["apple-app"] / weights).read_bytes() == (folders["apple"] / weights).read_bytes()
+    assert (bundles["apple-app"] / weights).read_bytes() == (folders["coreml"] / weights).read_bytes()
 
 
 def test_manifest_lists_every_file_with_its_hash(bundles: dict[str, Path]) -> None:
@@ -73,7 +71,7 @@ def test_template_gives_the_training_prompt(bundles: dict[str, Path], folders: d
 
 
 def test_two_bundles_are_equal(bundles: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
-    again = fastvlm.bundle(folders["apple"], "apple-app", tmp_path / "again")
+    again = fastvlm.bundle(folders["coreml"], "apple-app", tmp_path / "again")
     assert contents(again.path) == contents(bundles["apple-app"])
     assert again.total_bytes == sum(map(len, contents(again.path).values())) - len(
         (again.path / "fastvlm-bundle.json").read_bytes()
@@ -97,7 +95,7 @@ def test_zip_that_is_no_bundle_is_left_alone(folders: dict[str, Path], tmp_path:
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("photo.jpg", b"")
     before = contents(tmp_path)
-    with pytest.raises(OutputError, match="exists and is no bundle's zip"):
+    with pytest.raises(OutputError, match="exists and is not the zip of a bundle"):
         bundle(folders["mlx"], "mlx-vlm", tmp_path / "photos.zip", zipped=True)
     assert contents(tmp_path) == before
 
@@ -112,13 +110,13 @@ def test_app_checkout_gets_the_model_in_its_place(folders: dict[str, Path], tmp_
     (model / "empty").mkdir()
     os.chmod(model / "README.txt", 0o640)  # noqa: PTH101
     before = (model / "README.txt").stat()
-    assert bundle(folders["apple"], "apple-app", tmp_path).path == model
+    assert bundle(folders["coreml"], "apple-app", tmp_path).path == model
     assert check_bundle(model, "apple-app").passed
     after = (model / "README.txt").stat()
     assert (after.st_ino, after.st_mode, after.st_mtime_ns) == (before.st_ino, before.st_mode, before.st_mtime_ns)
     assert (model / "more" / "link").readlink() == Path("../README.txt")
     assert (model / "empty").is_dir()
-    bundle(folders["apple"], "apple-app", tmp_path / "app")  # again, over the earlier one
+    bundle(folders["coreml"], "apple-app", tmp_path / "app")  # again, over the earlier one
     assert (model / "README.txt").read_text() == "put models here"
     assert sorted(path.name for path in model.parent.iterdir()) == ["FastVLM.swift", "model"]
 
@@ -149,7 +147,7 @@ def test_app_folder_holds_nothing_unfinished(
     abandoned = tmp_path / "app" / ".model.partial-999999999"
     abandoned.mkdir()
     for _ in range(2):
-        bundle(folders["apple"], "apple-app", tmp_path)
+        bundle(folders["coreml"], "apple-app", tmp_path)
     assert seen == [tmp_path / "app"] * 2
     assert check_bundle(synchronized / "model", "apple-app").passed
     assert sorted(path.name for path in (tmp_path / "app").iterdir()) == ["FastVLM", "FastVLM.xcodeproj"]
@@ -157,11 +155,11 @@ def test_app_folder_holds_nothing_unfinished(
 
 def test_app_bundle_says_what_it_builds_with(folders: dict[str, Path], tmp_path: Path) -> None:
     checkout(tmp_path / "clone")
-    result = bundle(folders["apple"], "apple-app", tmp_path / "clone")
+    result = bundle(folders["coreml"], "apple-app", tmp_path / "clone")
     assert "Package.resolved pins" in result.notes[-1]
     assert (tmp_path / "clone" / "app" / "FastVLM.xcodeproj" / RESOLVED).is_file()
-    assert "was there and is left" in bundle(folders["apple"], "apple-app", tmp_path / "clone").notes[-1]
-    assert bundle(folders["apple"], "apple-app", tmp_path / "elsewhere").notes[-1] == VERSIONS_NOTE
+    assert "exists and was not changed" in bundle(folders["coreml"], "apple-app", tmp_path / "clone").notes[-1]
+    assert bundle(folders["coreml"], "apple-app", tmp_path / "elsewhere").notes[-1] == VERSIONS_NOTE
     assert VERSIONS_NOTE not in bundle(folders["mlx"], "mlx-swift-lm", tmp_path / "other").notes
 
 
@@ -179,13 +177,13 @@ def test_app_bundle_says_what_it_builds_with(folders: dict[str, Path], tmp_path:
 def test_decoders_that_the_app_cannot_load_are_refused(
     folders: dict[str, Path], tmp_path: Path, quantization: dict[str, object] | None, fault: str | None
 ) -> None:
-    folder = shutil.copytree(folders["apple"], tmp_path / "model")
+    folder = shutil.copytree(folders["coreml"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
     if fault is None:
-        check_requirements(folder, TARGETS["apple-app"])
+        check_requirements(folder, CONTRACTS["apple-app"])
     else:
-        with pytest.raises(UsageError, match=f"{fault}; export again with --decoder-bits 4, 6 or 8"):
+        with pytest.raises(UsageError, match=f"{fault}. Export again with decoder_bits 4, 6 or 8"):
             bundle(folder, "apple-app", tmp_path / "b")
     faults = check_bundle(folder, "apple-app").faults
     assert any("cannot load the decoder" in text for text in faults) == (fault is not None)
@@ -206,7 +204,7 @@ def test_spaces_are_kept_unless_the_tokenizer_says_so(folders: dict[str, Path], 
 
 
 def test_files_of_an_earlier_bundle_that_are_no_longer_needed_go(folders: dict[str, Path], tmp_path: Path) -> None:
-    bundle(folders["apple"], "apple-app", tmp_path / "b")
+    bundle(folders["coreml"], "apple-app", tmp_path / "b")
     (tmp_path / "b" / "mine.txt").write_text("kept")
     bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
     assert not (tmp_path / "b" / "fastvithd.mlpackage").exists()
@@ -218,15 +216,15 @@ def test_files_of_an_earlier_bundle_that_are_no_longer_needed_go(folders: dict[s
 def test_files_of_others_are_never_replaced(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     (tmp_path / "b" / name).parent.mkdir(parents=True)
     (tmp_path / "b" / name).write_text("somebody else's")
-    with pytest.raises(OutputError, match="is not of an earlier bundle and is in the way"):
-        bundle(folders["apple"], "apple-app", tmp_path / "b")
+    with pytest.raises(OutputError, match="is not from an earlier bundle and is in the way"):
+        bundle(folders["coreml"], "apple-app", tmp_path / "b")
     assert contents(tmp_path) == {f"b/{name}": b"somebody else's"}
 
 
 def test_bundled_files_that_were_changed_since_are_kept(folders: dict[str, Path], tmp_path: Path) -> None:
     bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
     (tmp_path / "b" / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="config.json was changed since it was bundled"):
+    with pytest.raises(OutputError, match="config.json was changed after it was bundled"):
         bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
     assert (tmp_path / "b" / "config.json").read_text() == "{}"
 
@@ -234,7 +232,7 @@ def test_bundled_files_that_were_changed_since_are_kept(folders: dict[str, Path]
 def test_folder_of_something_else_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     for index in range(MAX_OTHERS + 1):
         (tmp_path / f"{index}.txt").write_text("")
-    with pytest.raises(OutputError, match="name a folder of its own inside it"):
+    with pytest.raises(OutputError, match="Choose a new folder inside it"):
         bundle(folders["mlx"], "mlx-vlm", tmp_path)
     assert len(list(tmp_path.iterdir())) == MAX_OTHERS + 1
 
@@ -251,53 +249,63 @@ def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
     (folder := tmp_path / "b").mkdir()
     (folder / "config.json").write_text("somebody else's")
     with pytest.raises(OutputError, match="in the way"):
-        publish_beside_others(partial, folder)
+        publish_with_others(partial, folder)
     assert (folder / "config.json").read_text() == "somebody else's"
 
 
 @pytest.mark.parametrize(
-    ("layout", "target", "contract", "message"),
+    ("encoder", "client", "contract", "message"),
     [
-        ("mlx", "apple-app", replace(APPLE_APP, channels=512), "with Core ML; export again with --layout apple"),
-        ("apple", "mlx-vlm", MLX_VLM, "runs the encoder in MLX; export again with --layout mlx"),
-        ("apple", "apple-app", replace(APPLE_APP, channels=512), "export again with --image-size 1024"),
-        ("apple", "apple-app", APPLE_APP, "only FastViTHD can be bundled$"),  # at no other size either
-        ("apple", "apple-app", replace(APPLE_APP, image_size=256), "takes 3072 channels, this encoder gives 512"),
-        ("mlx", "mlx-vlm", MLX_VLM, "knows FastViTHD only, depths 2-12-24-4-2"),
+        ("mlx", "apple-app", replace(APPLE_APP, channels=512), "with Core ML. Export again with encoder='coreml'"),
+        ("coreml", "mlx-vlm", MLX_VLM, "runs the encoder in MLX. Export again with encoder='mlx'"),
+        ("coreml", "apple-app", replace(APPLE_APP, channels=512), "Export again with image_size=1024"),
+        (
+            "coreml",
+            "apple-app",
+            APPLE_APP,
+            r"needs the 3072 channels of FastViTHD \(got 512\)\.$",
+        ),  # at no other size either
+        (
+            "coreml",
+            "apple-app",
+            replace(APPLE_APP, image_size=256),
+            r"needs the 3072 channels of FastViTHD \(got 512\)",
+        ),
+        ("mlx", "mlx-vlm", MLX_VLM, "runs only FastViTHD, with depths 2-12-24-4-2"),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_written(
     folders: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    layout: str,
-    target: str,
+    encoder: str,
+    client: str,
     contract: object,
     message: str,
 ) -> None:
-    monkeypatch.setitem(TARGETS, target, contract)
+    monkeypatch.setitem(CONTRACTS, client, contract)
     with pytest.raises(UsageError, match=message):
-        bundle(folders[layout], target, tmp_path / "b")
+        bundle(folders[encoder], client, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"io": "float16"}, "again with --io float32$"),
-        ({"io": "image"}, "again with --io float32$"),
-        ({"with_projector": True}, "again with --no-projector$"),
+        ({"io": "float16"}, "again with io='float32'.$"),
+        ({"io": "image"}, "again with io='float32'.$"),
+        ({"with_projector": True}, "again with with_projector=False.$"),
     ],
 )
 def test_packages_with_another_border_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     """Only the border counts: the network inside is left out."""
     import torch
 
-    from fastvlm.export.bundle.requirements import check_requirements
+    from fastvlm.export.bundle.write import check_requirements
     from fastvlm.export.coreml import convert_encoder
-    from fastvlm.export.interface import Interface
+    from fastvlm.export.recipe import PackageInterface
 
-    interface = Interface(**options)
+    interface = PackageInterface(**options)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 512, 1, 64), torch.nn.Flatten(2))
     (folder := tmp_path / "model").mkdir()
     convert_encoder(
@@ -341,15 +349,15 @@ def test_licence_files_come_along_and_are_spoken_of(folders: dict[str, Path], tm
 
 
 def test_memory_counts_every_part(folders: dict[str, Path]) -> None:
-    found = estimate(folders["mlx"], TARGETS["mlx-vlm"], 1000)
+    found = estimate(folders["mlx"], CONTRACTS["mlx-vlm"], 1000)
     assert found.parts["key-value cache"] == 2 * 3 * 2 * 32 * 1000 * 2  # layers, heads, width, float16
     assert found.parts["encoder, running"] == 3 * 64 * 64 * 64 * 4  # hidden width of stage 0 at a quarter of 256
     weights = (folders["mlx"] / "model.safetensors").stat().st_size
     assert found.parts["decoder"] + found.parts["encoder"] == weights
     assert found.total_bytes == sum(found.parts.values())
-    twice = estimate(folders["mlx"], TARGETS["mlx-vlm"], 2000)
+    twice = estimate(folders["mlx"], CONTRACTS["mlx-vlm"], 2000)
     assert twice.parts["key-value cache"] == 2 * found.parts["key-value cache"]
-    wider = estimate(folders["mlx"], TARGETS["mlx-swift-lm"], 1000)  # its features are float32
+    wider = estimate(folders["mlx"], CONTRACTS["mlx-swift-lm"], 1000)  # its features are float32
     for part in ("key-value cache", "prefill"):
         assert wider.parts[part] == 2 * found.parts[part]
 
@@ -366,7 +374,7 @@ def test_memory_counts_on_no_more_context_than_a_model_has(
 
 @pytest.mark.parametrize("context", [0, -1, 10**9])
 def test_context_beyond_the_model_is_refused(folders: dict[str, Path], context: int, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--context should be from 1 to the model's 32768 tokens"):
+    with pytest.raises(UsageError, match="context must be between 1 and the model's 32768 tokens"):
         bundle(folders["mlx"], "mlx-vlm", tmp_path / "b", context=context)
 
 
@@ -375,8 +383,8 @@ def test_context_beyond_the_model_is_refused(folders: dict[str, Path], context: 
     [
         ({"decoder": 1e9}, []),
         ({"decoder": 2.3e9}, ["4 GB (iPhone 12 mini): only with the entitlement"]),
-        ({"decoder": 8e9}, ["4 GB", "6 GB", "8 GB (iPhone 15 Pro): will not fit", "--decoder-bits 4"]),
-        ({"decoder": 1e9, "key-value cache": 9e9}, ["4 GB", "6 GB", "8 GB", "less than --context 2048"]),
+        ({"decoder": 8e9}, ["4 GB", "6 GB", "8 GB (iPhone 15 Pro): will not fit", "the decoder with 4 bits"]),
+        ({"decoder": 1e9, "key-value cache": 9e9}, ["4 GB", "6 GB", "8 GB", "less than 2048 tokens"]),
     ],
 )
 def test_advice_says_what_would_help(parts: dict[str, int], advice: list[str]) -> None:

@@ -28,7 +28,7 @@ PROMPTS = ("What is in the picture?", "  Zwei WÃ¶rter,\n\tand 12345 + 678!", "æ—
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`random:tiny` in MLX with nothing rounded but to float16 in the decoder."""
     folder = tmp_path_factory.mktemp("exact") / "model"
-    return export("random:tiny", folder, layout="mlx", quant="fp32", decoder_bits=16).folder
+    return export("random:tiny", folder, encoder="mlx", quant="fp32", decoder_bits=16).folder
 
 
 def our_logits(vlm: fastvlm.FastVLM, pixels: np.ndarray | None = None) -> np.ndarray:
@@ -86,13 +86,13 @@ def test_mlx_vlm_loads_quantized_decoders(
     assert 10 * np.log10((ours**2).sum() / ((logits - ours) ** 2).sum()) > 30  # it computes in float16
 
 
-@pytest.mark.parametrize("layout", ["apple", "mlx"])
+@pytest.mark.parametrize("encoder", ["coreml", "mlx"])
 def test_mlx_lm_loads_the_decoder_of_any_folder(
-    folders: dict[str, Path], layout: str, tolerance: Callable[[str], float]
+    folders: dict[str, Path], encoder: str, tolerance: Callable[[str], float]
 ) -> None:
     from mlx_lm.models.qwen2 import Model, ModelArgs
 
-    folder = folders[layout]
+    folder = folders[encoder]
     config = json.loads((folder / "config.json").read_text())
     prefix = "language_model."
     weights = {

@@ -120,12 +120,12 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
         ({"tokenizer.json": b"{}"}, "'added_tokens' with ids"),
         ({"tokenizer.json": b'{"added_tokens": [{"id": "x"}], "model": {"vocab": {}}}'}, "'added_tokens' with ids"),
         ({"tokenizer.json": b'{"added_tokens": [], "model": {"vocab": {"a": 0}}}'}, "is not a tokenizer"),
-        ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "should map tokens to ids"),
+        ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, "must map tokens to ids"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"\xff"}, "not UTF-8"),
-        ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "names no added tokens"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b""}, "has no added tokens"),
         (
             {"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": "1"}'},
-            "should map tokens to ids",
+            "must map tokens to ids",
         ),
         (
             {
@@ -135,7 +135,7 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
             },
             "malformed entry",
         ),
-        ({"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": 7}'}, "ids should have no gaps"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": 7}'}, "ids must have no gaps"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"one\n"}, "two symbols a line"),
     ],
 )
