@@ -37,7 +37,7 @@ from .model_folder import (
     preprocessor_config,
 )
 from .options import ExportOptions, OnStage
-from .recipe import Recipe, calibration_set, planned_recipe, read_recipe
+from .recipe import Recipe, calibration_set, earlier_recipe, planned_recipe
 from .tokenizer import ExportedTokenizer, export_tokenizer
 from .verify import Verification, verify_features
 from .write_encoder import WrittenEncoder, write_encoder
@@ -160,7 +160,7 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
     """Exports a checkpoint: `export` with its keyword arguments as one value."""
     disable_tf32()
     checkpoint, on_stage = open_checkpoint(model, options.adapter), options.on_stage
-    saved = None if options.recipe is None else read_recipe(options.recipe)
+    saved = earlier_recipe(options)
     recipe = planned_recipe(options, checkpoint.config.image_size, saved)
     check_engine(recipe, options.allow_lint)
     calibration = calibration_set(options.calibrate, recipe.image_size, checkpoint.config.image_aspect_ratio, saved)

@@ -135,7 +135,7 @@ class MLXScheme(EncoderScheme):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an export does to a checkpoint."""
+    """The decisions of an export about a checkpoint."""
 
     encoder: EncoderScheme
     decoder: DecoderScheme
@@ -164,6 +164,16 @@ class Recipe:
         """Returns the manifest's entries."""
         interface = self.interface.as_dict() if self.has_package else {}
         return {**self.encoder.as_dict(), "decoder": asdict(self.decoder), "image_size": self.image_size, **interface}
+
+
+def earlier_recipe(options: ExportOptions) -> SavedRecipe | None:
+    """Reads the recipe of `options.recipe`, if it is given and goes with the encoder's arguments.
+
+    Raises:
+        UsageError: the recipe is invalid, or arguments contradict each other.
+    """
+    requested_encoder(options)  # an export without a package is refused before any file is read
+    return None if options.recipe is None else read_recipe(options.recipe)
 
 
 def planned_recipe(options: ExportOptions, trained_size: int, saved: SavedRecipe | None) -> Recipe:

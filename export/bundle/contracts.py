@@ -135,7 +135,7 @@ class Contract:
 SIZE = "a positive integer"
 
 OPTIONAL_FILES = ("processor_config.json",)
-"""The files that clients read only if there is no preprocessor_config.json, or never. Existing ones must be right."""
+"""The files that clients read only instead of preprocessor_config.json, or never. Existing ones must be right."""
 
 MODEL_TYPE = Rule("model_type", "a string", "llava_qwen2")
 

@@ -136,7 +136,7 @@ def test_every_id_of_the_synthetic_tokenizer_is_taken() -> None:
             "malformed entry",
         ),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": 7}'}, "ids must have no gaps"),
-        ({"vocab.json": b'{"a": 0}', "merges.txt": b"one\n"}, "two symbols a line"),
+        ({"vocab.json": b'{"a": 0}', "merges.txt": b"one\n"}, "two symbols per line"),
     ],
 )
 def test_damaged_tokenizers_are_one_line(files: dict[str, bytes], message: str) -> None:

@@ -147,7 +147,7 @@ APPLE = [
     (config("hidden_size", 128.5), "'hidden_size' must be a positive integer (got 128.5)"),
     (config("hidden_size", 256), "embed_tokens.scales must have the shape"),
     (config("num_attention_heads", True), "'num_attention_heads' must be a positive integer (got True)"),
-    (config("num_key_value_heads", 4), "k_proj.bias must be of shape [128] (got [64])"),
+    (config("num_key_value_heads", 4), "k_proj.bias must have the shape [128] (got [64])"),
     (config("num_hidden_layers", 4), "tensors missing: language_model.model.layers.3."),
     (config("intermediate_size", 512), "must have the shape"),
     (config("mm_hidden_size", 3072), "'mm_hidden_size' must be 512 (got 3072)"),
@@ -172,7 +172,7 @@ APPLE = [
     (tensors(lambda found: found.pop(NORM)), f"1 tensors missing: {NORM}"),
     (tensors(lambda found: found.update(extra=mx.zeros(3))), "1 tensors unknown to the client: extra"),
     (renamed(PROJECTOR, "mm_projector.0.weight"), "unknown to the client: mm_projector.0.weight"),
-    (replaced(PROJECTOR, lambda t: t.T), "linear_0.weight must be of shape [128, 512] (got [512, 128])"),
+    (replaced(PROJECTOR, lambda t: t.T), "linear_0.weight must have the shape [128, 512] (got [512, 128])"),
     (replaced(NORM, lambda t: t.view(mx.uint16).astype(mx.uint32)), "norm.weight must have the type BF16 or F16"),
     (truncated, "model.safetensors"),
     (settings("tokenizer_class"), "'tokenizer_class' is missing"),
@@ -185,8 +185,8 @@ APPLE = [
     (lambda folder: shutil.rmtree(folder / "fastvithd.mlpackage"), "fastvithd.mlpackage"),
     (lambda folder: (folder / "fastvithd.mlpackage").rename(folder / "encoder.mlpackage"), "fastvithd.mlpackage"),
     (package(float16_input), "fastvithd.mlpackage"),
-    (package(other_size), "the input must be images fp32 [1, 3, 256, 256] (got images)"),
-    (package(renamed_output), "the output must be image_features fp32 [1, 16, 512] (got features)"),
+    (package(other_size), "the input must be images fp32 [1, 3, 256, 256] (got images"),
+    (package(renamed_output), "the output must be image_features fp32 [1, 16, 512] (got features"),
 ]  # fmt: skip
 
 MLX = [
@@ -205,7 +205,7 @@ MLX = [
     (config("vision_config.mlp_ratios", [4, 4, 4, 4, 3]), "must have the shape"),
     (config("vision_config.pos_embs_shapes", [None] * 5), "'vision_config.pos_embs_shapes' must be"),
     (config("vision_config.token_mixers", ["repmixer"] * 5), "'vision_config.token_mixers' must be"),
-    (config("vision_config.projection_dim", 512), "head.proj must be of shape [512, 512] (got [512, 768])"),
+    (config("vision_config.projection_dim", 512), "head.proj must have the shape [512, 512] (got [512, 768])"),
     (config("vision_config.image_size", 1024), "'size.shortest_edge' must be 1024 (got 256)"),
     (config("vision_config.layer_scale_init_value", "small"), "must be a number (got 'small')"),
     (pixels("processor_class", "LlavaProcessor"), "'processor_class' must be 'FastVLMProcessor'"),
@@ -219,11 +219,11 @@ MLX = [
     ),
     (
         replaced(f"{TOWER}patch_embed.blocks.1.reparam_conv.weight", lambda t: t.transpose(0, 3, 1, 2)),
-        "must be of shape [16, 3, 3, 1] (got [16, 1, 3, 3])",
+        "must have the shape [16, 3, 3, 1] (got [16, 1, 3, 3])",
     ),
     (
         replaced(f"{TOWER}network.0.0.layer_scale", lambda t: t.transpose(2, 0, 1)),
-        "layer_scale must be of shape [1, 1, 16] (got [16, 1, 1])",
+        "layer_scale must have the shape [1, 1, 16] (got [16, 1, 1])",
     ),
     (renamed("mm_projector.2.bias", "multi_modal_projector.linear_2.bias"), "missing: mm_projector.2.bias"),
 ]  # fmt: skip

@@ -66,7 +66,7 @@ def test_pins_that_are_there_are_left(app: Path, link: bool) -> None:
     note = pin_packages(app)
     assert resolved.is_symlink() if link else resolved.read_text() == "mine"
     assert note.startswith(VERSIONS_NOTE)
-    assert "is left as it is" in note
+    assert "was not changed" in note
 
 
 def test_pins_that_appear_meanwhile_are_left(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_pins_that_appear_meanwhile_are_left(app: Path, monkeypatch: pytest.Monk
 
     write_new = swift_packages._write_new
     monkeypatch.setattr(swift_packages, "_write_new", overtaken)
-    assert "cannot be written: File exists" in pin_packages(app)
+    assert "cannot be written (File exists)" in pin_packages(app)
     assert resolved.read_text() == "theirs"
     assert [path.name for path in resolved.parent.iterdir()] == ["Package.resolved"]
 
