@@ -33,7 +33,16 @@ class _CallablePackage(ModuleType):
     def __doc__(self) -> str:  # type: ignore[override]
         from .exporter import export
 
-        return f"export{inspect.signature(export)}\n\n{inspect.getdoc(export)}"
+        summary, details = (inspect.getdoc(export) or "").split("\n", 1)
+        arguments = "\n".join(f"    {_argument(one)}," for one in self.__signature__.parameters.values())
+        return f"{summary}\n\nexport(\n{arguments}\n) -> Export\n{details}"
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    """Returns an argument as it is written in source code."""
+    default = parameter.default
+    shown = default.__name__ if callable(default) else repr(default)
+    return f"{parameter.name}: {parameter.annotation} = {shown}"
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -161,7 +161,7 @@ def _package_lacks(folder: Path, contract: Contract) -> Iterator[str]:
     from ...models.mlprogram import read_package
 
     if not (folder / PACKAGE_NAME).is_dir():
-        yield f"{contract.title} runs the encoder with Core ML. Export again with encoder='coreml'"
+        yield f"{contract.title} runs a Core ML package. Export again with encoder='coreml'"
         return
     program = read_package(folder / PACKAGE_NAME)
     options = list(_interface_options(program, contract))
@@ -183,7 +183,7 @@ def _interface_options(program: Program, contract: Contract) -> Iterator[str]:
 
 def _mlx_lacks(folder: Path, contract: Contract) -> Iterator[str]:
     if not has_mlx_encoder(folder):
-        yield f"{contract.title} runs the encoder in MLX. Export again with encoder='mlx'"
+        yield f"{contract.title} runs MLX weights. Export again with encoder='mlx'"
         return
     found = encoder_config_of(folder)
     if contract.architecture is not None and found != contract.architecture:
