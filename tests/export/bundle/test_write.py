@@ -256,7 +256,7 @@ def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("encoder", "client", "contract", "message"),
     [
-        ("mlx", "apple-app", replace(APPLE_APP, channels=512), "runs a Core ML package. Export again with encoder='coreml'"),
+        ("mlx", "apple-app", replace(APPLE_APP, channels=512), "a Core ML package. Export again with encoder='coreml'"),
         ("coreml", "mlx-vlm", MLX_VLM, "runs MLX weights. Export again with encoder='mlx'"),
         ("coreml", "apple-app", replace(APPLE_APP, channels=512), "Export again with image_size=1024"),
         (
