@@ -84,14 +84,23 @@ class Placement:
         }
 
 
-def placement(compiled: Path, compute_units: str = "CPU_AND_NE", command: Sequence[str] = COMMAND) -> Placement:
+def placement(
+    compiled: Path,
+    compute_units: str = "CPU_AND_NE",
+    command: Sequence[str] = COMMAND,
+    *,
+    seconds: float | None = None,
+) -> Placement:
     """Returns the devices on which Core ML would run the operations of a `.mlmodelc`, found in a new process.
+
+    The limit is `seconds`, by default PLAN_SECONDS.
 
     Raises:
         MachineError: this machine is not a Mac with compute plans, or the process ended without one.
         PackageError: Core ML cannot plan for the package.
     """
     check_plans()
+    limit = PLAN_SECONDS if seconds is None else seconds
     try:
         done = subprocess.run(
             [*command, str(compiled), compute_units],
@@ -99,11 +108,11 @@ def placement(compiled: Path, compute_units: str = "CPU_AND_NE", command: Sequen
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=PLAN_SECONDS,
+            timeout=limit,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise MachineError(f"Core ML made no compute plan within {PLAN_SECONDS:g} s on {compute_units}") from None
+        raise MachineError(f"Core ML made no compute plan within {limit:g} s on {compute_units}") from None
     try:
         found = json.loads(done.stdout)
         if "error" in found:

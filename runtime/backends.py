@@ -25,7 +25,7 @@ def open_encoder(
 ) -> VisionEncoder:
     """Opens the vision encoder on a backend. None takes Core ML on a Mac and the reference executor elsewhere.
 
-    If there is no package, the folder has the encoder in MLX, and `mlx` is the only backend. `compute_units` is one of
+    Without a package, the folder has the encoder in MLX, and `mlx` is the only backend. `compute_units` is one of
     COMPUTE_UNITS, for Core ML only. None takes FASTVLM_COMPUTE_UNITS, or else the first. Core ML runs in a process of
     its own, which loads while this one does other work. With `encoder_process` the reference executor does too.
 
@@ -60,6 +60,11 @@ def open_encoder(
             return ReferenceEncoder(package, shapes)
         return EncoderProcess(package, shapes, backend="reference", on_wait=on_wait)
     raise UsageError(f"backend must be 'coreml', 'reference' or 'mlx', got {backend!r:.40}", "backend")
+
+
+def encoder_notes(encoder: VisionEncoder) -> tuple[str, ...]:
+    """Returns notes for the user on how the backend runs the package. Waits until it is loaded."""
+    return encoder.notes if isinstance(encoder, EncoderProcess) else ()
 
 
 def check_compute_units(backend: str, compute_units: str | None) -> None:

@@ -55,7 +55,7 @@ LAST_OUTPUT = 200
 
 @dataclass(frozen=True)
 class Ending:
-    """The reason why a child is no longer used."""
+    """The reason why a child is not used anymore."""
 
     kind: Literal["closed", "signal", "exit", "hang", "rubbish", "error"]
     detail: str = ""
@@ -104,7 +104,7 @@ class ChildProcess:
         opening: the reply to the first request, which opens the package.
         memory: the shared pixels and features.
         free_slots: the slots of the memory that no image uses.
-        ending: the reason why the child is no longer used, None while it is in use.
+        ending: the reason why the child is not used anymore, None while it is in use.
         stage: the stage of loading, and its start by `time.monotonic`.
 
     Raises:

@@ -7,6 +7,7 @@ ends when the pipe of requests is closed. `encoder_process.py` is the other side
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -15,21 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..models.compute_plan import placement
 from ..models.coreml_errors import coreml_reason
 from ..models.errors import FastVLMError
 from .compiled_cache import CompiledCache
 from .coreml import CoreMLTools
 from .encoders import CoreMLEncoder, ReferenceEncoder, Shapes, VisionEncoder
+from .engine_share import share_note
 from .transport import FrameError, Layout, SharedMemory, received, send
 
 Stage = Callable[[str], None]
-"""Called with the stage of loading that starts: `import`, `open`, `warm`."""
+"""Called with the stage of loading that starts: `import`, `open`, `warm`, `plan`."""
 
 Opener = Callable[[dict[str, Any], Stage], tuple[VisionEncoder, dict[str, Any]]]
-"""The first request -> the encoder, and what the parent learns of it: times in milliseconds, the compiled copy."""
+"""The first request -> the encoder, and facts for the parent: times in milliseconds, the compiled copy, notes."""
 
 MAX_MESSAGE = 2_000
 """The number of characters of an error message that are sent to the parent."""
+
+PLAN_SECONDS = 30.0
+"""The longest wait for the engine's share of the work, in seconds, when a package was compiled. It takes a few."""
 
 
 def open_backend(request: dict[str, Any], on_stage: Stage) -> tuple[VisionEncoder, dict[str, Any]]:
@@ -48,7 +54,21 @@ def open_backend(request: dict[str, Any], on_stage: Stage) -> tuple[VisionEncode
     cache = CompiledCache(Path(request["cache"]), request["max_copies"])
     encoder = CoreMLEncoder(package, shapes, tools, cache, on_stage)
     times = {"import_ms": import_ms, "open_ms": encoder.open_ms, "first_predict_ms": encoder.first_predict_ms}
-    return encoder, {**times, "compiled": str(encoder.compiled)}
+    start = time.perf_counter()
+    notes = placement_notes(encoder, request["compute_units"], on_stage)
+    if encoder.compile_ms:
+        times["compile_ms"] = encoder.compile_ms + 1000 * (time.perf_counter() - start)
+    return encoder, {**times, "compiled": str(encoder.compiled), "notes": notes}
+
+
+def placement_notes(encoder: CoreMLEncoder, compute_units: str, on_stage: Stage) -> list[str]:
+    """Returns a note if too little work is on the Neural Engine. Only the first use of the package asks Core ML."""
+    plan = None
+    if encoder.compile_ms:
+        on_stage("plan")
+        plan = functools.partial(placement, seconds=PLAN_SECONDS)
+    note = share_note(encoder.compiled, compute_units, plan)
+    return [note] if note else []
 
 
 class Worker:

@@ -174,6 +174,11 @@ class EncoderProcess:
         return None if found is None else Path(str(found))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user on how the package runs here. Waits until it is loaded."""
+        return tuple(map(str, self._ready().get("notes", ())))
+
+    @property
     def compile_ms(self) -> float:
         """The time of the package's first use on this machine's engine, 0 for later uses. Waits until it is loaded."""
         return self.times.compile_ms
@@ -193,7 +198,7 @@ class EncoderProcess:
         return self.submit(pixel_values).result()
 
     def submit(self, pixel_values: NDArray[np.float32]) -> Pending:
-        """Starts to encode an image. Waits while there is no room for it.
+        """Starts to encode an image. Waits until there is room for it.
 
         Raises:
             PackageError: the pixels have another shape.

@@ -25,7 +25,7 @@ MIN_ENGINE_SHARE = 0.5
 """The share of the estimated cost, 0 to 1, below which a result is not reported as the engine's."""
 
 Plan = Callable[[Path, str], Placement]
-"""A compiled copy and compute units -> the unit of each operation."""
+"""A compiled copy and compute units -> the unit of each operation. Raises FastVLMError."""
 
 
 def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: CompiledCache | None = None) -> Path:
@@ -41,16 +41,19 @@ def compiled_copy(package: Path, compute_units: str = ENGINE_UNITS[0], cache: Co
     return (cache or CompiledCache()).compiled(package, CoreMLTools(compute_units))
 
 
-def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> float | None:
+def engine_share(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan | None = placement) -> float | None:
     """Returns the share of the estimated cost that Core ML places on the engine, 0 to 1.
 
     The share is found once for a compiled copy, in a separate process, which takes seconds. It is None where it cannot
-    be known: off a Mac, before macOS 14.4, where the plan fails, and for compute units without the engine.
+    be known: off a Mac, before macOS 14.4, where the plan fails, and for compute units without the engine. If `plan` is
+    None, only a recorded share is returned.
     """
     if compute_units not in ENGINE_UNITS:
         return None
     shares = _recorded(compiled)
     if compute_units not in shares:
+        if plan is None:
+            return None
         try:
             shares[compute_units] = plan(compiled, compute_units).engine_share
         except MachineError:  # another system, or a crash that may not happen again
@@ -66,8 +69,8 @@ def planned_share(package: Path, compute_units: str = ENGINE_UNITS[0]) -> float 
     return engine_share(compiled_copy(package, compute_units), compute_units)
 
 
-def share_note(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan = placement) -> str | None:
-    """Returns a note if less than EXPECTED_SHARE of the work is on the engine. Finds a share that is not recorded."""
+def share_note(compiled: Path, compute_units: str = ENGINE_UNITS[0], plan: Plan | None = placement) -> str | None:
+    """Returns a note if less than EXPECTED_SHARE of the work is on the engine (`engine_share`)."""
     share = engine_share(compiled, compute_units, plan)
     if share is None or share >= EXPECTED_SHARE:
         return None

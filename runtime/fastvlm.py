@@ -14,7 +14,7 @@ from ..models.images import ImageSource
 from ..models.kv_cache import check_kv_bits
 from ..models.language import LanguageSide, load_language
 from ..models.tokenizer_files import IMAGE_TOKEN
-from .backends import open_encoder
+from .backends import encoder_notes, open_encoder
 from .batch import BATCH_SIZE, Batch, requests_for
 from .conversation import Conversation
 from .encoders import OnWait, SeparateEncoder, Shapes, VisionEncoder, close_encoder
@@ -106,6 +106,7 @@ class FastVLM:
             model = cls(opened, encoder, language, tokenizer, 0.0, kv_bits)
             model.engine.warm_up()
             compile_ms = _wait_for(encoder)
+            model.notes = (*model.notes, *encoder_notes(encoder))
         except BaseException:
             close_encoder(encoder)
             raise

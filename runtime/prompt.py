@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile("\ue000([0-9]{1,6})\ue001")
 class Message:
     """One message of a chat.
 
-    Its `image_count` images are placed at the `<image>` marks in `content`, or before the text if there are no marks.
+    Its `image_count` images are placed at the `<image>` marks in `content`, or before the text if it has none.
     """
 
     role: str

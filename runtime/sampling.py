@@ -70,7 +70,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """True if each token is the likeliest one, whatever came before. There is no state then."""
+        """True if each token is the likeliest one, whatever came before. Then the state is empty."""
         return self._options.temperature == 0 and self._options.repetition_penalty == 1
 
     @property

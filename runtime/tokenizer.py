@@ -20,7 +20,7 @@ class Tokenizer:
     """A byte-level BPE tokenizer that keeps text and control tokens apart.
 
     Attributes:
-        settings: the content of tokenizer_config.json, empty if there is no such file.
+        settings: the content of tokenizer_config.json, empty if the folder does not have it.
         control_tokens: the ids of the added tokens (`<|im_start|>`, `<image>` ...). Text is never encoded as one.
         hidden_ids: the control tokens that an answer's text leaves out.
         added_tokens: the added tokens with their flags.

@@ -1,8 +1,8 @@
-"""An encoder's process that does one thing wrong: `bad_child.py FAULT WHEN ONCE DESCRIPTORS...`.
+"""An encoder's process with one fault: `bad_child.py FAULT WHEN ONCE DESCRIPTORS...`.
 
 FAULT is one of those below. WHEN is `load`, or the number of the image at which it happens. ONCE is a file that is made
-when it happens, and that keeps the next process from the same; `-` for none. Otherwise features are the mean colours of
-patches, so that answers can be checked.
+when it happens and that protects the next process from it, or `-`. Otherwise features are the mean colours of patches,
+so that answers can be checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPLIES = int(sys.argv[5])
 
 
 def hold_the_gil(seconds: int = 1000) -> None:
-    """As Core ML does while it compiles: no signal handler and no other thread of Python runs meanwhile."""
+    """Holds the GIL as Core ML does while it compiles: signal handlers and other threads of Python do not run."""
     ctypes.PyDLL(None).sleep(seconds)
 
 
@@ -51,7 +51,7 @@ FAULTS = {
     "print": lambda: (print("from Python", flush=True), os.write(1, b"from native code\n" * 10_000)),
     "none": lambda: None,
 }
-"""`print` alone does no harm."""
+"""The faults. `print` is harmless."""
 
 
 def go_wrong() -> None:
@@ -79,11 +79,11 @@ class Encoder:
         return np.pad(means, ((0, 0), (0, 0), (0, self.channels - 3)))
 
 
-def opened(order: dict[str, Any], on_stage: Any) -> tuple[Encoder, dict[str, float]]:
+def opened(request: dict[str, Any], on_stage: Any) -> tuple[Encoder, dict[str, Any]]:
     on_stage("open")
     if WHEN == "load":
         go_wrong()
-    return Encoder(order["shapes"][1]), {"open_ms": 1.0}
+    return Encoder(request["shapes"][1]), {"open_ms": 1.0, "notes": ["slow here"]}
 
 
 if __name__ == "__main__":

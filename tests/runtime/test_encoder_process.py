@@ -1,12 +1,10 @@
-"""The encoder in a process of its own: what it gives, how its crashes are reported, and that nothing of it is left."""
+"""The encoder in a process of its own: its features, its crashes as errors, and that nothing of it stays behind."""
 
 from __future__ import annotations
 
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvlm.models.errors import CrashError, FastVLMError, MachineError, PackageError, UsageError
+from fastvlm.models.errors import CrashError, MachineError, PackageError, UsageError
 from fastvlm.runtime import encoder_process
 from fastvlm.runtime.encoder_process import EncoderProcess, Limits
 from fastvlm.runtime.encoders import Shapes
 
+from .processes import BAD_CHILD, is_running, until
+
 SHAPES = Shapes(128, 3, hidden_size=6)
 PIXELS = np.random.default_rng(0).random((1, 3, 128, 128), dtype=np.float32)
-CHILD = Path(__file__).with_name("bad_child.py")
 LIMITS = Limits(load=60, predict=60)
 SHORT = Limits(load=3.0, predict=3.0)
 
@@ -50,11 +49,11 @@ Make = Callable[..., EncoderProcess]
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """`make("segv", when="load")`: an encoder whose process goes wrong once; all are closed in the end."""
+    """A function that makes an encoder whose process fails once, such as `make("segv", when="load")`."""
     made: list[EncoderProcess] = []
 
     def make(fault: str = "none", when: object = "never", once: object = "-", **options: object) -> EncoderProcess:
-        program = (str(CHILD), fault, str(when), str(once))
+        program = (str(BAD_CHILD), fault, str(when), str(once))
         limits = SHORT if fault in ("hang", "close") else LIMITS
         made.append(EncoderProcess(Path("model/x.mlpackage"), SHAPES, program=program, **{"limits": limits, **options}))
         return made[-1]
@@ -64,23 +63,6 @@ def make() -> Iterator[Make]:
         encoder.close()
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process exists that has not ended: one that nobody has waited for yet does not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def test_features_are_those_of_the_child(make: Make) -> None:
     encoder = make()
     for pixel_values in (PIXELS, 1 - PIXELS):
@@ -88,9 +70,10 @@ def test_features_are_those_of_the_child(make: Make) -> None:
     assert encoder.predict_ms > 0
     assert (encoder.name, encoder.image_size, encoder.projected, encoder.compile_ms) == ("coreml", 128, False, 0.0)
     assert encoder.times.open_ms == 1.0
+    assert encoder.notes == ("slow here",)
 
 
-def test_images_may_be_submitted_before_earlier_ones_are_read(make: Make) -> None:
+def test_images_are_submitted_before_earlier_ones_are_read(make: Make) -> None:
     encoder = make("slow", 0.02)
     images = [np.full_like(PIXELS, n / 8) for n in range(8)]
     pending = [encoder.submit(image) for image in images]  # more than there is room for
@@ -116,7 +99,7 @@ def test_threads_share_a_process(make: Make) -> None:
     assert not wrong
 
 
-def test_what_is_printed_does_not_reach_the_replies(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+def test_printed_text_does_not_reach_the_replies(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     for when in ("load", 1):
         np.testing.assert_array_equal(make("print", when).encode(PIXELS), means(PIXELS))
     assert capfd.readouterr() == ("", "")
@@ -181,7 +164,7 @@ def test_crash_loop_ends(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder.encode(PIXELS)
 
 
-def test_advice_fits_the_back_end_and_the_units(make: Make) -> None:
+def test_advice_fits_the_backend_and_the_units(make: Make) -> None:
     with pytest.raises(CrashError, match="backend='reference'") as caught:
         make("exit", "load", compute_units="CPU_ONLY").wait_ready()
     assert caught.value.arguments == ("backend",)
@@ -195,7 +178,7 @@ def test_pixels_of_another_shape_are_refused(make: Make) -> None:
         make().submit(PIXELS[:, :2])
 
 
-def test_closed_encoder_says_so(make: Make) -> None:
+def test_closed_encoder_is_a_usage_error(make: Make) -> None:
     encoder = make("slow", 5)
     pending, pid = encoder.submit(PIXELS), encoder.pid
     start = time.monotonic()
@@ -210,7 +193,7 @@ def test_closed_encoder_says_so(make: Make) -> None:
 
 
 def test_process_ends_with_the_last_reference() -> None:
-    encoder = EncoderProcess(Path("x"), SHAPES, program=(str(CHILD), "none", "never", "-"))
+    encoder = EncoderProcess(Path("x"), SHAPES, program=(str(BAD_CHILD), "none", "never", "-"))
     encoder.wait_ready()
     pid = encoder.pid
     assert pid is not None
@@ -231,19 +214,6 @@ def test_slow_load_is_reported_with_its_time(make: Make, monkeypatch: pytest.Mon
     assert [more for _, more in heard] == sorted(more for _, more in heard)
 
 
-def test_full_memory_is_one_clear_error() -> None:
-    code = (
-        "import resource, sys; from pathlib import Path; from fastvlm.runtime.encoder_process import EncoderProcess\n"
-        "from fastvlm.runtime.encoders import Shapes; from fastvlm.models.errors import MachineError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: EncoderProcess(Path('x'), Shapes(128, 3, 6), program=('-c', ''))\n"
-        "except MachineError as error: print(error)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "bytes of shared memory cannot be reserved in memory (File too large). Free some space" in found.stdout
-
-
 def test_open_files_and_processes_do_not_grow(make: Make, tmp_path: Path) -> None:
     def count() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -259,39 +229,6 @@ def test_open_files_and_processes_do_not_grow(make: Make, tmp_path: Path) -> Non
     assert until(lambda: count() <= before)
 
 
-PARENT = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from fastvlm.runtime.encoder_process import EncoderProcess
-from fastvlm.runtime.encoders import Shapes
-fault, when = sys.argv[2:4]
-encoder = EncoderProcess(Path("x"), Shapes(128, 3, 6), program=(sys.argv[1], fault, when, "-"))
-print(encoder.pid, flush=True)
-encoder.encode(np.zeros((1, 3, 128, 128), np.float32))
-print("encoded", flush=True)
-time.sleep(1000)
-"""
-
-
-@pytest.mark.parametrize("when", ["load", "1", "never"])
-def test_child_ends_when_its_parent_is_killed(when: str) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(CHILD), "hang", when], stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    if when == "never":
-        assert parent.stdout.readline() == "encoded\n"
-    else:
-        time.sleep(1.0)  # it hangs in native code, which holds the GIL
-    assert is_running(pid)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    assert until(lambda: not is_running(pid), 2.0)
-
-
 def test_fork_leaves_the_child_to_its_parent(make: Make) -> None:
     encoder = make()
     encoder.wait_ready()
@@ -300,11 +237,3 @@ def test_fork_leaves_the_child_to_its_parent(make: Make) -> None:
         os._exit(0 if encoder.pid is None else 1)
     assert os.waitpid(fork, 0)[1] == 0
     np.testing.assert_array_equal(encoder.encode(PIXELS), means(PIXELS))
-
-
-def test_error_of_the_package_keeps_its_class(tmp_path: Path) -> None:
-    with EncoderProcess(tmp_path / "none.mlpackage", SHAPES, backend="reference") as encoder:
-        with pytest.raises(PackageError, match=r"none\.mlpackage: must be a .mlpackage folder"):
-            encoder.wait_ready()
-        with pytest.raises(FastVLMError, match=r"none\.mlpackage: must be a .mlpackage folder"):
-            encoder.encode(PIXELS)

@@ -18,10 +18,13 @@ from fastvlm.models.errors import ModelFolderError, PackageError, PromptError, U
 from fastvlm.runtime import fastvlm as runtime
 from fastvlm.runtime import request as request_module
 from fastvlm.runtime.conversation import Conversation
+from fastvlm.runtime.encoder_process import EncoderProcess
 from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.folder import ModelFolder
 from fastvlm.runtime.tokenizer import Tokenizer
+
+from .processes import BAD_CHILD
 
 pytestmark = pytest.mark.usefixtures("float32_decoder")
 
@@ -152,6 +155,15 @@ def test_load_time_leaves_out_what_was_compiled(
     vlm = FastVLM.load(path)
     assert -1e6 < vlm.load_ms < -0.9e6
     assert vlm.generate(None, "Hi", max_tokens=1).timings.compile_ms == 1e6
+
+
+def test_notes_of_the_encoder_process_are_the_models(write_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (str(BAD_CHILD), "none", "never", "-")
+    monkeypatch.setattr(
+        runtime, "open_encoder", lambda package, _, shapes, *rest: EncoderProcess(package, shapes, program=program)
+    )
+    with FastVLM.load(write_folder()) as vlm:
+        assert vlm.notes == ("slow here",)
 
 
 def test_note_is_made_when_weights_stay_small_on_a_cpu(write_folder: Write, open_vlm: Open) -> None:
