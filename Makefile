@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 SAMPLES := runtime/samples
 MINUTES ?= 15
 
-.PHONY: demo test check accuracy bench soak docs mac-check clean
+.PHONY: demo test quick check accuracy bench soak docs mac-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastvlm export --quant int8 --force --out demo/model
@@ -18,6 +18,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The tests of a minute or less: those that are not marked `slow`.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,8 +20,19 @@ if sys.platform == "darwin":
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SLOW_FIXTURES = frozenset(("fastvlm", "exported", "exports", "at_four_bits", "fastvithd_package"))
+"""The fixtures that start commands or export models. A test with one of them is marked `slow`."""
+
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the option -m deselects tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests with an expensive fixture as `slow`."""
+    for item in items:
+        if isinstance(item, pytest.Function) and SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

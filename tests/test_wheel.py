@@ -13,6 +13,8 @@ import pytest
 
 from fastvlm.models.versions import TESTED_PYTHON
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cli", "export", "models", "quant", "runtime")
 FILES = ("__init__.py", "_version.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")

@@ -16,6 +16,8 @@ import pytest
 
 from fastvlm.cli.progress import LoadProgress
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
 CHILD = Path(__file__).resolve().parents[1] / "runtime" / "bad_child.py"
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = (
     "import atexit, os, signal, sys\n"
     "import fastvlm.runtime.doctor as doctor\n"

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BEGIN = (
     "import sys, os, signal\n"
     "sys.argv = ['fastvlm', '--version']\n"

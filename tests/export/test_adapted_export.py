@@ -15,6 +15,8 @@ from fastvlm.export.verify import verify
 from fastvlm.models.folder_layout import saved_weights
 from fastvlm.models.references import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 MODULE = "model.layers.0.mlp.down_proj"
 
 

@@ -23,6 +23,8 @@ from fastvlm.quant.calibration import calibration_images
 from fastvlm.quant.encoder import quantize, stored_uniformly
 from fastvlm.quant.metrics import compare
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINTS = ("llava_small_reparam_tied", "llava_small_train_untied")
 
 

@@ -27,6 +27,8 @@ from fastvlm.quant.encoder import convolutions, quantize, stored_by_plan
 from fastvlm.quant.metrics import compare
 from fastvlm.quant.schemes import MIN_WEIGHT_SNR_DB, is_candidate
 
+pytestmark = pytest.mark.slow
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -25,6 +25,8 @@ from fastvlm.models.errors import ConfigError, OutputError, UsageError, Verifica
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tensor_names import language_shapes, saved_name
 
+pytestmark = pytest.mark.slow
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -24,6 +24,8 @@ from fastvlm.models.references import TINY_FOLDER
 from fastvlm.models.safetensors_files import write_safetensors
 from fastvlm.quant.calibration import verification_images
 
+pytestmark = pytest.mark.slow
+
 TOWER = "vision_tower.vision_model."
 
 

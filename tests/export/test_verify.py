@@ -23,6 +23,8 @@ from fastvlm.models.mlprogram.package import read_package
 from fastvlm.models.mlprogram.program import Value
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:

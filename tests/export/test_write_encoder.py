@@ -26,6 +26,8 @@ from fastvlm.quant.calibration import calibration_images
 from fastvlm.quant.encoder import quantize, stored_uniformly
 from fastvlm.quant.metrics import compare
 
+pytestmark = pytest.mark.slow
+
 
 def overflow_stage_2(tensors: dict[str, torch.Tensor]) -> None:
     """Stage 2's residual stream passes 65,504, and what reads it brings it back, as in trained weights."""

@@ -10,6 +10,8 @@ import pytest
 
 from fastvlm.models.float32 import TF32_VARIABLE, disable_tf32
 
+pytestmark = pytest.mark.slow
+
 
 def test_products_are_kept_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TF32_VARIABLE)

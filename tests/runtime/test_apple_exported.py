@@ -23,6 +23,8 @@ from fastvlm.models.versions import import_coremltools
 from fastvlm.runtime.fastvlm import load
 from fastvlm.runtime.folder import NO_MANIFEST_NOTE
 
+pytestmark = pytest.mark.slow
+
 IMAGE_TOKEN_INDEX = 1023
 SIZE = 128
 

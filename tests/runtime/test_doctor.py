@@ -118,6 +118,7 @@ def test_devices_are_listed_by_a_process_of_their_own() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has devices")
+@pytest.mark.slow
 def test_devices_are_asked_of_coremltools() -> None:
     with pytest.raises(MachineError, match="cannot be listed"):
         doctor.core_ml_devices()

@@ -20,6 +20,8 @@ from fastvlm.runtime.encoders import Shapes
 
 from .processes import BAD_CHILD, is_running, until
 
+pytestmark = pytest.mark.slow
+
 SHAPES = Shapes(128, 3, hidden_size=6)
 PIXELS = np.random.default_rng(0).random((1, 3, 128, 128), dtype=np.float32)
 LIMITS = Limits(load=60, predict=60)

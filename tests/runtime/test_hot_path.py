@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SLOW = ("transformers", "mlx_lm", "torch", "coremltools", "matplotlib", "scipy", "sklearn", "huggingface_hub", "rich")
 
 ANSWER = """

@@ -12,6 +12,8 @@ import fastvlm
 from fastvlm.models.tiny.questions import Question, describe, is_right
 from fastvlm.models.tiny.scenes import FIRST_SEED, draw_scene
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = Path(fastvlm.__file__).parent / "runtime" / "samples"
 SEEDS = {"shapes": 2_000_500_019, "word": 2_000_500_190, "number": 2_000_500_188}
 
