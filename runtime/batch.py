@@ -59,7 +59,7 @@ class Row:
 
     @property
     def may_step(self) -> bool:
-        """Whether another step may be launched for this answer."""
+        """True if another step may be launched for this answer."""
         return self.count + self.launched < self.prefilled.max_new_tokens
 
 
@@ -83,11 +83,12 @@ class Upcoming:
 
     @property
     def is_empty(self) -> bool:
+        """True if all requests were taken."""
         return not self._taken and not self._more
 
     @property
     def is_ready(self) -> bool:
-        """Whether the images of the next request are encoded."""
+        """True if the images of the next request are encoded."""
         request = self._taken[0][1]
         return not isinstance(request, PreparedRequest) or request.is_encoded
 

@@ -84,7 +84,7 @@ class PreparedRequest:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether no image of the request is still in the encoder."""
+        """True if the encoder has finished all images of the request."""
         return all(pending.done for _, pending in self.submitted)
 
 

@@ -1,8 +1,8 @@
-"""Whether a package computes on this machine what it should: `fastvlm verify FOLDER --on-device`.
+"""Verification of a package on this machine: `fastvlm verify FOLDER --on-device`.
 
-Each way to run the package gets a process of its own, because a package can abort a process, be killed or hang. All of
-them are asked about one real image and compared with the reference executor, which rounds every result to float16 as
-the Neural Engine and the GPU do.
+Each way to run the package has a process of its own, because a package can abort a process, be killed or hang. All of
+them encode one real image and are compared with the reference executor, which rounds every result to float16 as the
+Neural Engine and the GPU do.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ if TYPE_CHECKING:
     from ..models.mlprogram.executor import Precision
 
 SAMPLE = Path(__file__).parent / "samples" / "shapes.png"
+"""The image that is encoded unless another is given."""
 
 FLOOR_DB = 20.0
-"""SNR of a unit's features, in dB, below which it is called wrong.
+"""The SNR of a unit's features, in dB, below which they are reported as wrong.
 
 Units that work differ by float16's rounding, 50 dB, or by an integer path of their own. The published failures of the
-engine are below 3 dB (cosine 0.03 to 0.63) and its healthy results are above 23 dB (cosine 0.9975 and more). A 4-bit
-palette's own noise is 13 dB, and costs `tiny` one answer in a hundred.
+engine are below 3 dB (cosine 0.03 to 0.63), and its correct results are above 23 dB (cosine 0.9975 and more). The noise
+of a 4-bit palette is at 13 dB, and costs `tiny` one answer in a hundred.
 """
 
 WARM_RUNS = 5
-"""Predictions behind `warm_ms`, their median: the second and later ones of a process."""
+"""The number of predictions, from the second of a process, whose median is `warm_ms`."""
 
 SMALL_PACKAGE_BYTES = 30_000_000
-"""Packages below this size may be placed otherwise than FastViTHD, which has 62 MB in its smallest form."""
+"""The size in bytes below which a package may be placed differently from FastViTHD, which has 62 MB at least."""
 
 LIMITS = Limits(load=180.0, predict=120.0)
-"""The slowest first use on an engine that was reported took 105 s, and a load can hang for half an hour without an
-engine. The executor takes up to 10 s for an image on two cores."""
+"""The limits of each process. The slowest reported first use on an engine took 105 s, and a load without an engine can
+hang for half an hour. The executor takes up to 10 s for an image on two cores."""
 
 
 @dataclass(frozen=True)
@@ -63,42 +64,46 @@ class Way:
 
     @property
     def label(self) -> str:
+        """The name in reports."""
         return self.compute_units or f"executor, {self.precision}"
 
 
 BASELINE = Way("reference", precision="float16")
+"""The way that the others are compared with."""
 EXACT = Way("reference", precision="float32")
+"""The way that `generate` takes off a Mac."""
 
 
 @dataclass(frozen=True)
 class DeviceRun:
-    """What came of one way to run the package."""
+    """The result of one way to run the package."""
 
     way: Way
     default: bool = False
-    """Whether `generate` runs the package this way here when nothing is asked for."""
+    """True if `generate` runs the package this way here by default."""
     error: str | None = None
-    """Why there are no features; None when there are."""
+    """The error of a way without features, None for one with features."""
     signal: str | None = None
     """The signal that ended the process, such as SIGABRT."""
     finite: bool | None = None
     snr_db: float | None = None
-    """Compared with the executor in float16."""
+    """The SNR compared with the executor in float16."""
     cosine: float | None = None
     load_ms: float | None = None
-    """Opening the package in a process that has imported its libraries; with compiling where that was the first use."""
+    """The time of opening the package after the imports, with compiling at the first use."""
     compile_ms: float | None = None
-    """Of load_ms, when the package was compiled for this run; else 0."""
+    """The part of load_ms for the first use of the package on the engine, 0 for later uses."""
     first_ms: float | None = None
-    """The first prediction."""
+    """The time of the first prediction."""
     warm_ms: float | None = None
+    """The median time of later predictions."""
     engine_share: float | None = None
-    """Share of the estimated cost that Core ML plans for the Neural Engine, 0 to 1."""
+    """The share of the estimated cost that Core ML plans for the Neural Engine, 0 to 1."""
     notes: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str | None:
-        """What is wrong, in a few words; None when nothing is."""
+        """The fault in a few words, None for a correct run."""
         if self.signal:
             return f"crashed with {self.signal}"
         if self.finite is False:
@@ -111,9 +116,11 @@ class DeviceRun:
 
     @property
     def verdict(self) -> str:
+        """The fault, or `baseline` or `agrees`."""
         return self.fault or ("baseline" if self.way == BASELINE else "agrees")
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a dictionary for JSON, with rounded figures."""
         values = asdict(self)
         way = values.pop("way")
         rounded = {"snr_db": 1, "cosine": 6, "engine_share": 4}
@@ -126,23 +133,24 @@ class DeviceRun:
 
 @dataclass(frozen=True)
 class DeviceVerification:
-    """What this machine makes of a folder's package."""
+    """The results of every way to run a folder's package on this machine."""
 
     folder: str
     image: str
     package_bytes: int
     runs: tuple[DeviceRun, ...]
-    """The executor in float16, which the others are compared with, comes first."""
+    """The results, with the baseline first."""
     missing: tuple[str, ...]
-    """What could not be checked here, and why."""
+    """The checks that are not possible here, with their reasons."""
 
     @property
     def default(self) -> DeviceRun:
+        """The way that `generate` takes by default."""
         return next(run for run in self.runs if run.default)
 
     @property
     def failures(self) -> list[str]:
-        """Why `generate` cannot be trusted here: what the baseline or the default way has against it."""
+        """The faults of the baseline and of the default way, which `generate` depends on."""
         judged = (self.runs[0], self.default) if self.runs[0].fault else (self.default,)
         found = []
         for run in judged:
@@ -150,21 +158,22 @@ class DeviceVerification:
                 figures = "" if run.snr_db is None else f" ({run.snr_db:.1f} dB, the floor is {FLOOR_DB:.0f} dB)"
                 found.append(f"{run.way.label}: {run.fault}{figures}{f': {run.error}' if run.error else ''}")
         if not found and self.default.snr_db is None:
-            found.append(f"{self.default.way.label}: there is nothing to compare it with")
+            found.append(f"{self.default.way.label}: it could not be compared with the baseline")
         return found
 
     @property
     def passed(self) -> bool:
+        """True if the default way works."""
         return not self.failures
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know: faults of other units, placement, size."""
+        """Notes on faults of other units, on placement and on size."""
         found = [f"{run.way.label}: {note}" for run in self.runs for note in run.notes]
         for run in self.runs:
             if run.fault and not run.default and run is not self.runs[0]:
                 app = ". Apple's app loads packages with ALL" if run.way.compute_units == "ALL" else ""
-                found.append(f"{run.way.label} does not work here ({run.fault}): do not ask for it{app}")
+                found.append(f"{run.way.label} does not work here ({run.fault}). Do not choose it{app}")
             if run.engine_share is not None and run.engine_share < MIN_ENGINE_SHARE:
                 found.append(
                     f"{run.way.label}: only {run.engine_share:.0%} of the estimated cost is on the Neural Engine"
@@ -172,11 +181,12 @@ class DeviceVerification:
         if self.package_bytes < SMALL_PACKAGE_BYTES:
             found.append(
                 f"this package is small ({self.package_bytes / 1e6:.1f} MB): Core ML may leave such models on the CPU, "
-                "so its placement and speed prove nothing about FastViTHD. Use random:0.5b for that"
+                "so its placement and speed do not predict those of FastViTHD. Use random:0.5b for that"
             )
         return found
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a dictionary for JSON."""
         return {
             "folder": self.folder,
             "image": self.image,
@@ -193,11 +203,13 @@ class DeviceVerification:
 
 
 OpenProcess = Callable[[Path, Shapes, Way], EncoderProcess]
+"""A package, its sizes and a way -> the process that runs it."""
 EngineShare = Callable[[Path, str], float | None]
-"""A package and compute units -> the engine's share of the cost, None where it is not known. Raises FastVLMError."""
+"""A package and compute units -> the engine's share of the cost, or None if it is unknown. Raises FastVLMError."""
 
 
 def open_process(package: Path, shapes: Shapes, way: Way) -> EncoderProcess:
+    """Starts a process that runs a package in one way."""
     return EncoderProcess(
         package, shapes, backend=way.backend, compute_units=way.compute_units, precision=way.precision, limits=LIMITS
     )
@@ -215,16 +227,16 @@ def verify_on_device(
 ) -> DeviceVerification:
     """Runs a folder's package on every compute unit of this Mac, or in both modes of the executor, and compares them.
 
-    `compute_units` are those to try: None tries all of them on a Mac and none elsewhere.
+    `compute_units` are the units to try. None tries all of them on a Mac and none elsewhere.
 
     Raises:
         ModelFolderError: the folder is incomplete.
-        UsageError: it has no package.
+        UsageError: the folder has no package.
         ImageError: the image cannot be opened.
     """
     opened = open_folder(folder)
     if not opened.package.is_dir():
-        raise UsageError(f"{folder}: there is no {PACKAGE_NAME} to run on this device (the encoder is in MLX)")
+        raise UsageError(f"{folder} has no {PACKAGE_NAME} to run on this device. Its encoder is in MLX.")
     config = opened.config
     pixel_values = to_pixel_values(
         preprocess(open_image(image), config.image_size, cast("Fit", config.image_aspect_ratio))
@@ -264,7 +276,7 @@ def run_way(
     baseline: NDArray[np.float32] | None,
     warm_runs: int,
 ) -> tuple[DeviceRun, NDArray[np.float32] | None]:
-    """Loads, predicts and compares in a process of its own; an error becomes a row, not an exception."""
+    """Loads, predicts and compares in a process of its own. An error becomes a row, not an exception."""
     found = DeviceRun(way)
     try:
         with opener(package, shapes, way) as encoder:
@@ -288,14 +300,14 @@ def run_way(
 
 
 def failure(reason: FastVLMError) -> dict[str, Any]:
-    """Fields of a run that ended with an error."""
+    """Returns the fields of a run that ended with an error."""
     number = reason.signal_number if isinstance(reason, CrashError) else None
     finite = False if "not finite" in str(reason) else None
     return {"error": str(reason), "signal": None if number is None else signal_name(number), "finite": finite}
 
 
 def signal_name(number: int) -> str:
-    """`SIGABRT`, or `signal 99` for one without a name."""
+    """Returns the name of a signal, such as `SIGABRT`, or `signal 99` for one without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -303,11 +315,11 @@ def signal_name(number: int) -> str:
 
 
 MAX_SNR_DB = 200.0
-"""Reported for features that are equal to the bit; beyond what float32 can tell apart."""
+"""The SNR that is reported for equal features, in dB. It is beyond the precision of float32."""
 
 
 def agreement(baseline: NDArray[np.float32], features: NDArray[np.float32]) -> tuple[float, float]:
-    """SNR in dB, and cosine, of features next to the baseline's."""
+    """Returns the SNR in dB and the cosine of features compared with the baseline's."""
     a, b = baseline.astype(np.float64).ravel(), features.astype(np.float64).ravel()
     signal_power, noise_power = float(a @ a), float((a - b) @ (a - b))
     if noise_power == 0:
@@ -321,27 +333,28 @@ def agreement(baseline: NDArray[np.float32], features: NDArray[np.float32]) -> t
 
 
 def with_engine_share(run: DeviceRun, package: Path, engine_share: EngineShare) -> DeviceRun:
-    """The run with the engine's share of its compute plan, where Core ML ran it on units with the engine."""
+    """Adds the engine's share of the compute plan to a run of Core ML on units with the engine."""
     if run.way.compute_units not in ENGINE_UNITS or run.error:
         return run
     try:
         share = engine_share(package, run.way.compute_units)
-        reason = "it needs macOS 14.4, or the plan failed"
+        reason = "a plan needs macOS 14.4, or it failed"
     except FastVLMError as error:
         share, reason = None, str(error)
     if share is None:
-        return replace(run, notes=(*run.notes, f"Core ML's compute plan cannot be had: {reason}"))
+        return replace(run, notes=(*run.notes, f"Core ML's compute plan is not available: {reason}"))
     return replace(run, engine_share=share)
 
 
 def package_bytes(folder: ModelFolder) -> int:
+    """Returns the size of a folder's package."""
     return sum(path.stat().st_size for path in folder.package.rglob("*") if path.is_file())
 
 
 def missing(units: Sequence[str]) -> Iterator[str]:
-    """What was not checked, with the reason."""
+    """Yields the checks that were not possible, with the reason."""
     if not units:
         yield (
-            f"Core ML on {', '.join(COMPUTE_UNITS)}: it runs on a Mac only. What the Neural Engine and the GPU "
-            "compute, how fast, and where Core ML places each operation is not measured here"
+            f"Core ML on {', '.join(COMPUTE_UNITS)}: it runs on a Mac only. Results, speed and placement on the Neural "
+            "Engine and the GPU are not measured here"
         )

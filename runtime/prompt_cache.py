@@ -1,4 +1,4 @@
-"""What earlier prompts left behind: keys and values of their beginnings, and the features of their images."""
+"""The caches of earlier prompts: keys and values of their prefixes, and the features of their images."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def shared_count(left: Sequence[PromptItem], right: Sequence[PromptItem]) -> int
 
 
 def text_prefix(items: Sequence[PromptItem]) -> list[int]:
-    """Returns the ids before the first image, or an empty list if there is no image."""
+    """Returns the ids before the first image, or an empty list for a prompt without images."""
     prefix: list[int] = []
     for item in items:
         if isinstance(item, ImageItem):

@@ -43,7 +43,7 @@ def test_table_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
         *("640", "ms", "88", "ms", "62", "ms", "99.1%"),
     ]
     assert "crashed with SIGABRT" in shown and "ALL: Core ML: its process was ended by SIGABRT" in shown
-    assert "note: ALL does not work here (crashed with SIGABRT): do not ask for it" in shown
+    assert "note: ALL does not work here (crashed with SIGABRT). Do not choose it" in shown
     assert shown.splitlines()[-1].startswith("passed: CPU_AND_NE")
 
 
@@ -103,7 +103,7 @@ def test_executor_is_verified_off_a_mac(model: Path) -> None:
     assert found["passed"] and runs[EXACT.label]["default"]
     assert 45 < runs[EXACT.label]["snr_db"] < 100  # float16's rounding, and not none
     assert "a Mac only" in found["on_device"]["missing"][0]
-    assert any("prove nothing about FastViTHD" in note for note in found["on_device"]["notes"])
+    assert any("do not predict those of FastViTHD" in note for note in found["on_device"]["notes"])
 
 
 @pytest.mark.slow

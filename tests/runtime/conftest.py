@@ -1,4 +1,4 @@
-"""A small model folder with random weights, and what runs in place of a vision encoder."""
+"""Fixtures: a small model folder with random weights, and an encoder in place of its package."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def language_weights(config: FastVLMConfig) -> dict[str, mx.array]:
 
 @pytest.fixture(scope="session")
 def tokenizer_files() -> dict[str, bytes]:
-    """Of `random:tiny`, with `<image>` as export adds it."""
+    """The tokenizer of `random:tiny`, with `<image>` added as by an export."""
     files = dict(RandomCheckpoint("tiny").tokenizer_files())
     tokenizer = json.loads(files["tokenizer.json"])
     tokenizer["added_tokens"].append(added_token(IMAGE_TOKEN_INDEX, "<image>"))
@@ -98,7 +98,7 @@ def tokenizer_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def write_tokenizer(tokenizer_files: dict[str, bytes], tmp_path: Path) -> Callable[..., Path]:
-    """A folder with the tokenizer; options change `tokenizer_config.json`, or with None drop an entry."""
+    """A folder with the tokenizer. Options change `tokenizer_config.json`, or with None drop an entry."""
 
     def write(**settings: Any) -> Path:
         folder = tmp_path / f"tokenizer-{len(list(tmp_path.iterdir()))}"
@@ -121,7 +121,7 @@ def tokenizer(write_tokenizer: Callable[..., Path]) -> Tokenizer:
 
 @pytest.fixture
 def write_folder(write_tokenizer: Callable[..., Path]) -> Callable[..., Path]:
-    """A model folder whose package is a dummy; options change `config.json`, `manifest` the manifest (None: none)."""
+    """A model folder with an empty package. Options change `config.json`, and `manifest` the manifest (None for none)."""
 
     def write(manifest: dict[str, Any] | None = {}, **fields: Any) -> Path:  # noqa: B006 - never changed
         folder = write_tokenizer()
@@ -166,7 +166,7 @@ def vlm(write_folder: Callable[..., Path], open_vlm: Callable[[Path], FastVLM]) 
 
 
 class StandingClock:
-    """Time that stands still but for the calls that `slow` makes take some: no busy machine changes it."""
+    """A clock that advances only during the calls that `slow` names, so a busy machine does not change it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0.0
@@ -176,7 +176,7 @@ class StandingClock:
         return self.seconds
 
     def slow(self, owner: object, name: str, seconds: float) -> None:
-        """Each call of `owner.name` takes so long from here on."""
+        """Makes each call of `owner.name` take a time from here on."""
         call = getattr(owner, name)
 
         def slowly(*args: Any, **named: Any) -> Any:
@@ -188,7 +188,7 @@ class StandingClock:
 
 @pytest.fixture
 def standing_clock(monkeypatch: pytest.MonkeyPatch) -> StandingClock:
-    """What answers are timed by."""
+    """The clock that times answers."""
     clock = StandingClock(monkeypatch)
     for module in (engine_module, request_module):
         monkeypatch.setattr(module, "LapClock", functools.partial(LapClock, clock))

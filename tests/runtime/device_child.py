@@ -1,4 +1,4 @@
-"""An encoder's process that stands in for Core ML and the executor: correct, or wrong in one of Core ML's ways.
+"""An encoder's process in place of Core ML and the executor: correct, or wrong in one of Core ML's ways.
 
 The environment variable DEVICE_CHILD maps compute units, or the executor's precision, to a behaviour.
 """

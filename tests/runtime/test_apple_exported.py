@@ -1,7 +1,7 @@
-"""Folders that Apple's own scripts exported (`llava-fastvithd_*_llm.*`): used as they are, without a manifest.
+"""Folders that Apple's own scripts exported (`llava-fastvithd_*_llm.*`): used without a change and without a manifest.
 
-Their package is the encoder as upstream traces it, in float32 for iOS 16; their decoder is in MLX's layout, float16 or
-in groups; `<image>` stands in `tokenizer_config.json` alone (`export_vision_encoder.py` adds it there).
+Their package is the encoder as upstream traces it, in float32 for iOS 16. Their decoder is in MLX's layout, in float16 or
+quantized in groups. `<image>` is in `tokenizer_config.json` alone, where `export_vision_encoder.py` adds it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def encoder() -> FastViT:
 
 @pytest.fixture(scope="module")
 def package(encoder: FastViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The encoder as Apple's script converts it: traced as it is written upstream, not as we rewrite it."""
+    """The encoder as Apple's script converts it, traced in upstream's form and not in the rewritten one."""
     ct = import_coremltools()
     image = torch.rand(1, 3, SIZE, SIZE)
     with torch.inference_mode():

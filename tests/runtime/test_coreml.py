@@ -1,4 +1,4 @@
-"""Core ML's seam: the extension module alone where it is there, coremltools' own classes where it is not."""
+"""The calls of Core ML: by the extension module alone, or else by coremltools' own classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTENSION = '''
 import os, tempfile
 
 class _MLModelProxy:
-    """What libcoremlpython.so has: constructor, predict and compileModel as coremltools 9.0 calls them."""
+    """The constructor, predict and compileModel of libcoremlpython.so as coremltools 9.0 calls them."""
 
     made = []
 
@@ -107,7 +107,7 @@ def test_own_classes_open_where_the_constructor_has_changed(tmp_path: Path) -> N
 
 
 class Model:
-    """What coremltools' CompiledMLModel is to the seam."""
+    """A class in place of coremltools' CompiledMLModel."""
 
     opened: tuple[str, object]
 

@@ -130,7 +130,7 @@ def test_fit_defaults_to_what_the_config_says(write_folder: Write, open_vlm: Ope
 
 
 def test_answer_equals_the_decoder_run_by_hand(vlm: FastVLM) -> None:
-    """The parts put together anew: prompt ids, features in their place, the likeliest token each time."""
+    """The same parts combined by hand: prompt ids, features in their place, the likeliest token each time."""
     found = vlm.generate(PICTURE, "Hi", max_tokens=5)
     ids = list(vlm.engine.prompts.encode(request_module._messages("Hi", None, 1)).ids)
     place = ids.index(1023)

@@ -1,4 +1,4 @@
-"""The engine's share of a compiled copy: planned once, kept next to it, and reported where it is small."""
+"""The engine's share of a compiled copy: planned once, recorded next to it, and noted if it is small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answering imports: nothing that takes seconds and is not needed."""
+"""The imports of an answer: nothing slow that it does not need."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Verify = Callable[..., DeviceVerification]
 
 @pytest.fixture
 def verify(write_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Verify:
-    """`verify_on_device` as on a Mac whose units behave as asked, `verify(CPU_ONLY="NaN")`."""
+    """`verify_on_device` on a Mac whose units behave as the arguments name, such as `verify(CPU_ONLY="NaN")`."""
 
     def open_child(package: Path, shapes: Shapes, way: Way) -> EncoderProcess:
         return EncoderProcess(
@@ -99,9 +99,9 @@ def test_reason_of_core_ml_is_in_the_row(verify: Verify) -> None:
 def test_faulty_unit_that_is_not_the_default_is_a_note(verify: Verify) -> None:
     found = verify(ALL="SIGABRT at load", CPU_AND_GPU="scaled channels")
     assert found.passed
-    assert [note for note in found.notes if "do not ask for it" in note] == [
-        "CPU_AND_GPU does not work here (wrong features): do not ask for it",
-        "ALL does not work here (crashed with SIGABRT): do not ask for it. Apple's app loads packages with ALL",
+    assert [note for note in found.notes if "Do not choose it" in note] == [
+        "CPU_AND_GPU does not work here (wrong features). Do not choose it",
+        "ALL does not work here (crashed with SIGABRT). Do not choose it. Apple's app loads packages with ALL",
     ]
 
 
@@ -140,15 +140,15 @@ def test_plan_that_cannot_be_had_is_noted(verify: Verify) -> None:
         raise MachineError("compute plans need macOS 14.4")
 
     found = verify(share=refuse)
-    assert "CPU_AND_NE: Core ML's compute plan cannot be had: compute plans need macOS 14.4" in found.notes
+    assert "CPU_AND_NE: Core ML's compute plan is not available: compute plans need macOS 14.4" in found.notes
     assert found.default.engine_share is None and found.passed
-    assert "CPU_AND_NE: Core ML's compute plan cannot be had: it needs macOS 14.4" in " ".join(
+    assert "CPU_AND_NE: Core ML's compute plan is not available: a plan needs macOS 14.4" in " ".join(
         verify(share=lambda *_: None).notes
     )
 
 
 def test_small_package_is_said_to_prove_nothing(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert any("prove nothing about FastViTHD" in note for note in verify().notes)
+    assert any("do not predict those of FastViTHD" in note for note in verify().notes)
     monkeypatch.setattr(on_device, "SMALL_PACKAGE_BYTES", 1)
     assert not any("FastViTHD" in note for note in verify().notes)
 
