@@ -121,7 +121,7 @@ def tokenizer(write_tokenizer: Callable[..., Path]) -> Tokenizer:
 
 @pytest.fixture
 def write_folder(write_tokenizer: Callable[..., Path]) -> Callable[..., Path]:
-    """A model folder with an empty package. Options change `config.json`, and `manifest` the manifest (None for none)."""
+    """A model folder with an empty package. Options change `config.json`, `manifest` the manifest (None: none)."""
 
     def write(manifest: dict[str, Any] | None = {}, **fields: Any) -> Path:  # noqa: B006 - never changed
         folder = write_tokenizer()

@@ -1,7 +1,7 @@
 """Folders that Apple's own scripts exported (`llava-fastvithd_*_llm.*`): used without a change and without a manifest.
 
-Their package is the encoder as upstream traces it, in float32 for iOS 16. Their decoder is in MLX's layout, in float16 or
-quantized in groups. `<image>` is in `tokenizer_config.json` alone, where `export_vision_encoder.py` adds it.
+Their package is the encoder as upstream traces it, in float32 for iOS 16. Their decoder is in MLX's layout, in float16
+or quantized in groups. `<image>` is in `tokenizer_config.json` alone, where `export_vision_encoder.py` adds it.
 """
 
 from __future__ import annotations
