@@ -183,7 +183,7 @@ class LayerwiseRun:
         for index, block in enumerate(self._decoder.blocks()):
             yield layer_prefix(index), block
             with recorded_inputs(block, ["mlp.down_proj"]) as inputs:
-                x = block(x, self._caches[index])
+                x = block(x, "causal", self._caches[index])
             hidden = inputs["mlp.down_proj"]
             magnitudes.append(float(np.array(mx.maximum(mx.abs(hidden).max(), mx.abs(x).max()))))
         norm = self._decoder.norm()

@@ -10,13 +10,16 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from . import mlx_cpu
 from ._mlx import mx, nn, on_cpu
 from .kv_cache import KV_BITS, KVCache, Packed, QuantizedKVCache
 
 Layer = TypeVar("Layer", bound=nn.Module)
+
+Mask = mx.array | Literal["causal"]
+"""An array (B, 1 or H, 1, N), True where a key counts, or `causal`, aligned to the last key."""
 
 
 class Linear(nn.Linear):
@@ -52,31 +55,34 @@ class RoPE(nn.Module):
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=cache.positions)
 
 
-def scaled_dot_product_attention(queries: mx.array, keys: Any, values: Any, cache: KVCache, scale: float) -> mx.array:
-    """Returns causal attention (B, H, L, head_dim) of L queries, the last of which is at the last key.
+def attention_mask(x: mx.array, cache: KVCache, heads: int) -> Mask:
+    """Returns the mask of x (B, L, D), whose positions follow those in `cache`. L is 1 if the cache has padding."""
+    if cache.padding is None:
+        return "causal"
+    assert x.shape[1] == 1
+    # Metal's kernel copies a mask of another shape than (B, H, L, N) in every layer. One copy per step suffices.
+    broadcast = on_cpu() or isinstance(cache, QuantizedKVCache)
+    return cache.padding.seen(cache.offset + 1, heads=1 if broadcast else heads)
 
-    `keys` and `values` come from `cache.update`, as arrays or packed. L is 1 if the cache has padding.
-    """
-    mask: mx.array | str | None
+
+def scaled_dot_product_attention(
+    queries: mx.array, keys: Any, values: Any, cache: KVCache, scale: float, mask: Mask
+) -> mx.array:
+    """Returns attention (B, H, L, head_dim) of L queries. `keys` and `values` come from `cache.update`."""
     L = queries.shape[2]
-    padding = cache.padding
-    assert padding is None or L == 1
     if isinstance(cache, QuantizedKVCache):
         if L == 1 and not on_cpu():
-            return quantized_attention(queries, keys, values, cache, scale)
+            return quantized_attention(queries, keys, values, cache, scale, mask)
         keys, values = cache.dequantized(keys), cache.dequantized(values)  # expanded once, since L queries read them
-    if padding is not None:
-        # Metal's kernel copies a mask of another shape than (B, H, L, N) in every layer. One copy per step suffices.
-        mask = padding.seen(keys.shape[2], heads=1 if on_cpu() else queries.shape[1])
-    elif on_cpu():
+    if isinstance(mask, mx.array):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    if on_cpu():
         return mlx_cpu.causal_attention(queries, keys, values, scale)
-    else:
-        mask = "causal" if L > 1 else None  # causal: aligned to the last key
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask if L > 1 else None)
 
 
 def quantized_attention(
-    queries: mx.array, keys: Packed, values: Packed, cache: QuantizedKVCache, scale: float
+    queries: mx.array, keys: Packed, values: Packed, cache: QuantizedKVCache, scale: float, mask: Mask
 ) -> mx.array:
     """Returns the attention of one query per row (B, H, 1, head_dim), with products of 8-bit keys and values.
 
@@ -86,8 +92,8 @@ def quantized_attention(
     product = functools.partial(mx.quantized_matmul, group_size=cache.group_size, bits=KV_BITS)
     queries = (queries * scale).reshape(B, keys[0].shape[1], -1, head_dim)  # (B, kv_heads, H / kv_heads, head_dim)
     scores = product(queries, *keys, transpose=True)  # (B, kv_heads, H / kv_heads, N)
-    if cache.padding is not None:
-        scores = mx.where(cache.padding.seen(scores.shape[-1]), scores, mx.finfo(scores.dtype).min)
+    if isinstance(mask, mx.array):
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
     output = product(weights, *values, transpose=False)  # (B, kv_heads, H / kv_heads, head_dim)
     return output.reshape(B, H, 1, head_dim)
@@ -121,7 +127,7 @@ class JoinedAttention(nn.Module):
         self.qkv_proj = qkv_proj
         self.o_proj = attention.o_proj
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache) -> mx.array:
         """Takes the keys and values of x (B, L, D) into `cache` and returns (B, L, D)."""
         B, L, D = x.shape
         H, KV = self.num_attention_heads, self.num_key_value_heads
@@ -133,7 +139,7 @@ class JoinedAttention(nn.Module):
         # The values are rotated too, and not used. A slice without them would be copied for the kernel.
         queries, keys, _ = mx.split(self["rope"](heads, cache), [H, H + KV], axis=1)
         keys, values = cache.update(keys, heads[:, -KV:])
-        output = scaled_dot_product_attention(queries, keys, values, cache, self.scale)  # (B, H, L, head_dim)
+        output = scaled_dot_product_attention(queries, keys, values, cache, self.scale, mask)  # (B, H, L, head_dim)
         return self["o_proj"]((output if L == 1 else output.transpose(0, 2, 1, 3)).reshape(B, L, D))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ._mlx import mx, nn
 from .config import Qwen2Config
 from .kv_cache import KVCache, QuantizedKVCache, check_kv_bits
-from .mlx_layers import Embedding, Linear, RoPE, scaled_dot_product_attention, swiglu
+from .mlx_layers import Embedding, Linear, Mask, RoPE, attention_mask, scaled_dot_product_attention, swiglu
 
 
 class Attention(nn.Module):
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * head_dim, dim, bias=False)
         self.rope = RoPE(head_dim, base=config.rope_theta)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache) -> mx.array:
         """Returns (B, L, D) for x (B, L, D) at the positions after those in `cache`, and adds them to `cache`."""
         B, L, _ = x.shape
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
         queries, keys = self.rope(queries, cache), self.rope(keys, cache)
         keys, values = cache.update(keys, values)
-        output = scaled_dot_product_attention(queries, keys, values, cache, scale=self.scale)
+        output = scaled_dot_product_attention(queries, keys, values, cache, scale=self.scale, mask=mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))  # (B, L, D)
 
 
@@ -66,8 +66,8 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -76,14 +76,16 @@ class Qwen2Model(nn.Module):
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
+        self.num_attention_heads = config.num_attention_heads
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, inputs_embeds: mx.array, cache: list[KVCache], last_only: bool) -> mx.array:
         x = inputs_embeds
+        mask = attention_mask(x, cache[0], self.num_attention_heads)  # the same for all layers
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, layer_cache)
+            x = layer(x, mask, layer_cache)
         return self.norm(x[:, -1:] if last_only and x.shape[1] > 1 else x)
 
 

@@ -119,7 +119,7 @@ def _gptq_tensors(
     del projector, table
     for index, block in enumerate(decoder.blocks()):
         yield from _block_tensors(block, layer_prefix(index), names, scheme, streams)
-        streams = [block(x, KVCache()) for x in streams]
+        streams = [block(x, "causal", KVCache()) for x in streams]
         mx.eval(streams)
     norm = decoder.norm()
     yield from _plain("language_model.model.norm", norm, names)
@@ -155,7 +155,7 @@ def _hessians(block: Block, scheme: DecoderScheme, streams: Sequence[mx.array]) 
     hessians: dict[str, Hessian] = {}
     for x in streams:
         with recorded_inputs(block, sorted(set(RECORDED_INPUTS.values()))) as inputs:
-            block(x, KVCache())
+            block(x, "causal", KVCache())
         for reader, values in inputs.items():
             columns = values.shape[-1]
             if columns % scheme.group_size == 0:

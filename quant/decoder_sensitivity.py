@@ -114,7 +114,7 @@ def sensitivities(
             if not scheme.applies_to(name, shapes[name]):
                 continue
             block.load_weights([(own, _rounded(weight, scheme))], strict=False)
-            results.append(block(streams[:1], KVCache()))
+            results.append(block(streams[:1], "causal", KVCache()))
             mx.eval(results[-1])
             block.load_weights([(own, weight)], strict=False)
             followed.append(name.removesuffix(".weight"))
@@ -136,7 +136,7 @@ def sensitivities(
 def _through(block: Block, streams: mx.array) -> mx.array:
     parts = []
     for start in range(0, len(streams), STREAMS_AT_ONCE):
-        parts.append(block(streams[start : start + STREAMS_AT_ONCE], KVCache()))
+        parts.append(block(streams[start : start + STREAMS_AT_ONCE], "causal", KVCache()))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 

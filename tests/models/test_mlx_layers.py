@@ -18,6 +18,7 @@ from fastvlm.models.kv_cache import Padding, QuantizedKVCache, stacked
 from fastvlm.models.mlx_layers import (
     JoinedAttention,
     JoinedMLP,
+    attention_mask,
     join_projections,
     joined,
     quantized_attention,
@@ -152,12 +153,13 @@ def test_attention_in_8_bits_is_that_of_dequantized_keys(
     mx.random.seed(1)
     cache = filled(lengths, dtype)
     queries, key, value = (mx.random.normal((len(lengths), heads, 1, 64)).astype(dtype) * 2 for heads in (4, 2, 2))
+    mask = attention_mask(queries[:, 0], cache, 4)
     keys, values = cache.update(key, value)
     computing_on("cpu")
-    expected = np.array(scaled_dot_product_attention(queries, keys, values, cache, 0.125), np.float32)
+    expected = np.array(scaled_dot_product_attention(queries, keys, values, cache, 0.125, mask), np.float32)
     computing_on("gpu")
-    found = scaled_dot_product_attention(queries, keys, values, cache, 0.125)
-    assert mx.array_equal(found, quantized_attention(queries, keys, values, cache, 0.125)).item()
+    found = scaled_dot_product_attention(queries, keys, values, cache, 0.125, mask)
+    assert mx.array_equal(found, quantized_attention(queries, keys, values, cache, 0.125, mask)).item()
     assert found.dtype == dtype
     found = np.array(found, np.float32)
     assert np.isfinite(found).all()
@@ -169,7 +171,7 @@ def test_prefill_in_8_bits_expands_keys_once(computing_on: Callable) -> None:
     cache = QuantizedKVCache(64)
     keys, values = cache.update(*(mx.random.normal((1, 2, 9, 64)) for _ in "kv"))
     queries = mx.random.normal((1, 4, 9, 64))
-    found = primitives(scaled_dot_product_attention(queries, keys, values, cache, 0.125))
+    found = primitives(scaled_dot_product_attention(queries, keys, values, cache, 0.125, "causal"))
     assert found["QuantizedMatmul"] == 0
 
 
