@@ -15,8 +15,7 @@ from .outputs import check_pictures, check_reports, write_picture, write_text
 from .progress import LoadProgress, QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
-    from ..runtime.evaluation.comparison import Comparison
-    from ..runtime.evaluation.report import Evaluation
+    from ..runtime.evaluation.report import Comparison, Evaluation
 
 
 def eval_command(
@@ -57,9 +56,9 @@ def eval_command(
     ] = None,
 ) -> None:
     """Ask held-out questions, and count the right answers by kind of question. Answers are greedy and reproducible."""
-    from ..runtime.evaluation.comparison import compare as compared
-    from ..runtime.evaluation.comparison import read_evaluation
-    from ..runtime.evaluation.registry import open_data
+    from ..runtime.evaluation.datasets import open_data
+    from ..runtime.evaluation.report import compare as compared
+    from ..runtime.evaluation.report import read_evaluation
     from ..runtime.evaluation.run import EvaluationRun
     from ..runtime.fastvlm import load
     from ..runtime.request import prepare

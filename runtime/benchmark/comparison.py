@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.significance import Z95
+from ..evaluation.scoring import Z95
 from ..timings import TTFT_STAGES
 from .report import MS_PER_TOKEN, TTFT, Benchmark, Configuration
 

@@ -11,9 +11,8 @@ from typing import Any
 from ...models.errors import FastVLMError
 from ..fastvlm import FastVLM, load
 from ..request import Request, prepare
-from .registry import DEFAULT_LIMIT, open_data
+from .datasets import DEFAULT_LIMIT, DataSet, Sample, open_data
 from .report import Answer, Evaluation, environment, folder_facts
-from .samples import DataSet, Sample
 
 GIVE_UP_AFTER = 8
 """The number of first questions that may all fail before the run ends. Then the folder is at fault, not a question."""
@@ -33,11 +32,15 @@ def evaluate(
 ) -> Evaluation:
     """Measures the accuracy of the model in a folder. Decoding is greedy, so results repeat on one machine.
 
+<<<<<<< HEAD
     `data`, `limit`, `task` and `images` are those of `registry.open_data`. `backend` is an argument of `load`, and
+=======
+    `data`, `limit`, `task` and `images` are those of `datasets.open_data`. `vision` is an argument of `load`, and
+>>>>>>> b7e07a0 (mlprogram, tiny and evaluation: modules with one importer join the idea that they serve)
     `system` and `max_tokens` are arguments of `prepare`. `on_answer` is called with each answer.
 
     Raises:
-        UsageError, DataSetError: the questions cannot be opened, as in `registry.open_data`.
+        UsageError, DataSetError: the questions cannot be opened, as in `datasets.open_data`.
         FastVLMError: the folder cannot be loaded, or answers none of the first questions.
     """
     questions = open_data(data, limit, task, None if images is None else Path(images))

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from fastvlm.cli.eval import table
 from fastvlm.cli.main import app
 from fastvlm.models.errors import FastVLMError
+from fastvlm.runtime.evaluation.datasets import DataSet
 from fastvlm.runtime.evaluation.report import Evaluation
-from fastvlm.runtime.evaluation.samples import DataSet
 
 COMMAND = [sys.executable, "-m", "fastvlm.cli.main"]
 SHORT = ("--limit", 14, "--max-tokens", 4)

@@ -166,7 +166,7 @@ def first_benchmark(folder: Path) -> Benchmark:
 
 def read_evaluation(folder: Path) -> None:
     """Compares with an earlier report in the way of `eval --compare`."""
-    from fastvlm.runtime.evaluation.comparison import compare, read_evaluation
+    from fastvlm.runtime.evaluation.report import compare, read_evaluation
 
     old = read_evaluation(folder / "eval.json")
     asked = [
@@ -178,7 +178,7 @@ def read_evaluation(folder: Path) -> None:
 
 def read_questions(folder: Path) -> None:
     """Reads every file of questions, and scores an answer to each."""
-    from fastvlm.runtime.evaluation.registry import open_data
+    from fastvlm.runtime.evaluation.datasets import open_data
 
     for file in sorted(folder.glob("*.json*")):
         data = open_data(file, 0, images=folder)

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from fastvlm.models.mlprogram import ops_fused, read_package
+from fastvlm.models.mlprogram import Constants, Operation, Program, TensorType, Value, fusion, read_package
+from fastvlm.models.mlprogram.binding import Parameters
 from fastvlm.models.mlprogram.executor import Executor
+from fastvlm.models.mlprogram.fusion import ATTENTION, FEED_FORWARD, FEED_FORWARD_ADD, FUSED_KINDS
 from fastvlm.models.mlprogram.lowering import lower
-from fastvlm.models.mlprogram.ops_fused import ATTENTION, FEED_FORWARD, FEED_FORWARD_ADD
 
 DRAW = np.random.default_rng(0)
 WIDE, NARROW, KERNEL = (DRAW.normal(size=shape) for shape in ((48, 16, 1, 1), (16, 48, 1, 1), (48, 16, 3, 3)))
@@ -87,7 +90,7 @@ def kinds(package: Path, outputs: list[str] | None = None, fuse: bool = True) ->
 def test_fused_chains_compute_the_same(
     chains: Path, rows: int, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
 ) -> None:
-    monkeypatch.setattr(ops_fused, "ROWS_AT_ONCE", rows)  # of 35 positions
+    monkeypatch.setattr(fusion, "ROWS_AT_ONCE", rows)  # of 35 positions
     found, expected = Executor(chains).run(inputs()), Executor(chains, record_ranges=True).run(inputs())
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=tolerance("op_float32") * np.abs(values).max(), rtol=0)
@@ -114,3 +117,45 @@ def test_rounding_and_ranges_cover_every_operation(chains: Path) -> None:
     for options in ({"precision": "float16"}, {"record_ranges": True}):
         executor = Executor(chains, **options)
         assert {i.operation.kind for i in executor._plan.instructions} >= {"conv", "gelu", "softmax", "matmul"}
+
+
+FUSED_SHAPE = (1, 4, 5, 7)
+
+
+def bind(kind: str, **constants: torch.Tensor) -> Callable[..., torch.Tensor]:
+    values = {name: Value(TensorType(name, "fp32", tuple(c.shape)), c.numpy()) for name, c in constants.items()}
+    operation = Operation(kind, "fused", {name: (value,) for name, value in values.items()}, {}, ())
+    program = Program((), (), (), 8, "CoreML7", {}, Path("made up"), {})
+    return FUSED_KINDS[kind].bind(Parameters(operation, Constants(program)))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 1000])  # of 35 positions
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kind", [FEED_FORWARD, FEED_FORWARD_ADD])
+def test_feed_forward_equals_convolutions_around_gelu(
+    kind: str, has_bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
+) -> None:
+    monkeypatch.setattr(fusion, "ROWS_AT_ONCE", rows)
+    torch.manual_seed(0)
+    weights = {"weight_1": torch.randn(12, 4, 1, 1), "weight_2": torch.randn(6, 12, 1, 1)}
+    biases = {"bias_1": torch.randn(12), "bias_2": torch.randn(6)} if has_bias else {}
+    x, y = torch.randn(FUSED_SHAPE), torch.randn(1, 6, 5, 7)
+    added = kind == FEED_FORWARD_ADD
+    found = bind(kind, **weights, **biases)(*([x, y] if added else [x]))
+
+    d: dict[str, Any] = {name: tensor.double() for name, tensor in {**weights, **biases}.items()}
+    expected = F.conv2d(F.gelu(F.conv2d(x.double(), d["weight_1"], d.get("bias_1"))), d["weight_2"], d.get("bias_2"))
+    expected = expected + y.double() if added else expected
+    error = (found.double() - expected).abs().max() / expected.abs().max()
+    assert found.shape == expected.shape
+    assert float(error) <= tolerance("op_float32")
+
+
+def test_attention_equals_softmax_between_products(tolerance: Callable[[str], float]) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 8, 10) for _ in range(3))  # (B, heads, head_dim, N)
+    found = bind(ATTENTION)(query, key, value)
+    weights = torch.softmax(query.double().mT @ key.double(), -1)
+    expected = value.double() @ weights.mT
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=tolerance("op_float32") * float(expected.abs().max()), rtol=0)

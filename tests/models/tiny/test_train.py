@@ -1,4 +1,4 @@
-"""Training on a few steps: resuming, learning rate, loss, and the checkpoint that is complete or absent."""
+"""Training on a few steps: resuming, learning rate, losses, and the checkpoint that is complete or absent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fastvlm.models.tiny.data import (
+    Batches,
+)
+from fastvlm.models.tiny.train import TOKEN_GROUPS, Teacher, imitation_loss
 
 pytest.importorskip("transformers", reason="training needs the dev extra's transformers")
 
@@ -187,3 +192,21 @@ def test_checkpoint_is_restored_when_the_rename_fails(tmp_path: Path, monkeypatc
 
 def stop() -> None:
     raise KeyboardInterrupt
+
+
+def test_imitation_loss_is_the_unexplained_variance(tokenizer_json: str) -> None:
+    tokens = Batches(tokenizer_json, range(8), 8, 1)[0].tokens
+    taught = Teacher()(tokens)
+    assert imitation_loss(taught, taught, tokens).item() == 0
+    filled = tokens.any(-1)
+    off = taught + torch.where(filled, 2.0, 0.0)[..., None] * taught.std()
+    assert imitation_loss(off, taught, tokens).item() == pytest.approx(2.0)  # 4 for filled tokens, 0 for empty ones
+
+
+def test_teacher_separates_all_classes() -> None:
+    teacher = Teacher()
+    for column, classes in enumerate(TOKEN_GROUPS):
+        tokens = torch.zeros(classes, 1, len(TOKEN_GROUPS), dtype=torch.long)
+        tokens[:, 0, column] = torch.arange(classes)
+        distances = torch.cdist(teacher(tokens)[:, 0], teacher(tokens)[:, 0]) + torch.eye(classes) * 1e3
+        assert distances.min() > 1

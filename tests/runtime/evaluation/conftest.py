@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fastvlm.runtime.evaluation.datasets import DataSet, Sample
 from fastvlm.runtime.evaluation.report import Answer, Evaluation
-from fastvlm.runtime.evaluation.samples import DataSet, Sample
 
 TEN = ["stop"] * 4 + ["halt"] * 2 + ["go", "red", "sign", "a stop"]
 

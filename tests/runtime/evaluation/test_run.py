@@ -12,10 +12,9 @@ import pytest
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import WeightsError
-from fastvlm.runtime.evaluation.registry import open_data
+from fastvlm.runtime.evaluation.datasets import DataSet, Sample, open_data
 from fastvlm.runtime.evaluation.report import ALL
 from fastvlm.runtime.evaluation.run import GIVE_UP_AFTER, EvaluationRun, evaluate
-from fastvlm.runtime.evaluation.samples import DataSet, Sample
 from fastvlm.runtime.fastvlm import FastVLM
 
 Own = Callable[[int], Path]

@@ -9,8 +9,8 @@ import pytest
 from PIL import ImageFont
 
 from fastvlm.runtime.evaluation import sheet
+from fastvlm.runtime.evaluation.datasets import Sample
 from fastvlm.runtime.evaluation.report import Answer, Evaluation
-from fastvlm.runtime.evaluation.samples import Sample
 
 from .conftest import evaluation_of
 
