@@ -18,9 +18,9 @@ from .outputs import check_pictures, check_reports, check_tables, write_picture,
 from .progress import StageProgress, note
 
 if TYPE_CHECKING:
-    from ..runtime.benchmark.cases import Case
     from ..runtime.benchmark.comparison import Comparison
     from ..runtime.benchmark.report import Benchmark
+    from ..runtime.benchmark.workload import Case
 
 MEASURING = "Measuring"
 """A panel of `--help`."""
@@ -123,7 +123,7 @@ def bench_command(
     """Measure the time to first token by stage, tokens per second, memory and sizes."""
     from ..runtime.benchmark.comparison import compare as compared
     from ..runtime.benchmark.markdown import report as tables
-    from ..runtime.benchmark.reading import read_benchmark
+    from ..runtime.benchmark.report import read_benchmark
     from ..runtime.benchmark.run import benchmark
     from ..runtime.benchmark.workload import SAMPLE, Workload
     from ..runtime.estimate.report import published_lines
@@ -225,7 +225,7 @@ def prepared(
         UsageError: a folder was exported with another size or scheme than requested.
         FastVLMError: a MODEL cannot be exported.
     """
-    from ..runtime.benchmark.cases import Case
+    from ..runtime.benchmark.workload import Case
 
     found = [(model, resolved(model, sizes, quant)) for model in models]  # all are checked before the first is exported
     cases = []
@@ -250,7 +250,7 @@ def resolved(model: str, sizes: Sequence[int], quant: str | None) -> Case | None
     """Returns an exported folder, or None for a MODEL to export. Raises FastVLMError if `model` is neither."""
     from ..models.config import check_image_size
     from ..models.references import open_checkpoint
-    from ..runtime.benchmark.cases import exported_folder, folder_case
+    from ..runtime.benchmark.workload import exported_folder, folder_case
 
     if exported := exported_folder(model):
         return folder_case(exported, sizes, quant)

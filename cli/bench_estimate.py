@@ -100,7 +100,7 @@ def works(
     from ..models.fastvit_config import FastViTConfig
     from ..models.references import open_checkpoint
     from ..models.tensor_names import APPLE_ENCODER_PREFIX
-    from ..runtime.benchmark.cases import exported_folder, folder_case
+    from ..runtime.benchmark.workload import exported_folder, folder_case
     from ..runtime.estimate.work import ENCODER_BITS, INT8_ACTIVATIONS, architecture_work, folder_work
 
     scheme = quant or "int8"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..models.float32 import disable_tf32
+from ..models.blas import disable_tf32
 from ..models.references import DEFAULT_MODEL
 from . import options as given
 from .progress import StageProgress, megabytes, note

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models.float32 import disable_tf32
+from ..models.blas import disable_tf32
 from . import options as given
 from .device_table import print_table
 from .exported import exported

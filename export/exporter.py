@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol
 
 from .._version import __version__
+from ..models.blas import disable_tf32
 from ..models.checkpoint import Checkpoint, tensors_under
 from ..models.errors import PackageError, UsageError, VerificationError
 from ..models.files import check_space, write_json
-from ..models.float32 import disable_tf32
 from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
 from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint

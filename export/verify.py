@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ..models.blas import disable_tf32
 from ..models.checkpoint import Checkpoint
 from ..models.config import check_image_size
 from ..models.errors import ModelFolderError, listed
 from ..models.files import read_json_object
-from ..models.float32 import disable_tf32
 from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
 from ..models.references import open_checkpoint
 from ..quant.calibration import folder_images, verification_images

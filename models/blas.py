@@ -1,4 +1,4 @@
-"""A fast BLAS for MLX on Linux.
+"""The arithmetic of MLX's matrix products: a fast BLAS on Linux, and full float32 on GPUs.
 
 MLX's Linux wheel has the reference BLAS, which is 50 to 100 times slower than the machine. The dynamic linker searches
 the global scope before a wheel's own libraries. Another BLAS that is loaded there *before* `mlx.core` thus replaces it.
@@ -109,3 +109,15 @@ def _load_globally(path: str) -> str | None:
     except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
         return str(reason).splitlines()[0]
     return None
+
+
+TF32_VARIABLE = "MLX_ENABLE_TF32"
+"""MLX reads it at its first matrix product. By default GPUs that can (M5 and later) round the factors to 10 bits."""
+
+
+def disable_tf32() -> None:
+    """Makes float32 products exact to float32 in this process, unless the user has set MLX's variable.
+
+    Takes effect only before the first matrix product in MLX.
+    """
+    os.environ.setdefault(TF32_VARIABLE, "0")

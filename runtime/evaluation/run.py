@@ -32,11 +32,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures the accuracy of the model in a folder. Decoding is greedy, so results repeat on one machine.
 
-<<<<<<< HEAD
-    `data`, `limit`, `task` and `images` are those of `registry.open_data`. `backend` is an argument of `load`, and
-=======
-    `data`, `limit`, `task` and `images` are those of `datasets.open_data`. `vision` is an argument of `load`, and
->>>>>>> b7e07a0 (mlprogram, tiny and evaluation: modules with one importer join the idea that they serve)
+    `data`, `limit`, `task` and `images` are those of `datasets.open_data`. `backend` is an argument of `load`, and
     `system` and `max_tokens` are arguments of `prepare`. `on_answer` is called with each answer.
 
     Raises:

@@ -55,14 +55,9 @@ def test_choices_are_those_of_the_library() -> None:
     from fastvlm.export.recipe import DEPLOYMENT_TARGETS, ENCODERS, IO_KINDS, MLX_DTYPES
     from fastvlm.quant.decoder_scheme import DECODER_BITS, GROUP_SIZES, MIXED, QUANTIZERS
     from fastvlm.quant.schemes import ENCODER_SCHEMES
-<<<<<<< HEAD
     from fastvlm.runtime.backends import BACKENDS
     from fastvlm.runtime.coreml import COMPUTE_UNITS
-    from fastvlm.runtime.evaluation.registry import LAYOUTS
-=======
-    from fastvlm.runtime.encoders import COMPUTE_UNITS, VISION_NAMES
     from fastvlm.runtime.evaluation.datasets import LAYOUTS
->>>>>>> b7e07a0 (mlprogram, tiny and evaluation: modules with one importer join the idea that they serve)
 
     assert set(choices("export", "quant")) == {*ENCODER_SCHEMES, *MLX_DTYPES}
     assert set(choices("export", "encoder")) == set(ENCODERS)

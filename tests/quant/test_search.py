@@ -12,21 +12,23 @@ from torch import nn
 
 from fastvlm.models.errors import UsageError
 from fastvlm.quant.encoder import convolutions, input_means, stored_by_plan
-from fastvlm.quant.float16 import float16_outputs
 from fastvlm.quant.schemes import stored_bytes
 from fastvlm.quant.search import (
     MARGIN_DB,
     PROBES,
+    Float16Results,
     Images,
     Option,
     applied,
     best_trades,
     decibels,
+    float16_outputs,
     measured_options,
     next_budget,
     noise_of,
     outputs,
     plan_bytes,
+    rounded,
     search,
     search_bytes,
     within_bytes,
@@ -185,3 +187,23 @@ def test_floor_above_float16_is_refused_with_a_lower_one(network: nn.Sequential,
     wanted = rf"min_snr must be below the {float16:.1f} dB .* \(got 99\)\. Pass {int(float16 - MARGIN_DB)} or less"
     with pytest.raises(UsageError, match=wanted):
         search(network, {}, images, min_snr=99.0, on_stage=lambda _: None)
+
+
+IMAGE = np.random.default_rng(1).random((1, 3, 8, 8), dtype=np.float32)
+
+
+def test_convolution_rounds_input_weight_bias_and_result() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3).requires_grad_(False)
+    found = float16_outputs(nn.Sequential(conv), IMAGE)
+    wide = nn.functional.conv2d(rounded(torch.from_numpy(IMAGE)), rounded(conv.weight), rounded(conv.bias))
+    np.testing.assert_array_equal(found, rounded(wide).numpy())
+    assert not np.array_equal(found, wide.numpy())
+
+
+def test_sum_of_two_tensors_is_rounded_and_a_square_is_not() -> None:
+    x, y = torch.tensor([1.0001, 3.0003]), torch.tensor([0.5001, 0.25])
+    with torch.inference_mode(), Float16Results():
+        total, square = x + y, x * x
+    assert torch.equal(total, rounded(x + y)) and not torch.equal(total, x + y)
+    assert torch.equal(square, x * x) and not torch.equal(square, rounded(x * x))

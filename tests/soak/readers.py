@@ -153,7 +153,7 @@ def read_benchmark(folder: Path) -> None:
 
 
 def benchmark_of(folder: Path) -> Benchmark:
-    from fastvlm.runtime.benchmark.reading import read_benchmark
+    from fastvlm.runtime.benchmark.report import read_benchmark
 
     return read_benchmark(folder / "bench.json")
 
