@@ -16,13 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..models.compute_plan import placement
 from ..models.coreml_errors import coreml_reason
 from ..models.errors import FastVLMError
 from .compiled_cache import CompiledCache
 from .coreml import CoreMLTools
 from .encoders import CoreMLEncoder, ReferenceEncoder, Shapes, VisionEncoder
-from .engine_share import share_note
 from .transport import FrameError, Layout, SharedMemory, received, send
 
 Stage = Callable[[str], None]
@@ -63,6 +61,9 @@ def open_backend(request: dict[str, Any], on_stage: Stage) -> tuple[VisionEncode
 
 def placement_notes(encoder: CoreMLEncoder, compute_units: str, on_stage: Stage) -> list[str]:
     """Returns a note if too little work is on the Neural Engine. Only the first use of the package asks Core ML."""
+    from ..models.compute_plan import placement  # local, because only Core ML needs the 20 ms of their import
+    from .engine_share import share_note
+
     plan = None
     if encoder.compile_ms:
         on_stage("plan")

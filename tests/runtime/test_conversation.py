@@ -186,7 +186,7 @@ def test_history_is_read_again_when_the_template_rewrites_it(write_folder: Write
         assert list(chat.ask(question, max_tokens=4, ignore_eos=True).token_ids) == expected
 
 
-def test_usage_error_when_the_system_prompt_comes_with_a_question(vlm: FastVLM) -> None:
+def test_error_when_a_question_has_a_system_prompt(vlm: FastVLM) -> None:
     with pytest.raises(TypeError, match="system"):
         vlm.chat().ask("Hi", system="Be brief.")
     with pytest.raises(UsageError, match="system must be a string"):

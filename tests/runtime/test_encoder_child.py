@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fastvlm.models import compute_plan
 from fastvlm.models.compute_plan import CPU, ENGINE, Place, Placement
 from fastvlm.models.errors import FastVLMError, PackageError, UsageError
 from fastvlm.runtime import encoder_child
@@ -52,7 +53,7 @@ def test_only_the_first_use_asks_for_the_engines_share(tmp_path: Path, monkeypat
         asked.append((compute_units, seconds))
         return Placement((Place("x", "conv", ENGINE, 0.25), Place("y", "conv", CPU, 0.75)))
 
-    monkeypatch.setattr(encoder_child, "placement", placement)
+    monkeypatch.setattr(compute_plan, "placement", placement)
     compiled, stages = tmp_path / "a.mlmodelc", []
     old = SimpleNamespace(compiled=compiled, compile_ms=0.0)
     new = SimpleNamespace(compiled=compiled, compile_ms=900.0)

@@ -267,7 +267,7 @@ def test_prompt_error_names_both_numbers(vlm: FastVLM, image: object, prompt: st
         vlm.generate(image, prompt)
 
 
-def test_prompt_error_when_the_template_adds_a_place_for_an_image(write_folder: Write, open_vlm: Open) -> None:
+def test_prompt_error_when_the_template_adds_an_image_mark(write_folder: Write, open_vlm: Open) -> None:
     path = write_folder(manifest=None)
     (path / "chat_template.jinja").write_text("<image>{{ messages[0].content }}")
     vlm = open_vlm(path)
@@ -304,7 +304,7 @@ def test_weights_error_when_logits_are_not_finite(vlm: FastVLM, value: float) ->
         vlm.generate(PICTURE, "Hi")
 
 
-def test_features_that_the_package_projected_are_not_projected_again(vlm: FastVLM) -> None:
+def test_projected_features_are_not_projected_again(vlm: FastVLM) -> None:
     plain = vlm.generate(PICTURE, "Hi", **VARIED)
     project, encode = vlm.engine.language.multi_modal_projector, vlm.engine.encoder.encode
     vlm.engine.encoder.encode = lambda values: np.array(project(mx.array(encode(values))))  # type: ignore[method-assign]

@@ -126,7 +126,7 @@ def test_image_that_is_asked_about_twice_is_encoded_once(make: Make) -> None:
     assert sum(outcome.timings.cached_images for outcome in outcomes) == 6
 
 
-def test_images_of_one_question_may_be_more_than_there_is_room_for(make: Make, vlm: FastVLM) -> None:
+def test_question_may_have_more_images_than_there_is_room_for(make: Make, vlm: FastVLM) -> None:
     alone = FastVLM(
         vlm.folder,
         Means(vlm.config.image_size, vlm.config.mm_hidden_size),

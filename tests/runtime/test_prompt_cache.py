@@ -98,7 +98,7 @@ def test_load_time_holds_the_reading(write_folder: Write, open_vlm: Open, monkey
     assert fastvlm.load(path).load_ms == 7000
 
 
-def test_template_that_takes_no_plain_question_is_left_to_the_request(
+def test_template_that_refuses_a_plain_question_still_loads(
     write_folder: Write, open_vlm: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_folder(manifest=None)
@@ -288,7 +288,7 @@ def test_second_question_about_an_image_does_not_encode_it_again(vlm: FastVLM) -
 
 
 @pytest.mark.parametrize(("order", "encoded"), [([0, 1, 0, 1], 2), ([0, 1, 2, 3, 4, 0], 6), ([2, 2, 2], 1)])
-def test_answers_are_the_same_with_and_without_what_is_remembered(vlm: FastVLM, order: list[int], encoded: int) -> None:
+def test_answers_are_the_same_with_and_without_the_caches(vlm: FastVLM, order: list[int], encoded: int) -> None:
     def ask(forget: bool) -> list[tuple[int, ...]]:
         ids = []
         for index in order:
