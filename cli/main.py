@@ -1,12 +1,14 @@
-"""The `fastvlm` command: its subcommands, and the exit codes of errors."""
+"""The `fastvlm` command: its subcommands, the rendering of their `--help`, and the exit codes of errors."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from .._version import __version__
 from ..models.errors import FastVLMError
@@ -20,11 +22,57 @@ from .download import download_command
 from .eval import eval_command
 from .export import export_command
 from .generate import generate_command
-from .help import Command, Group
 from .inspect import inspect_command
 from .interrupt import Interrupted, asked_to_stop, listen, stop_listening
 from .progress import one_line
 from .verify import verify_command
+
+
+class Command(TyperCommand):
+    """A command whose parameters are rendered by `rendered`, and whose help is filled to the width."""
+
+    def __init__(self, *arguments: Any, help: str | None = None, **options: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        super().__init__(*arguments, help="\n\n".join(" ".join(text.split()) for text in paragraphs), **options)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [rendered(parameter) for parameter in super().get_params(ctx)]
+
+
+class Group(TyperGroup):
+    """The group of all commands, rendered in the same way."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [rendered(parameter) for parameter in super().get_params(ctx)]
+
+
+def rendered(parameter: Any) -> Any:
+    """Returns the same parameter, with its default in the help text, and no type for a flag or an argument.
+
+    typer shows `<bool>` for a flag and `<list[str]>` for an argument, and moves a default to a line of its own when the
+    text is long.
+    """
+    argument = isinstance(parameter, TyperArgument)
+    if argument:
+        parameter.display_type_rich = lambda ctx: None
+    elif parameter.metavar is None and getattr(parameter, "is_flag", False):
+        parameter.metavar = ""
+    default = default_text(parameter)
+    if default:
+        parameter.help = f"{parameter.help} \\[default: {default}]"
+        parameter.show_default = False
+    return parameter
+
+
+def default_text(parameter: Any) -> str:
+    """Returns `show_default` if it is a text, else the default value, else an empty string."""
+    shown, value = getattr(parameter, "show_default", False), parameter.default
+    if isinstance(shown, str):
+        return shown
+    if not shown or parameter.required or value is None or isinstance(value, bool | list | tuple):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
 
 app = typer.Typer(
     name="fastvlm",
