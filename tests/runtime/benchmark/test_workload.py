@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm.models.errors import UsageError
-from fastvlm.runtime.benchmark.measure import answer
+from fastvlm.runtime.benchmark.run import answer
 from fastvlm.runtime.benchmark.workload import Case, Workload, cases_of, exported_folder, folder_case, largest
 from fastvlm.runtime.fastvlm import FastVLM
 
