@@ -37,13 +37,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_full_disk_is_told_and_leaves_nothing(small_disk: Path) -> None:
+def test_full_disk_is_one_line_and_leaves_no_folder(small_disk: Path) -> None:
     with pytest.raises(OutputError, match="the disk is full"), new_folder(small_disk / "m", force=False) as folder:
         write(folder, "x" * 3_000_000)
     assert list(small_disk.iterdir()) == []
 
 
-def test_full_disk_is_recognised_when_a_native_writer_tells_otherwise(small_disk: Path) -> None:
+def test_native_writers_error_on_a_full_disk_is_recognized(small_disk: Path) -> None:
     with pytest.raises(OutputError, match="the disk is full"), new_folder(small_disk / "m", force=False):
         raise RuntimeError("basic_ios::clear: iostream error")
     assert list(small_disk.iterdir()) == []
@@ -57,7 +57,7 @@ def test_earlier_export_stays_when_the_disk_fills_up(small_disk: Path) -> None:
     assert (small_disk / "m" / "fastvlm.json").read_text() == "old"
 
 
-def test_read_only_file_system_is_told(small_disk: Path) -> None:
+def test_read_only_file_system_is_one_line(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OutputError, match=r"cannot be written \(Read-only"), new_folder(small_disk / "m", force=False):
         pass
@@ -84,9 +84,7 @@ def test_run_killed_between_two_renames_is_undone(tmp_path: Path) -> None:
     assert (tmp_path / "m" / "fastvlm.json").read_text() == "old"
 
 
-def test_earlier_export_is_put_back_when_ctrl_c_comes_between_two_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_between_two_renames_restores_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class CtrlC(BaseException):
         pass
 

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 import fastvlm
 from fastvlm.export import atomic_folder, exporter, write_encoder
 from fastvlm.export.exporter import export
 from fastvlm.export.inspect_package import inspect
-from fastvlm.export.verify import ENCODER_FLOOR_DB
+from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
 from fastvlm.models import safetensors_files
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.errors import ConfigError, OutputError, UsageError, VerificationError, WeightsError
+from fastvlm.models.folder_layout import saved_weights
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.models.references import open_checkpoint
 from fastvlm.models.tensor_names import language_shapes, saved_name
 
 pytestmark = pytest.mark.slow
@@ -87,7 +90,7 @@ def test_files_are_readable_like_any_other(exported: Path) -> None:
     assert modes == {0o666 & ~mask}
 
 
-def test_two_exports_give_the_same_bytes_on_other_numbers_of_threads(exported: Path, tmp_path: Path) -> None:
+def test_two_exports_with_other_thread_counts_are_identical(exported: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
@@ -152,20 +155,6 @@ def test_shortfall_is_written_only_when_allowed_and_then_said(tmp_path: Path, mo
     assert not result.verification.passed
 
 
-def test_config_names_what_clients_size_by(write_checkpoint: Callable, tmp_path: Path) -> None:
-    def cut(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000]
-
-    source = write_checkpoint(change=cut)
-    config = json.loads((source / "config.json").read_text())
-    del config["rope_theta"]
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    (source / "config.json").write_text(json.dumps(config))
-    exported = export(source, tmp_path / "model", quant="fp16").folder / "config.json"
-    assert json.loads(exported.read_text())["vocab_size"] == 1000
-    assert json.loads(exported.read_text())["rope_theta"] == 5e5
-
-
 def test_weights_that_int8_would_spoil_stay_float16(write_checkpoint: Callable, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:  # FastViT's initial layer scale: int8's float16 scales would be zero
@@ -205,14 +194,6 @@ def test_export_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert (here / "fastvlm.json").is_file()
 
 
-def test_image_size_is_carried_through(tmp_path: Path) -> None:
-    result = export("random:tiny", out=tmp_path / "model", quant="fp16", image_size=128)
-    config = json.loads((result.folder / "config.json").read_text())
-    assert config["mm_vision_tower"] == "mobileclip_l_128"
-    preprocessor = json.loads((result.folder / "preprocessor_config.json").read_text())
-    assert preprocessor["crop_size"] == {"height": 128, "width": 128}
-
-
 def test_large_decoders_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
     monkeypatch.setattr(safetensors_files, "MAX_SHARD_BYTES", 300_000)
     folder = export("random:tiny", out=tmp_path / "model").folder
@@ -227,7 +208,7 @@ def test_large_decoders_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(np.array_equal(merged[name], whole[name]) for name in whole)
 
 
-def test_checkpoint_is_not_touched_and_is_exported_like_its_source(write_checkpoint: Callable, tmp_path: Path) -> None:
+def test_checkpoint_is_unchanged_and_named_in_the_manifest(write_checkpoint: Callable, tmp_path: Path) -> None:
     source = write_checkpoint()
     before = contents(source)
     result = export(source, tmp_path / "model", quant="fp16")
@@ -249,7 +230,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_native_writers_failure_on_a_full_disk_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_writers_failure_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
 
@@ -407,3 +388,30 @@ def test_negative_variances_are_refused(write_checkpoint: Callable, tmp_path: Pa
     with pytest.raises(WeightsError, match="NaN or infinite"):
         export(write_checkpoint(change=change), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+MODULE = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    draw = torch.Generator().manual_seed(0)
+    tensors = {"A": torch.randn((4, 384), generator=draw), "B": torch.randn((128, 4), generator=draw)}
+    named = {f"base_model.model.{MODULE}.lora_{part}.weight": tensor for part, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapter_is_in_the_exported_weights_and_verified(tmp_path: Path, adapter: Path) -> None:
+    result = export("random:tiny", tmp_path / "model", adapter=adapter, quant="fp16", decoder_bits=16)
+    assert not result.trained
+    assert result.checkpoint == "random:tiny+adapter"
+    saved = saved_weights(tmp_path / "model")[f"language_model.{MODULE}.weight"]
+    merged = open_checkpoint("random:tiny", adapter).read(f"{MODULE}.weight", "pt")
+    assert np.array_equal(np.array(saved), merged.astype(np.float16))
+    assert verify(tmp_path / "model", "random:tiny", adapter=adapter).passed
+    unmerged = verify(tmp_path / "model", "random:tiny")
+    assert "down_proj" in " ".join(unmerged.failures)

@@ -1,18 +1,37 @@
-"""Recipes read from files."""
+"""Recipes: the interface of a package, recipes of files, and their repetition."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from fastvlm.export.recipe import DECODER_FIELDS, read_recipe
-from fastvlm.models.errors import UsageError
+import fastvlm
+from fastvlm.export.coreml import convert_encoder
+from fastvlm.export.exporter import Export, export
+from fastvlm.export.inspect_package import inspect
+from fastvlm.export.recipe import DECODER_FIELDS, PackageInterface, interface_for, read_recipe
+from fastvlm.export.rewrite import ProjectorConvs, projected, rewrite
+from fastvlm.export.verify import verify
+from fastvlm.models.errors import ImageError, UsageError
+from fastvlm.models.fastvit import FastViT
+from fastvlm.models.images import open_image, preprocess, to_pixel_values
+from fastvlm.models.mlprogram import census, read_package
+from fastvlm.models.mlprogram.executor import Executor
+from fastvlm.models.mlprogram.program import inputs_for
+from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.quant.calibration import verification_images
 from fastvlm.quant.decoder_scheme import DecoderScheme
 from fastvlm.quant.encoder_scheme import EncoderScheme
+from fastvlm.quant.metrics import compare
+
+pytestmark = pytest.mark.slow
 
 RECIPE: dict[str, Any] = {"quant": "mixed", "min_snr": 35, "weights": {"0.0": "fp16", "2.0": "pal6", "3": "int8"}}
 
@@ -92,3 +111,159 @@ def test_recipe_of_another_encoder_is_refused(tmp_path: Path) -> None:
         scheme.check_names({"0.0", "2.0"})
     with pytest.raises(UsageError, match=r"recipe.json: .* \(2 missing convolutions, such as 4, 5\)"):
         scheme.check_names({"0.0", "2.0", "3", "4", "5"})
+
+
+SIZE = 128
+
+
+PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)
+
+
+@pytest.fixture(scope="module")
+def images() -> Sequence[np.ndarray]:
+    return verification_images(SIZE)
+
+
+@pytest.fixture(scope="module")
+def features(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The checkpoint's features of `images`."""
+    encoder = FastViT.from_checkpoint(RandomCheckpoint("tiny"))
+    with torch.inference_mode():
+        return [encoder(torch.from_numpy(image)).numpy() for image in images]
+
+
+def write_package(interface: PackageInterface, package: Path) -> Path:
+    checkpoint = RandomCheckpoint("tiny")
+    projector = ProjectorConvs.from_checkpoint(checkpoint) if interface.with_projector else None
+    encoder = FastViT.from_checkpoint(checkpoint)
+    with torch.no_grad():
+        network = rewrite(encoder, SIZE, pixel_scale=interface.pixel_scale, projector=projector)
+    convert_encoder(network, SIZE, {}, package, metadata={}, on_stage=lambda _: None, interface=interface)
+    return package
+
+
+@pytest.mark.parametrize(
+    ("interface", "dtypes", "casts", "spec_version"),
+    [
+        (PackageInterface("float32"), ("fp32", "fp32"), 2, 8),
+        (PackageInterface("float16", "ios18"), ("fp16", "fp16"), 0, 9),
+        (PackageInterface("image"), ("fp32", "fp32"), 2, 8),
+        (PackageInterface("float16", with_projector=True), ("fp16", "fp16"), 0, 8),
+    ],
+    ids=str,
+)
+def test_package_has_the_requested_interface(
+    interface: PackageInterface,
+    dtypes: tuple[str, str],
+    casts: int,
+    spec_version: int,
+    images: Sequence[np.ndarray],
+    features: list[np.ndarray],
+    tolerance: Callable[[str], float],
+    tmp_path: Path,
+) -> None:
+    program = read_package(write_package(interface, tmp_path / "fastvithd.mlpackage"))
+    (taken,), (given,) = program.inputs, program.outputs
+    assert (taken.dtype, given.dtype) == dtypes
+    assert program.image_inputs == ({"images": "RGB"} if interface.takes_image else {})
+    assert given.name == ("image_embeds" if interface.with_projector else "image_features")
+    assert program.spec_version == spec_version
+    counts = census(program)
+    assert (counts["cast"], counts["transpose"]) == (casts, 1)
+    assert sum(counts.values()) - casts == (97 if interface.with_projector else 94)
+    assert inspect(program.path).errors == ()
+
+    executor = Executor(program, precision="float16")
+    found = [executor.run(inputs_for(program, image))[given.name] for image in images]
+    expected = projected(RandomCheckpoint("tiny"), features) if interface.with_projector else features
+    agreement = compare(np.concatenate(expected), np.concatenate(found), str(interface))
+    assert agreement.snr_db > tolerance("package_border_snr_db")
+
+
+def test_projector_is_the_decoders_own(
+    features: list[np.ndarray], language_side: Callable, tolerance: Callable[[str], float]
+) -> None:
+    from fastvlm.models._mlx import mx
+
+    projector = language_side(RandomCheckpoint("tiny")).multi_modal_projector
+    large = [10 * image_features for image_features in features]  # where an approximate GELU would show
+    for mine, image_features in zip(projected(RandomCheckpoint("tiny"), large), large, strict=True):
+        theirs = np.array(projector(mx.array(image_features)))
+        assert np.abs(mine - theirs).max() < tolerance("projected_float32")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
+    """`random:tiny` in fp16, as it is by default, and with every part of the interface changed."""
+    folder = tmp_path_factory.mktemp("exports")
+    options: dict[str, Any] = {"quant": "fp16", "decoder_bits": 16, "image_size": SIZE}
+    return {
+        "plain": export("random:tiny", folder / "plain", **options),
+        "whole": export("random:tiny", folder / "whole", io="image", min_os="ios18", with_projector=True, **options),
+    }
+
+
+def test_answers_are_the_same_with_the_projector_in_the_package(
+    exports: dict[str, Export], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, whole = (fastvlm.load(exports[name].folder, backend="reference") for name in ("plain", "whole"))
+    assert whole.encoder.projected
+    pixel_values = to_pixel_values(preprocess(open_image(PICTURE), SIZE, "pad"))
+    assert whole.encoder.encode(pixel_values).shape == (1, 4, 128)
+    projectors = [vlm.engine.language.multi_modal_projector for vlm in (plain, whole)]
+    computed: list[object] = []
+    project = type(projectors[0]).__call__
+    monkeypatch.setattr(type(projectors[0]), "__call__", lambda self, x: computed.append(self) or project(self, x))
+    answers = [vlm.generate(PICTURE, "Describe the image.", max_tokens=12, ignore_eos=True) for vlm in (plain, whole)]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert [sum(one is projector for one in computed) for projector in projectors] == [1, 0]
+
+
+def test_manifest_has_the_interface_and_verify_reads_it(exports: dict[str, Export]) -> None:
+    recipe = json.loads((exports["whole"].folder / "fastvlm.json").read_text())["recipe"]
+    assert (recipe["io"], recipe["target"], recipe["with_projector"]) == ("image", "ios18", True)
+    assert recipe["calibration"]["source"] == "embedded"
+    again = verify(exports["whole"].folder, "random:tiny")
+    assert again.passed
+    assert again.as_dict() == exports["whole"].verification.as_dict()
+
+
+def test_recipe_replays_the_whole_folder(exports: dict[str, Export], tmp_path: Path) -> None:
+    again = export("random:tiny", tmp_path / "again", recipe=exports["whole"].folder)
+    assert again.files == exports["whole"].files
+
+
+def test_recipe_repeats_the_interface_unless_it_is_given() -> None:
+    saved = {"io": "float16", "target": "ios18", "with_projector": True}
+    assert interface_for(["int8"], saved=saved) == PackageInterface("float16", "ios18", True)
+    assert interface_for(["int8"], "float32", "ios17", False, saved) == PackageInterface()
+    assert interface_for(["int8"]) == PackageInterface()
+
+
+def test_int4_asks_for_the_system_that_has_it() -> None:
+    assert interface_for(["int4"]).min_os == "ios18"
+    assert interface_for(["mixed", "int4", "pal6"], saved={"target": "ios17"}).min_os == "ios18"
+    with pytest.raises(UsageError, match="quant='int4' needs min_os='ios18'"):
+        interface_for(["int4"], min_os="ios17")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"io": "uint8"}, r"io must be one of float32, float16, image \(got 'uint8'\)"),
+        ({"min_os": "ios16"}, r"min_os must be one of ios17, ios18 \(got 'ios16'\)"),
+        ({"quant": "int4", "min_os": "ios17"}, "quant='int4' needs min_os='ios18'"),
+    ],
+)
+def test_impossible_interfaces_are_refused_at_once(options: dict, message: str, tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(UsageError, match=message):
+        export("random:tiny", tmp_path / "model", on_stage=stages.append, **options)
+    assert stages == []
+
+
+def test_calibration_folder_without_images_is_refused_at_once(tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(ImageError, match="has no readable image"):
+        export("random:tiny", tmp_path / "model", calibrate=tmp_path, on_stage=stages.append)
+    assert stages == []

@@ -56,7 +56,7 @@ def test_image_token_does_not_take_a_word_of_the_vocabulary() -> None:
     assert add_image_token(tokenizer, {}) == 3
 
 
-def test_tokenizer_made_from_vocabulary_and_merges_encodes_the_same(golden: Path) -> None:
+def test_tokenizer_from_vocabulary_and_merges_encodes_the_same(golden: Path) -> None:
     folder = golden / "llava_small_reparam_tied"
     fast = (folder / "tokenizer.json").read_bytes()
     model = json.loads(fast)["model"]

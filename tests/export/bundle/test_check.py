@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from fastvlm.export.bundle.check import check_bundle
-from fastvlm.export.bundle.contracts import KINDS, Rule
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ModelFolderError, UsageError
 from fastvlm.models.mlprogram import model_class
 from fastvlm.models.safetensors_files import write_safetensors
 
 TOWER = "vision_tower.vision_model."
+
+
 Change = Callable[[Path], None]
 
 
@@ -138,7 +139,10 @@ def truncated(folder: Path) -> None:
 
 
 PROJECTOR = "multi_modal_projector.linear_0.weight"
+
+
 NORM = "language_model.model.norm.weight"
+
 
 APPLE = [
     (config("model_type", "qwen2"), "'model_type' must be 'llava_qwen2' (got 'qwen2')"),
@@ -188,6 +192,7 @@ APPLE = [
     (package(other_size), "the input must be images fp32 [1, 3, 256, 256] (got images"),
     (package(renamed_output), "the output must be image_features fp32 [1, 16, 512] (got features"),
 ]  # fmt: skip
+
 
 MLX = [
     (config("image_token_index", 1023), "'image_token_index' must be -200 (got 1023)"),
@@ -270,16 +275,3 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         check_bundle(tmp_path / "bundle.zip", "mlx-vlm")
     with pytest.raises(UsageError, match=r"client must be one of apple-app, mlx-swift-lm, mlx-vlm \(got 'android'\)"):
         check_bundle(tmp_path, "android")
-
-
-def test_null_is_as_good_as_absent_for_what_is_optional() -> None:
-    rule = Rule("rope_theta", "a number", required=False)
-    assert list(rule.faults({"rope_theta": None}, "c")) == []
-    assert list(rule.faults({"rope_theta": 1}, "c")) == []
-    assert list(rule.faults({"rope_theta": True}, "c")) != []
-
-
-@pytest.mark.parametrize("value", [None, True, 1.5, "1", [], {}, -1, 2**40])
-def test_no_kind_takes_a_value_of_another(value: Any) -> None:
-    assert sum(test(value) for test in KINDS.values()) <= 4
-    assert not KINDS["a list of five sizes"](value)

@@ -32,7 +32,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_logits(vlm: fastvlm.FastVLM, pixels: np.ndarray | None = None) -> np.ndarray:
-    """Of `IDS`, with an image's features behind the third where there are pixels."""
+    """Returns the logits of `IDS`, with an image's features after the third if there are pixels."""
     decoder = vlm.engine.language.language_model
     embedded = [decoder.embed(mx.array([IDS]))]
     if pixels is not None:
@@ -122,7 +122,7 @@ def test_tokenizers_agree(bundles: dict[str, Path], target: str) -> None:
 
 
 def test_prompts_of_clients_are_ours(bundles: dict[str, Path]) -> None:
-    """As mlx-vlm and mlx-swift-lm make them: the template's text, split at `<image>`, -200 in between."""
+    """Both clients split the template's text at `<image>` and put -200 between the parts."""
     from transformers import AutoTokenizer
 
     folder = bundles["mlx-swift-lm"]

@@ -1,0 +1,156 @@
+"""The places of bundles, and what they leave alone."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastvlm.export.bundle import write
+from fastvlm.export.bundle.check import check_bundle
+from fastvlm.export.bundle.contracts import Contract
+from fastvlm.export.bundle.place import MAX_OTHERS, publish_with_others
+from fastvlm.export.bundle.swift_packages import CHOSEN, RESOLVED, VERSIONS_NOTE
+from fastvlm.export.bundle.write import bundle
+from fastvlm.models.errors import OutputError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_zips_are_equal_and_hold_the_bundle(bundles: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
+    first = bundle(folders["mlx"], "mlx-vlm", tmp_path / "first", zipped=True).path
+    second = bundle(folders["mlx"], "mlx-vlm", tmp_path / "second.zip", zipped=True).path
+    assert first == tmp_path / "first.zip"
+    assert first.read_bytes() == second.read_bytes()
+    with zipfile.ZipFile(first) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == contents(bundles["mlx-vlm"])
+        assert archive.namelist() == sorted(archive.namelist())
+    bundle(folders["mlx"], "mlx-vlm", first, zipped=True)  # over an earlier one
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.zip", "second.zip"]
+
+
+def test_zip_that_is_not_a_bundle_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("photo.jpg", b"")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="exists and is not the zip of a bundle"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "photos.zip", zipped=True)
+    assert contents(tmp_path) == before
+
+
+def test_app_checkout_gets_the_model_in_its_place(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = tmp_path / "app" / "FastVLM" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "FastVLM.swift").write_text("// Swift")
+    (model / "README.txt").write_text("put models here")
+    (model / "more").mkdir()
+    (model / "more" / "link").symlink_to("../README.txt")
+    (model / "empty").mkdir()
+    os.chmod(model / "README.txt", 0o640)  # noqa: PTH101
+    before = (model / "README.txt").stat()
+    assert bundle(folders["coreml"], "apple-app", tmp_path).path == model
+    assert check_bundle(model, "apple-app").passed
+    after = (model / "README.txt").stat()
+    assert (after.st_ino, after.st_mode, after.st_mtime_ns) == (before.st_ino, before.st_mode, before.st_mtime_ns)
+    assert (model / "more" / "link").readlink() == Path("../README.txt")
+    assert (model / "empty").is_dir()
+    bundle(folders["coreml"], "apple-app", tmp_path / "app")  # again, over the earlier one
+    assert (model / "README.txt").read_text() == "put models here"
+    assert sorted(path.name for path in model.parent.iterdir()) == ["FastVLM.swift", "model"]
+
+
+def checkout(root: Path) -> Path:
+    """The app's own folder, in a checkout of ml-fastvlm."""
+    (root / "app" / "FastVLM").mkdir(parents=True)
+    (root / "app" / "FastVLM" / "FastVLM.swift").write_text("// Swift")
+    (root / "app" / "FastVLM.xcodeproj").mkdir()
+    urls = "".join(f'repositoryURL = "{pin.location}";' for pin in CHOSEN)
+    (root / "app" / "FastVLM.xcodeproj" / "project.pbxproj").write_text(urls)
+    return root / "app" / "FastVLM"
+
+
+def test_app_folder_holds_nothing_unfinished(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a synchronized group: Xcode takes what appears in it for a part of the project."""
+    synchronized, seen = checkout(tmp_path), []
+    write_files = write.write_files
+
+    def watched(source: Path, written: Path, contract: Contract) -> None:
+        seen.append(written.parent)
+        assert [path.name for path in synchronized.iterdir() if path.name.startswith(".")] == []
+        write_files(source, written, contract)
+
+    monkeypatch.setattr(write, "write_files", watched)
+    abandoned = tmp_path / "app" / ".model.partial-999999999"
+    abandoned.mkdir()
+    for _ in range(2):
+        bundle(folders["coreml"], "apple-app", tmp_path)
+    assert seen == [tmp_path / "app"] * 2
+    assert check_bundle(synchronized / "model", "apple-app").passed
+    assert sorted(path.name for path in (tmp_path / "app").iterdir()) == ["FastVLM", "FastVLM.xcodeproj"]
+
+
+def test_app_bundle_says_what_it_builds_with(folders: dict[str, Path], tmp_path: Path) -> None:
+    checkout(tmp_path / "clone")
+    result = bundle(folders["coreml"], "apple-app", tmp_path / "clone")
+    assert "Package.resolved pins" in result.notes[-1]
+    assert (tmp_path / "clone" / "app" / "FastVLM.xcodeproj" / RESOLVED).is_file()
+    assert "exists and was not changed" in bundle(folders["coreml"], "apple-app", tmp_path / "clone").notes[-1]
+    assert bundle(folders["coreml"], "apple-app", tmp_path / "elsewhere").notes[-1] == VERSIONS_NOTE
+    assert VERSIONS_NOTE not in bundle(folders["mlx"], "mlx-swift-lm", tmp_path / "other").notes
+
+
+def test_files_of_an_earlier_bundle_that_are_no_longer_needed_go(folders: dict[str, Path], tmp_path: Path) -> None:
+    bundle(folders["coreml"], "apple-app", tmp_path / "b")
+    (tmp_path / "b" / "mine.txt").write_text("kept")
+    bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    assert not (tmp_path / "b" / "fastvithd.mlpackage").exists()
+    assert check_bundle(tmp_path / "b", "mlx-vlm").passed
+    assert (tmp_path / "b" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["config.json", "fastvithd.mlpackage/Manifest.json"])
+def test_files_of_others_are_never_replaced(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    (tmp_path / "b" / name).parent.mkdir(parents=True)
+    (tmp_path / "b" / name).write_text("somebody else's")
+    with pytest.raises(OutputError, match="is not from an earlier bundle and is in the way"):
+        bundle(folders["coreml"], "apple-app", tmp_path / "b")
+    assert contents(tmp_path) == {f"b/{name}": b"somebody else's"}
+
+
+def test_bundled_files_that_were_changed_since_are_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+    bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="config.json was changed after it was bundled"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").read_text() == "{}"
+
+
+def test_folder_of_something_else_is_left_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    for index in range(MAX_OTHERS + 1):
+        (tmp_path / f"{index}.txt").write_text("")
+    with pytest.raises(OutputError, match="Choose a new folder inside it"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path)
+    assert len(list(tmp_path.iterdir())) == MAX_OTHERS + 1
+
+
+def test_damaged_bundle_manifest_replaces_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "fastvlm-bundle.json").write_text('{"files": {"../../etc/passwd": {"sha256": "0"}}}')
+    with pytest.raises(OutputError, match="is damaged"):
+        bundle(folders["mlx"], "mlx-vlm", tmp_path)
+
+
+def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
+    (partial := tmp_path / "partial").mkdir()
+    (partial / "config.json").write_text("new")
+    (folder := tmp_path / "b").mkdir()
+    (folder / "config.json").write_text("somebody else's")
+    with pytest.raises(OutputError, match="in the way"):
+        publish_with_others(partial, folder)
+    assert (folder / "config.json").read_text() == "somebody else's"
