@@ -58,7 +58,7 @@ def test_package_of_another_export_is_seen(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_size", [None, "256", 100])
 def test_odd_recipes_are_one_line(copy: Path, image_size: object) -> None:
     sign(copy, image_size=image_size)
-    with pytest.raises(FastVLMError, match="image size"):
+    with pytest.raises(FastVLMError, match="image_size"):
         verify(copy, "random:tiny")
 
 

@@ -112,7 +112,7 @@ def test_a_vector_that_differs_fails(copy: Path, name: str) -> None:
     full = f"language_model.model.layers.0.{'self_attn.' if 'proj' in name else ''}{name}"
     edit_weights(copy, lambda tensors: swap_rows(tensors[full]))
     (failure,) = decoder_failures(copy)
-    assert failure.startswith(f"{full} is ")
+    assert failure.startswith(f"{full} must keep 60 dB ")
 
 
 def test_export_of_another_size_is_one_line(copy: Path) -> None:

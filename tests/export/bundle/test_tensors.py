@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from fastvlm.models.safetensors_files import write_safetensors
 
 
 def test_tensor_in_two_weight_files_is_refused(tmp_path: Path) -> None:
-    for name in ("model-00001-of-00002", "model-00002-of-00002"):
-        write_safetensors(tmp_path / f"{name}.safetensors", {"x": mx.zeros(2)}, {})
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for name in names:
+        write_safetensors(tmp_path / name, {"x": mx.zeros(2)}, {})
+    index = {"weight_map": dict(zip("xy", names, strict=True))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelFolderError, match=r"tensor 'x' is in two weight files \(the second is model-00002"):
         saved_tensors(tmp_path)
 
