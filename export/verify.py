@@ -153,9 +153,7 @@ def saved_recipe(folder: Path) -> Mapping[str, Any]:
     if not isinstance(recipe, Mapping) or str(recipe.get("quant")) not in ENCODER_FLOOR_DB:
         raise ModelFolderError(f"{folder / MANIFEST_NAME}: the recipe is missing or unknown. Export the model again.")
     if not isinstance(recipe.get("image_size"), int):
-        raise ModelFolderError(
-            f"{folder / MANIFEST_NAME}: the recipe has no image_size. Export the model again."
-        )
+        raise ModelFolderError(f"{folder / MANIFEST_NAME}: the recipe has no image_size. Export the model again.")
     check_image_size(recipe["image_size"])
     scales = recipe.get("stream_scales")
     if not isinstance(scales, list) or not all(isinstance(scale, int | float) and scale > 0 for scale in scales):
