@@ -196,7 +196,7 @@ def write(
         figure = accuracy_figure(evaluation)
         write_picture(plot, lambda file: figure.savefig(file, format="png", dpi=144))
     if samples is not None and evaluation.answers:
-        from ..runtime.evaluation.sheet import sample_sheet
+        from ..runtime.evaluation.plot import sample_sheet
 
         sheet = sample_sheet(evaluation)
         write_picture(samples, lambda file: sheet.save(file, format="PNG"))
