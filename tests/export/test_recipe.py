@@ -207,9 +207,9 @@ def test_answers_are_the_same_with_the_projector_in_the_package(
     exports: dict[str, Export], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, whole = (fastvlm.load(exports[name].folder, backend="reference") for name in ("plain", "whole"))
-    assert whole.encoder.projected
+    assert whole.engine.encoder.projected
     pixel_values = to_pixel_values(preprocess(open_image(PICTURE), SIZE, "pad"))
-    assert whole.encoder.encode(pixel_values).shape == (1, 4, 128)
+    assert whole.engine.encoder.encode(pixel_values).shape == (1, 4, 128)
     projectors = [vlm.engine.language.multi_modal_projector for vlm in (plain, whole)]
     computed: list[object] = []
     project = type(projectors[0]).__call__
