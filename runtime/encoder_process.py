@@ -241,7 +241,8 @@ class EncoderProcess:
 
     def _ready(self) -> dict[str, Any]:
         if not self._loaded:
-            process = self._process()
+            unreported = self._running and self._running[0] is self._uncounted and not self._closed
+            process = self._running[0] if unreported else self._process()  # a crash while loading is reported first
             outcome = self._outcome(process, process.opening)
             assert isinstance(outcome, dict)
             self._loaded = outcome

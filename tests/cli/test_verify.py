@@ -18,5 +18,5 @@ def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path
     assert bad.returncode == 1
     result = json.loads(bad.stdout)
     assert result["passed"] is False
-    assert result["failures"][0].startswith("language_model.model.layers.0.mlp.up_proj.weight is ")
+    assert result["failures"][0].startswith("language_model.model.layers.0.mlp.up_proj.weight must keep")
     assert result["failures"][1].startswith("logits reach")

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,17 +50,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def left_files() -> set[str]:
-    folders = (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
-    return {str(path) for folder in folders for path in folder.glob("*fastvlm*")}
+def left_files(scratch: str) -> set[str]:
+    """Returns the files in shared memory, and all in the programs' own folder of temporary files."""
+    return {str(path) for path in (*Path("/dev/shm").glob("*fastvlm*"), *Path(scratch).iterdir())}
 
 
-def kill_once(number: int, rng: random.Random) -> tuple[list[int], float]:
+def kill_once(number: int, rng: random.Random, scratch: str) -> tuple[list[int], float]:
     """Kills one program with SIGKILL. Returns the remaining processes, and the seconds until the last one ended."""
     mark = f"{os.getpid()}-{number}"
     fault, when = rng.choice([("none", "never"), ("hang", "load"), ("hang", "1"), ("slow", "0.01"), ("hang", "7")])
     command = [sys.executable, "-c", PARENT, str(CHILD), fault, when, "-"]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, MARK: mark})
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, MARK: mark, "TMPDIR": scratch})
     assert parent.stdout is not None
     if rng.random() < 0.8:
         parent.stdout.readline()
@@ -78,13 +79,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    rng, before, orphans, longest = random.Random(given.seed), left_files(), 0, 0.0
-    for number in range(given.kills):
-        left, seconds = kill_once(number, rng)
-        orphans, longest = orphans + len(left), max(longest, seconds)
-        for pid in left:
-            os.kill(pid, 9)
-    files = left_files() - before
+    rng, orphans, longest = random.Random(given.seed), 0, 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        before = left_files(scratch)
+        for number in range(given.kills):
+            left, seconds = kill_once(number, rng, scratch)
+            orphans, longest = orphans + len(left), max(longest, seconds)
+            for pid in left:
+                os.kill(pid, 9)
+        files = left_files(scratch) - before
     print(f"{given.kills} kills, {orphans} orphans, {len(files)} files, the slowest gone after {1000 * longest:.0f} ms")
     sys.exit(bool(orphans or files))
 
