@@ -241,8 +241,11 @@ class EncoderProcess:
 
     def _ready(self) -> dict[str, Any]:
         if not self._loaded:
-            unreported = self._running and self._running[0] is self._uncounted and not self._closed
-            process = self._running[0] if unreported else self._process()  # a crash while loading is reported first
+            running = next(iter(self._running), None)  # another thread may end the child at any time
+            if running is not None and running is self._uncounted and not self._closed:
+                process = running  # a crash while loading is reported before the child is started again
+            else:
+                process = self._process()
             outcome = self._outcome(process, process.opening)
             assert isinstance(outcome, dict)
             self._loaded = outcome
