@@ -11,6 +11,10 @@ An import of coremltools, earlier or later, therefore yields the same `Model` cl
     entry  64-byte metadata {uint32 sentinel, uint32 type, uint64 bytes, uint64 start of the data,
            uint64 unused bits at the end of the last byte, zeros}, then the data
 
+Before coremltools 8 everything after the start was reserved and not initialized: it has any values. Unused bits
+belong to the types below one byte, which came with coremltools 8, and are not read for other types. (Apple's
+`mlmodel/src/MILBlob/Blob/StorageFormat.hpp` says both.) Reserved words are never read.
+
 All numbers are little-endian. The program refers to an entry by the offset of its metadata.
 """
 
@@ -405,10 +409,10 @@ class BlobFile:
             raise self._error(f"the sentinel of {type.name} at {offset} must be {_SENTINEL:#x}, got {sentinel:#x}")
         if code != _TYPE_CODES.get(type.dtype):
             raise self._error(f"{type.name} must be of type {type} ({_TYPE_CODES.get(type.dtype)}), got {code}")
-        if size != type.nbytes or unused_bits != size * 8 - type.elements * BITS[type.dtype]:
-            raise self._error(
-                f"{type.name} {type} must have {type.nbytes} bytes, got {size} with {unused_bits} unused bits"
-            )
+        if size != type.nbytes:
+            raise self._error(f"{type.name} {type} must have {type.nbytes} bytes, got {size}")
+        if BITS[type.dtype] < 8 and unused_bits != size * 8 - type.elements * BITS[type.dtype]:
+            raise self._error(f"{type.name} {type} must fill {size} bytes, got {unused_bits} unused bits")
         if start + size > self._bytes.size:
             raise self._error(f"{type.name} must end at byte {start + size}, got only {self._bytes.size} bytes")
         return Value(type, self._bytes[start : start + size], offset)

@@ -388,6 +388,41 @@ def test_entry_of_another_type_or_size_is_refused(
         BlobFile(path).value(TensorType("w", dtype, shape), offsets["fp32"])
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in RANGES])
+@settings(max_examples=20)
+@given(reserved=st.binary(min_size=40, max_size=40), header=st.binary(min_size=56, max_size=56))
+def test_reserved_words_of_older_files_are_not_read(
+    blobs: tuple[Path, dict[str, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+    dtype: str,
+    reserved: bytes,
+    header: bytes,
+) -> None:
+    """coremltools 5 to 7 left whatever was in memory after the start of the data, and in the file's header."""
+    path, offsets = blobs
+    content = bytearray(path.read_bytes())
+    content[8:64] = header
+    content[offsets[dtype] + 24 : offsets[dtype] + 64] = reserved
+    old = tmp_path_factory.getbasetemp() / "old.bin"
+    old.write_bytes(content)
+    found = BlobFile(old).value(TensorType("w", dtype, SHAPE), offsets[dtype]).array()
+    np.testing.assert_array_equal(found, sample(dtype))
+
+
+OLD_FILE = bytes.fromhex(
+    "01000000 02000000" + 56 * "00"  # one entry, version 2
+    + "efbeadde 01000000 0400000000000000 8000000000000000"  # float16, 4 bytes at 128
+    + "f049511d03000000 00077b6d01000000" + 24 * "aa"  # reserved words as found in a file of coremltools 7.2
+    + "003c 00c0" + 60 * "00"
+)  # fmt: skip
+
+
+def test_weight_file_of_coremltools_7_is_read(tmp_path: Path) -> None:
+    (tmp_path / "weight.bin").write_bytes(OLD_FILE)
+    value = BlobFile(tmp_path / "weight.bin").value(TensorType("w", "fp16", (2,)), 64)
+    assert value.array().tolist() == [1.0, -2.0]
+
+
 def test_other_element_count_in_the_same_bytes_is_refused(blobs: tuple[Path, dict[str, int]]) -> None:
     path, offsets = blobs
     with pytest.raises(PackageError, match="bits"):
