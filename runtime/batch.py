@@ -12,7 +12,7 @@ from ..models.errors import FastVLMError, UsageError
 from ..models.images import ImageSource
 from ..models.kv_cache import CACHE_STEP, KVCache, selected, stacked
 from .engine import Engine, PrefillResult, PreparedRequest
-from .generate import AnswerReader, Generation, decode_one_token, default_lookahead
+from .generate import AnswerReader, DecodeResult, Generation, decode_one_token, default_lookahead
 from .prompt_cache import CachedPrompt
 from .request import Request, prepare
 from .sampling import id_on_host, ids_on_host, pick
@@ -42,25 +42,52 @@ def requests_for(
     return (prepare(image, text, **options) for image, text in zip(images, texts, strict=True))
 
 
-@dataclass(eq=False)
-class Row:
-    """An answer being decoded."""
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer: text, and the ids that it was decoded from."""
 
-    number: int
-    request: Request
-    prefilled: PrefillResult
-    reader: AnswerReader
-    token: mx.array
-    """The input id (1,) of its next step. It is lazy while an earlier step is in flight."""
-    count: int = 0
-    """Ids read so far."""
-    launched: int = 0
-    """Steps that were launched and whose ids were not read yet."""
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Row:
+    """An answer being decoded.
+
+    Attributes:
+        token: the input id (1,) of its next step. It is lazy while an earlier step is in flight.
+        count: ids read so far, with one that ends the answer.
+        launched: steps that were launched and whose ids were not read yet.
+        ended: True once the answer is complete.
+    """
+
+    def __init__(self, engine: Engine, request: Request, prefilled: PrefillResult) -> None:
+        self.request = request
+        self.prefilled = prefilled
+        self.token = prefilled.first_token
+        self.count = 0
+        self.launched = 0
+        self.ended = False
+        self._reader = AnswerReader(engine.tokenizer, engine.stop_ids(request), request.options.stop)
 
     @property
     def may_step(self) -> bool:
         """True if another step may be launched for this answer."""
         return self.count + self.launched < self.prefilled.max_new_tokens
+
+    def push(self, token_id: int) -> Piece:
+        """Appends an id, which may end the answer, and returns what is new."""
+        known = self._reader.count
+        text = self._reader.push(token_id)
+        self.count += 1
+        self.ended = self._reader.ended or self.count >= self.prefilled.max_new_tokens
+        if self.ended:
+            text += self._reader.flush()
+        return Piece(text, (token_id,) if self._reader.count > known else ())
+
+    @property
+    def result(self) -> DecodeResult:
+        """The answer so far."""
+        return self._reader.result
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +97,100 @@ class Step:
     rows: list[Row]
     ids: mx.array
     """The next id of each row (B,), lazy."""
+
+
+class BatchDecoder:
+    """The rows of a batch, which join and leave between steps, and the cache that they share.
+
+    As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. If an
+    answer has ended in the meantime, its id from such a step is dropped.
+
+    Attributes:
+        rows: the answers that continue.
+    """
+
+    def __init__(self, engine: Engine, lookahead: int | None = None) -> None:
+        self.rows: list[Row] = []
+        self._engine = engine
+        self._lookahead = default_lookahead() if lookahead is None else lookahead
+        self._steps: deque[Step] = deque()
+        self._cache: list[KVCache] = []
+        self._cached: list[Row] = []
+        """The rows of the cache, in its order."""
+
+    def join(self, row: Row) -> Piece:
+        """Appends the first token to an answer, which joins the next step unless it ends here."""
+        piece = row.push(id_on_host(row.token))
+        if not row.ended:
+            self.rows.append(row)
+        return piece
+
+    def leave(self, row: Row) -> None:
+        """Removes an answer before its end. The next step is without it."""
+        if row in self.rows:
+            self.rows.remove(row)
+        self._release()
+
+    def clear(self) -> None:
+        """Removes all answers, also after an error inside a step."""
+        self.rows, self._cached, self._cache = [], [], []
+        self._steps.clear()
+
+    def step(self) -> list[tuple[Row, Piece]]:
+        """Reads one more token for every answer, after later steps were launched. Answers that end leave the batch."""
+        found: list[tuple[Row, Piece]] = []
+        engine = self._engine
+        with engine.lock, engine.mlx_stream():
+            while self._steps and not any(row in self.rows for row in self._steps[0].rows):
+                self._steps.popleft()  # all its answers have ended in the meantime
+            while len(self._steps) <= self._lookahead and self._launch():
+                pass
+            step = self._steps.popleft()
+            for row, token_id in zip(step.rows, ids_on_host(step.ids), strict=True):
+                row.launched -= 1
+                if row in self.rows:
+                    found.append((row, row.push(token_id)))
+            self.rows = [row for row in self.rows if not row.ended]
+        self._release()
+        return found
+
+    def _release(self) -> None:
+        """Frees the memory of the last answer."""
+        if not self.rows:
+            self.clear()
+
+    def _launch(self) -> bool:
+        """Launches a step of all answers that may have another token. Returns False if there are none."""
+        rows = [row for row in self.rows if row.may_step]
+        if not rows:
+            return False
+        last = self._steps[-1] if self._steps else None
+        self._gather(rows)
+        rows = self._cached
+        unchanged = last is not None and last.rows == rows
+        tokens = last.ids if last and unchanged else mx.concatenate([row.token for row in rows])  # (B,)
+        logits = decode_one_token(self._engine.language.language_model, tokens, self._cache)  # (B, V)
+        samplers = [row.prefilled.sampler for row in rows]
+        ids = pick(samplers, logits)
+        mx.async_eval(ids, *(sampler.state for sampler in samplers))
+        self._steps.append(Step(rows, ids))
+        for place, row in enumerate(rows):
+            row.token = ids[place : place + 1]
+            row.launched += 1
+        return True
+
+    def _gather(self, rows: list[Row]) -> None:
+        """Removes rows that are not in `rows` from the cache, and appends those that are new."""
+        places = [place for place, row in enumerate(self._cached) if row in rows]
+        if len(places) < len(self._cached):
+            self._cache = [selected(layer, places) for layer in self._cache] if places else []
+        kept = [self._cached[place] for place in places]
+        new = [row for row in rows if row not in kept]
+        if new:
+            room = min(max(row.prefilled.max_new_tokens for row in rows), CACHE_STEP)
+            layers = zip(*([self._cache] if kept else []), *(row.prefilled.cache for row in new), strict=True)
+            self._cache = [stacked(layer, room) for layer in layers]
+        self._cached = kept + new
 
 
 class Upcoming:
@@ -119,23 +240,14 @@ class Upcoming:
 
 
 class Batch:
-    """Continuous batching: a request joins as soon as an answer ends.
-
-    As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. If an
-    answer has ended in the meantime, its id from such a step is dropped.
-    """
+    """Continuous batching of a list of requests: the next one joins as soon as an answer ends."""
 
     def __init__(self, engine: Engine, size: int = BATCH_SIZE, lookahead: int | None = None) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"batch_size must be an integer of at least 1 (got {size!r:.60})", "batch_size")
+        check_batch_size(size)
         self._engine = engine
         self._size = size
-        self._lookahead = default_lookahead() if lookahead is None else lookahead
-        self._rows: list[Row] = []
-        self._steps: deque[Step] = deque()
-        self._cache: list[KVCache] = []
-        self._cached: list[Row] = []
-        """The rows of the cache, in its order."""
+        self._decoder = BatchDecoder(engine, lookahead)
+        self._numbers: dict[Row, int] = {}
         self._done: dict[int, Outcome] = {}
 
     def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
@@ -152,20 +264,21 @@ class Batch:
         number = 0
         while True:
             self._begin_ready(upcoming)
-            if self._rows:
-                self._step()
+            if self._decoder.rows:
+                for row, _ in self._decoder.step():
+                    self._finish(row)
             while number in self._done:
                 yield self._done.pop(number)
                 number += 1
-            if not self._rows and upcoming.is_empty:
+            if not self._decoder.rows and upcoming.is_empty:
                 return
 
     def _begin_ready(self, upcoming: Upcoming) -> None:
         """Starts answers while there is room. It waits for an image only if no other answer can continue."""
-        while len(self._rows) < self._size:
+        while len(self._decoder.rows) < self._size:
             upcoming.fill(1)
             upcoming.look_ahead()  # in their order, so that the first image is the first to be encoded
-            if upcoming.is_empty or (self._rows and not upcoming.is_ready):
+            if upcoming.is_empty or (self._decoder.rows and not upcoming.is_ready):
                 break
             number, request = upcoming.take()
             upcoming.look_ahead()  # another one, while this one begins
@@ -182,65 +295,19 @@ class Batch:
         except FastVLMError as reason:
             self._done[number] = reason
             return
-        asked = request.request if isinstance(request, PreparedRequest) else request
-        reader = AnswerReader(self._engine.tokenizer, self._engine.stop_ids(asked), asked.options.stop)
-        row = Row(number, asked, prefilled, reader, prefilled.first_token)
-        if self._continues(row, id_on_host(prefilled.first_token)):
-            self._rows.append(row)
+        row = Row(self._engine, request.request if isinstance(request, PreparedRequest) else request, prefilled)
+        self._numbers[row] = number
+        self._decoder.join(row)
+        self._finish(row)
 
-    def _step(self) -> None:
-        """Reads one more token for every answer, after later steps were launched. Answers that end leave the batch."""
-        engine = self._engine
-        with engine.lock, engine.mlx_stream():
-            while self._steps and not any(row in self._rows for row in self._steps[0].rows):
-                self._steps.popleft()  # all its answers have ended in the meantime
-            while len(self._steps) <= self._lookahead and self._launch():
-                pass
-            step = self._steps.popleft()
-            for row, token_id in zip(step.rows, ids_on_host(step.ids), strict=True):
-                row.launched -= 1
-                if row in self._rows and not self._continues(row, token_id):
-                    self._rows.remove(row)
+    def _finish(self, row: Row) -> None:
+        """Notes an answer that has ended."""
+        if row.ended:
+            number = self._numbers.pop(row)
+            self._done[number] = self._engine.generation(row.request, row.prefilled, row.result)
 
-    def _launch(self) -> bool:
-        """Launches a step of all answers that may have another token. Returns False if there are none."""
-        rows = [row for row in self._rows if row.may_step]
-        if not rows:
-            return False
-        last = self._steps[-1] if self._steps else None
-        self._gather(rows)
-        rows = self._cached
-        unchanged = last is not None and last.rows == rows
-        tokens = last.ids if last and unchanged else mx.concatenate([row.token for row in rows])  # (B,)
-        logits = decode_one_token(self._engine.language.language_model, tokens, self._cache)  # (B, V)
-        samplers = [row.prefilled.sampler for row in rows]
-        ids = pick(samplers, logits)
-        mx.async_eval(ids, *(sampler.state for sampler in samplers))
-        self._steps.append(Step(rows, ids))
-        for place, row in enumerate(rows):
-            row.token = ids[place : place + 1]
-            row.launched += 1
-        return True
 
-    def _gather(self, rows: list[Row]) -> None:
-        """Removes rows that are not in `rows` from the cache, and appends those that are new."""
-        places = [place for place, row in enumerate(self._cached) if row in rows]
-        if len(places) < len(self._cached):
-            self._cache = [selected(layer, places) for layer in self._cache] if places else []
-        kept = [self._cached[place] for place in places]
-        new = [row for row in rows if row not in kept]
-        if new:
-            room = min(max(row.prefilled.max_new_tokens for row in rows), CACHE_STEP)
-            layers = zip(*([self._cache] if kept else []), *(row.prefilled.cache for row in new), strict=True)
-            self._cache = [stacked(layer, room) for layer in layers]
-        self._cached = kept + new
-
-    def _continues(self, row: Row, token_id: int) -> bool:
-        """Appends a token to its answer. Returns False if the answer ends with it."""
-        row.reader.push(token_id)
-        row.count += 1
-        if not row.reader.ended and row.count < row.prefilled.max_new_tokens:
-            return True
-        row.reader.flush()
-        self._done[row.number] = self._engine.generation(row.request, row.prefilled, row.reader.result)
-        return False
+def check_batch_size(size: int) -> None:
+    """Raises UsageError unless `size` is a whole number from 1."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UsageError(f"batch_size must be an integer of at least 1 (got {size!r:.60})", "batch_size")

@@ -174,6 +174,11 @@ class AnswerReader:
         return held
 
     @property
+    def count(self) -> int:
+        """The number of ids so far, without the one that ended the answer."""
+        return len(self._ids)
+
+    @property
     def result(self) -> DecodeResult:
         """The answer so far."""
         count, seconds = len(self._ids), self._last - self._first

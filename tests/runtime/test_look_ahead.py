@@ -12,8 +12,7 @@ import pytest
 
 from fastvlm.models.errors import CrashError, FastVLMError
 from fastvlm.models.images import to_pixel_values
-from fastvlm.runtime import batch as batch_module
-from fastvlm.runtime.batch import Batch
+from fastvlm.runtime.batch import Batch, BatchDecoder
 from fastvlm.runtime.encoder_process import EncoderProcess
 from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.engine import ENCODE_AHEAD, PreparedRequest
@@ -85,13 +84,13 @@ def test_batch_gives_the_ids_of_each_image_alone(size: int, seconds: float, make
 
 def test_next_images_are_submitted_while_answers_are_decoded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, waiting = make(), []
-    original = batch_module.Batch._step
+    original = BatchDecoder.step
 
-    def step(batch: batch_module.Batch) -> None:
+    def step(batch: BatchDecoder) -> list:
         waiting.append(len([one for one in list(model.engine._prepared) if one.submitted]))
-        original(batch)
+        return original(batch)
 
-    monkeypatch.setattr(batch_module.Batch, "_step", step)
+    monkeypatch.setattr(BatchDecoder, "step", step)
     list(Batch(model.engine, 2).outcomes(requests()))
     assert max(waiting) == ENCODE_AHEAD
 
@@ -142,15 +141,15 @@ def test_question_may_have_more_images_than_there_is_room_for(make: Make, vlm: F
 
 def test_decoder_waits_less_than_encoding_takes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes steps longer, and waits for images no longer: the two are not compared by wall time."""
-    original = batch_module.Batch._step
+    original = BatchDecoder.step
 
-    def step(batch: batch_module.Batch) -> None:
+    def step(batch: BatchDecoder) -> list:
         time.sleep(0.1)
-        original(batch)
+        return original(batch)
 
     model = make("slow", 0.2)
     model.engine.encoder.wait_ready()
-    monkeypatch.setattr(batch_module.Batch, "_step", step)
+    monkeypatch.setattr(BatchDecoder, "step", step)
     asked = [prepare(image, "Hi", max_tokens=3, ignore_eos=True) for image in IMAGES[:6]]  # two steps each
     waited_ms = [outcome.timings.encode_ms for outcome in Batch(model.engine, 1).outcomes(asked)]
     assert waited_ms[0] > 100
