@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options as given
-from .device_table import print_table
-from .exported import temporary_export
+from .export import temporary_export
 from .progress import StageProgress
+from .verify import print_table
 
 if TYPE_CHECKING:
     from ..runtime.on_device import DeviceVerification

@@ -1,4 +1,4 @@
-"""`fastvlm export` as a user types it."""
+"""`fastvlm export` as a user types it, and the temporary export of other commands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from fastvlm.cli.export import exported
+from fastvlm.cli.progress import StageProgress
+from fastvlm.models.errors import FastVLMError
 
 
 def test_results_go_to_stdout_and_progress_to_stderr(fastvlm: Callable, tmp_path: Path) -> None:
@@ -90,3 +94,21 @@ def test_interrupted_export_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert rest.strip().splitlines()[-1] == "error: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_folder_is_used_as_it_is(model: Path) -> None:
+    with StageProgress() as progress, exported(str(model), progress) as folder:
+        assert folder == model
+    assert model.is_dir()
+
+
+def test_checkpoint_is_exported_and_removed_again() -> None:
+    with StageProgress() as progress, exported("random:tiny", progress) as folder:
+        assert (folder / "fastvlm.json").is_file()
+    assert not folder.exists()
+
+
+def test_unknown_model_is_an_error_before_any_export(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    with StageProgress() as progress, pytest.raises(FastVLMError, match="nowhere"), exported(nowhere, progress):
+        raise AssertionError

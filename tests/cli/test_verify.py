@@ -1,10 +1,23 @@
-"""`fastvlm verify` as a user types it."""
+"""`fastvlm verify` as a user types it, and `doctor --deep`: the tables, the JSON and the exit codes."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+import typer
+
+from fastvlm.cli import doctor as doctor_module
+from fastvlm.cli.doctor import doctor_command
+from fastvlm.cli.verify import print_table
+from fastvlm.runtime import doctor as findings_module
+from fastvlm.runtime.doctor import Finding
+from fastvlm.runtime.on_device import BASELINE, EXACT, DeviceRun, DeviceVerification, Way
 
 
 def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path, write_checkpoint: Callable) -> None:
@@ -20,3 +33,107 @@ def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path
     assert result["passed"] is False
     assert result["failures"][0].startswith("language_model.model.layers.0.mlp.up_proj.weight must keep")
     assert result["failures"][1].startswith("logits reach")
+
+
+ENGINE = DeviceRun(
+    Way("coreml", "CPU_AND_NE"), True, None, None, True, 48.2, 0.999993, 640.0, 41_000.0, 88.0, 61.5, engine_share=0.991
+)
+ABORTED = DeviceRun(Way("coreml", "ALL"), error="Core ML: its process was ended by SIGABRT", signal="SIGABRT")
+
+
+def verification(*runs: DeviceRun) -> DeviceVerification:
+    first = DeviceRun(BASELINE, finite=True, load_ms=1000.0, first_ms=900.0, warm_ms=500.0)
+    return DeviceVerification("model", "shapes.png", 125_000_000, (first, *runs), ())
+
+
+def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastvlm.cli.main", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def test_table_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(verification(ENGINE, ABORTED))
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if line.strip().startswith("CPU_AND_NE (default)")]
+    assert row.split() == [
+        *("CPU_AND_NE", "(default)", "agrees", "48.2", "dB", "0.999993"),
+        *("640", "ms", "88", "ms", "62", "ms", "99.1%"),
+    ]
+    assert "crashed with SIGABRT" in shown and "ALL: Core ML: its process was ended by SIGABRT" in shown
+    assert "note: ALL does not work here (crashed with SIGABRT). Do not choose it" in shown
+    assert shown.splitlines()[-1].startswith("passed: CPU_AND_NE")
+
+
+def test_table_ends_with_why_it_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(verification(replace(ENGINE, snr_db=1.9, cosine=0.367)))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "failed: CPU_AND_NE: wrong features (1.9 dB, the floor is 20 dB)"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["verify", "model"], "--against"), (["verify", "model", "--on-device", "--images", "."], "--images")],
+)
+def test_verify_without_a_comparison_is_a_usage_error(words: list[str], named: str, tmp_path: Path) -> None:
+    done = run_command(*words, cwd=tmp_path)
+    assert done.returncode == 2 and named in done.stderr
+
+
+def test_model_that_is_nothing_is_one_line(tmp_path: Path) -> None:
+    done = run_command("verify", "nothing-here", "--on-device", cwd=tmp_path)
+    assert done.returncode == 1
+    assert next(line for line in done.stderr.splitlines() if "nothing-here" in line).startswith("error: ")
+
+
+def test_deep_doctor_runs_nothing_while_something_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(findings_module, "examine", lambda: [Finding("mlx", "missing", "not installed", "install it")])
+    monkeypatch.setattr(doctor_module, "embedded_on_device", lambda: pytest.fail("it was run"))
+    with pytest.raises(typer.Exit) as ending:
+        doctor_command(deep=True)
+    assert ending.value.exit_code == 1
+    assert "install what is missing first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("snr_db", "code"), [(48.2, 0), (1.9, 1)])
+def test_deep_doctor_judges_the_default(
+    snr_db: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(findings_module, "examine", lambda: [Finding("mlx", "ok", "0.32")])
+    monkeypatch.setattr(doctor_module, "embedded_on_device", lambda: verification(replace(ENGINE, snr_db=snr_db)))
+    with pytest.raises(typer.Exit) as ending:
+        doctor_command(deep=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert ending.value.exit_code == code
+    assert found["on_device"]["passed"] is (code == 0) and found["findings"][0]["subject"] == "mlx"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="the two modes of the executor, which stand in for Core ML")
+def test_executor_is_verified_off_a_mac(model: Path) -> None:
+    done = run_command("verify", str(model), "--on-device", "--json", cwd=model.parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    runs = {run["label"]: run for run in found["on_device"]["runs"]}
+    assert list(runs) == [BASELINE.label, EXACT.label]
+    assert found["passed"] and runs[EXACT.label]["default"]
+    assert 45 < runs[EXACT.label]["snr_db"] < 100  # float16's rounding, and not none
+    assert "a Mac only" in found["on_device"]["missing"][0]
+    assert any("do not predict those of FastViTHD" in note for note in found["on_device"]["notes"])
+
+
+@pytest.mark.slow
+def test_checkpoint_and_device_are_verified_together(model: Path) -> None:
+    done = run_command("verify", str(model), "--against", "random:tiny", "--on-device", "--json", cwd=model.parent)
+    found = json.loads(done.stdout)
+    assert {"image_features", "logits", "on_device", "passed", "failures"} <= set(found)
+    assert done.returncode == 0 and found["passed"]
+
+
+@pytest.mark.slow
+def test_deep_doctor_runs_the_embedded_model(tmp_path: Path) -> None:
+    done = run_command("doctor", "--deep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "executor, float16" in done.stdout and "passed: " in done.stdout
+    assert list(tmp_path.iterdir()) == []
