@@ -21,9 +21,8 @@ from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
 from ..models.safetensors_files import write_weights
 from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes
-from ..quant.decoder import check_language_tensors, saved_tensors
+from ..quant.decoder import check_language_tensors, mixed_bits, saved_tensors
 from ..quant.decoder_scheme import DecoderScheme
-from ..quant.decoder_sensitivity import mixed_bits
 from ..quant.prompts import calibration_prompts
 from ..quant.schemes import BLOCKWISE
 from .atomic_folder import check_destination, new_folder

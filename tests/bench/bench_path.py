@@ -29,7 +29,7 @@ PLAIN_CONVERSION = """
 import sys
 from pathlib import Path
 import numpy as np
-from fastvlm.export.coreml import quiet_coremltools
+from fastvlm.export.write_encoder import quiet_coremltools
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.references import open_checkpoint
 import torch

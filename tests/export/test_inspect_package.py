@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.inspect_package import inspect
 from fastvlm.export.lint import COMPRESSED_WEIGHTS_KEY
 from fastvlm.export.rewrite import rewrite
+from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import PackageError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.random_checkpoint import RandomCheckpoint

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import fastvlm
-from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.exporter import Export, export
 from fastvlm.export.inspect_package import inspect
 from fastvlm.export.recipe import DECODER_FIELDS, PackageInterface, interface_for, read_recipe
 from fastvlm.export.rewrite import ProjectorConvs, projected, rewrite
 from fastvlm.export.verify import verify
+from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import ImageError, UsageError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.images import open_image, preprocess, to_pixel_values

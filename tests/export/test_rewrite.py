@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.export.coreml import convert_encoder
 from fastvlm.export.rewrite import STREAM_LIMIT, EngineRepMixerBlock, rewrite, stream_maxima, stream_scales
+from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.fastvit_config import FastViTConfig
