@@ -204,7 +204,7 @@ def read_zip(folder: Path) -> None:
 
 def read_part(folder: Path) -> None:
     """Reads the notes of an interrupted download, which determine where it resumes."""
-    from fastvlm.models.download.http_file import _resumable, _validator
+    from fastvlm.models.download.apple import _resumable, _validator
 
     notes = folder / "a.zip.part.json"
     if _resumable(folder / "a.zip.part", notes, PART_URL):
