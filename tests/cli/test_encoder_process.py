@@ -23,9 +23,9 @@ CHILD = Path(__file__).resolve().parents[1] / "runtime" / "bad_child.py"
 
 BAD = """
 import sys
-import fastvlm.runtime.backends as backends
+from fastvlm.runtime import fastvlm as model
 from fastvlm.runtime.encoder_process import EncoderProcess
-backends.check_mac = lambda: None
+model.check_mac = lambda: None
 EncoderProcess.__init__.__kwdefaults__["program"] = (sys.argv[1], sys.argv[2], sys.argv[3], "-")
 sys.argv[1:4] = []
 from fastvlm.cli.main import main

@@ -55,9 +55,9 @@ def test_choices_are_those_of_the_library() -> None:
     from fastvlm.export.recipe import DEPLOYMENT_TARGETS, ENCODERS, IO_KINDS, MLX_DTYPES
     from fastvlm.quant.decoder_scheme import DECODER_BITS, GROUP_SIZES, MIXED, QUANTIZERS
     from fastvlm.quant.schemes import ENCODER_SCHEMES
-    from fastvlm.runtime.backends import BACKENDS
     from fastvlm.runtime.coreml import COMPUTE_UNITS
     from fastvlm.runtime.evaluation.datasets import LAYOUTS
+    from fastvlm.runtime.fastvlm import BACKENDS
 
     assert set(choices("export", "quant")) == {*ENCODER_SCHEMES, *MLX_DTYPES}
     assert set(choices("export", "encoder")) == set(ENCODERS)

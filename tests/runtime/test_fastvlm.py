@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,13 @@ from PIL import Image
 import fastvlm
 from fastvlm.models._mlx import mx
 from fastvlm.models.checkpoint import FolderCheckpoint
-from fastvlm.models.errors import ModelFolderError, PackageError, PromptError, UsageError
+from fastvlm.models.errors import MachineError, ModelFolderError, PackageError, PromptError, UsageError
 from fastvlm.runtime import fastvlm as runtime
 from fastvlm.runtime import request as request_module
 from fastvlm.runtime.conversation import Conversation
 from fastvlm.runtime.encoder_process import EncoderProcess
 from fastvlm.runtime.encoders import Shapes
-from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.fastvlm import FastVLM, open_encoder
 from fastvlm.runtime.folder import ModelFolder
 from fastvlm.runtime.tokenizer import Tokenizer
 
@@ -35,6 +37,8 @@ VARIED = {"temperature": 1.0, "seed": 3, "max_tokens": 8}
 
 Write = Callable[..., Path]
 Open = Callable[[Path], FastVLM]
+
+SHAPES = Shapes(128, 3, hidden_size=6)
 
 
 class GoldenEncoder:
@@ -234,3 +238,59 @@ def test_options_are_written_out_and_equal_everywhere(method: Callable, own: set
     assert set(found) - set(expected) == own
     for name, parameter in expected.items():
         assert (found[name].default, found[name].annotation) == (parameter.default, parameter.annotation)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of the encoders that would be started in a process."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(runtime, "EncoderProcess", lambda *args, **options: calls.append(options) or "process")
+    monkeypatch.setattr(runtime, "ReferenceEncoder", lambda *args: "in process")
+    monkeypatch.delenv("FASTVLM_COMPUTE_UNITS", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("darwin", "process"), ("linux", "in process"), ("win32", "in process")]
+)
+def test_default_backend_follows_the_machine(
+    platform: str, expected: str, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert open_encoder(Path("p"), None, SHAPES) == expected
+    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
+    assert open_encoder(Path("p"), "reference", SHAPES, None, True) == "process"
+    assert started[-1]["backend"] == "reference"
+
+
+def test_compute_units_come_from_argument_then_variable(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    open_encoder(Path("p"), "coreml", SHAPES)
+    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "CPU_ONLY")
+    open_encoder(Path("p"), "coreml", SHAPES)
+    open_encoder(Path("p"), "coreml", SHAPES, "ALL")
+    assert [options["compute_units"] for options in started] == ["CPU_AND_NE", "CPU_ONLY", "ALL"]
+    monkeypatch.setenv("FASTVLM_COMPUTE_UNITS", "ENGINE")
+    with pytest.raises(UsageError, match="FASTVLM_COMPUTE_UNITS must be one of .*'ENGINE'"):
+        open_encoder(Path("p"), "coreml", SHAPES)
+    assert open_encoder(Path("p"), "reference", SHAPES) == "in process"
+
+
+def test_compute_units_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="one of CPU_AND_NE, .*, got 'GPU'"):
+        open_encoder(Path("p"), "coreml", SHAPES, "GPU")
+    with pytest.raises(UsageError, match="compute_units needs backend='coreml', got backend='reference'"):
+        open_encoder(Path("p"), "reference", SHAPES, "ALL")
+
+
+def test_usage_error_when_the_backend_is_unknown() -> None:
+    with pytest.raises(UsageError, match="'reference' or 'mlx', got 'cuda'"):
+        open_encoder(Path("p"), "cuda", SHAPES)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="here Core ML works")
+def test_machine_error_when_core_ml_is_chosen_off_a_mac(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="macOS only"):
+        open_encoder(tmp_path, "coreml", SHAPES)
