@@ -20,7 +20,9 @@ if sys.platform == "darwin":
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SLOW_FIXTURES = frozenset(("fastvlm", "exported", "exports", "at_four_bits", "fastvithd_package"))
+SLOW_FIXTURES = frozenset(
+    ("fastvlm", "model", "exported", "exports", "at_four_bits", "fastvithd_package", "folders", "bundles")
+)
 """The fixtures that start commands or export models. A test with one of them is marked `slow`."""
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -35,6 +35,7 @@ def named_arguments() -> Iterator[tuple[str, str]]:
                         yield f"{path.relative_to(ROOT)}:{argument.lineno}", argument.value
 
 
+@pytest.mark.slow
 def test_every_listed_argument_has_an_option() -> None:
     known = set()
     for command in typer.main.get_command(app).commands.values():

@@ -102,6 +102,7 @@ def test_exported_folder_is_used_as_it_is(model: Path) -> None:
     assert model.is_dir()
 
 
+@pytest.mark.slow
 def test_checkpoint_is_exported_and_removed_again() -> None:
     with StageProgress() as progress, exported("random:tiny", progress) as folder:
         assert (folder / "fastvlm.json").is_file()

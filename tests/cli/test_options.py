@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 
+@pytest.mark.slow
 def test_closed_stdout_ends_generation_quietly(model: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m fastvlm.cli.main generate {model} -p hi --ignore-eos | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=tmp_path, capture_output=True, timeout=300)
@@ -23,6 +24,7 @@ def run(*words: object, stdin: bytes, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, input=stdin, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stdin", "problem"),
     [(b"a" * (2**20 + 2), "on stdin is longer than 1,048,576 bytes"), (b"\xff\xfe", "is not UTF-8")],

@@ -32,6 +32,7 @@ def test_new_file_replaces_the_earlier_one(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "report.json"]
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_earlier_report(tmp_path: Path) -> None:
     report = tmp_path / "estimate.json"
     report.write_bytes(REPORT)

@@ -70,6 +70,7 @@ def test_table_ends_with_why_it_failed(capsys: pytest.CaptureFixture[str]) -> No
     assert last == "failed: CPU_AND_NE: wrong features (1.9 dB, the floor is 20 dB)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "named"),
     [(["verify", "model"], "--against"), (["verify", "model", "--on-device", "--images", "."], "--images")],
@@ -79,6 +80,7 @@ def test_verify_without_a_comparison_is_a_usage_error(words: list[str], named: s
     assert done.returncode == 2 and named in done.stderr
 
 
+@pytest.mark.slow
 def test_model_that_is_nothing_is_one_line(tmp_path: Path) -> None:
     done = run_command("verify", "nothing-here", "--on-device", cwd=tmp_path)
     assert done.returncode == 1

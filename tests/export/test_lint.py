@@ -157,6 +157,7 @@ def test_flops_are_those_of_the_layers() -> None:
     assert report.flops == 2 * 32 * 64 * 64 * 16 * 9 + 2 * 4 * 100 * 100 * 32
 
 
+@pytest.mark.slow
 def test_export_refuses_a_broken_rule_unless_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm.export.lint.MAX_KERNEL", 5)  # the encoder's kernels are 7 wide
     with pytest.raises(PackageError, match=r"would not run on the Neural Engine: kernel width: .*allow_lint=True"):

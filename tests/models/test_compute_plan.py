@@ -21,6 +21,8 @@ import_coremltools()
 from coremltools.models import compute_plan as ct_plan  # noqa: E402
 from coremltools.models.compute_device import MLCPUComputeDevice, MLNeuralEngineComputeDevice  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = [
     ("ios17.const", "weight", None, None),
     ("ios16.constexpr_affine_dequantize", "weight_2", None, None),

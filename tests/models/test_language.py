@@ -220,6 +220,7 @@ def test_quantized_weights_compute_the_same_expanded_or_not(
     np.testing.assert_allclose(logits(packed), logits(plain), rtol=0, atol=tolerance("decoder_logits_float32"))
 
 
+@pytest.mark.slow
 def test_quantized_logits_equal_mlx_lms(tolerance: Callable[[str], float]) -> None:
     theirs_module = pytest.importorskip("mlx_lm.models.qwen2", reason="mlx-lm is not installed")
     from mlx import nn

@@ -84,6 +84,7 @@ def test_joined_products_are_exact(computing_on: Callable) -> None:
     assert layers[0].weight.shape[0] == CONFIG.hidden_size, "the layers themselves are left as they were"
 
 
+@pytest.mark.slow
 def test_layers_of_different_bits_stay_apart(computing_on: Callable) -> None:
     computing_on("gpu")
     model = decoder(None)

@@ -108,6 +108,7 @@ def test_logits_follow_the_formulas(config: Qwen2Config, length: int, close: Clo
     close(model(x, all_positions=True)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 def test_logits_equal_mlx_lms(config: Qwen2Config, close: CloseTo) -> None:
     theirs_module = pytest.importorskip("mlx_lm.models.qwen2", reason="mlx-lm is not installed")

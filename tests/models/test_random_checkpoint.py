@@ -20,6 +20,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["0.5b", "1.5b", "7b"])
 def test_random_sizes_have_the_published_dimensions(golden: Path, size: str) -> None:
     published = json.loads((golden / "configs" / f"fastvlm-{size}.config.json").read_text())

@@ -120,6 +120,7 @@ def test_calibrated_tensors_have_the_form_of_plain_ones(quantize_embeddings: boo
             assert mx.array_equal(left, right), name  # nothing else is touched
 
 
+@pytest.mark.slow
 def test_calibrated_tensors_repeat_to_the_byte() -> None:
     checkpoint = RandomCheckpoint("tiny")
     first, second = (
@@ -128,6 +129,7 @@ def test_calibrated_tensors_repeat_to_the_byte() -> None:
     assert all(mx.array_equal(array, second[name]) for name, array in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_small_reparam_tied", "llava_small_train_untied"])
 def test_calibrated_logits_are_closer_on_unseen_input(
     golden: Path, tolerance: Callable[[str], float], name: str
@@ -169,6 +171,7 @@ def test_average_is_kept_and_used_up(avg_bits: float) -> None:
     assert avg_bits - 0.07 < average <= avg_bits  # the largest of the layers is 6 % of all
 
 
+@pytest.mark.slow
 def test_a_matrix_that_matters_more_is_measured_to(write_checkpoint: Callable[..., Path]) -> None:
     """A value projection that is ten times as large has a larger measured cost."""
     layer = "model.layers.1.self_attn.v_proj.weight"
@@ -183,6 +186,7 @@ def test_a_matrix_that_matters_more_is_measured_to(write_checkpoint: Callable[..
     assert measured()[name] < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_small_reparam_tied", "llava_small_train_untied"])
 def test_mixed_diverges_less_than_uniform_bits_of_one_size(
     golden: Path, tolerance: Callable[[str], float], name: str
@@ -204,6 +208,7 @@ def test_mixed_diverges_less_than_uniform_bits_of_one_size(
     assert kl[1] < tolerance("mixed_divergence") * kl[0]
 
 
+@pytest.mark.slow
 def test_mlx_lm_reads_mixed_layers_as_we_do(tmp_path: Path, tolerance: Callable[[str], float]) -> None:
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     checkpoint = RandomCheckpoint("tiny")

@@ -113,6 +113,7 @@ def snr_db(network: nn.Sequential, plan: Mapping[str, str], images: Images) -> f
         return decibels(noise_of(expected, [float16_outputs(network, image) for image in images.trial]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("above_pal4_db", [-3.0, 3.0, 10.0, 18.0, 26.0])
 def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme(
     network: nn.Sequential, images: Images, above_pal4_db: float

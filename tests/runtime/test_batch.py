@@ -34,6 +34,7 @@ pairs = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(pairs=pairs, size=st.integers(1, 4), greedy=st.booleans(), lookahead=st.integers(0, 2))
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_those_of_one_by_one(
@@ -68,6 +69,7 @@ def varied(vlm: FastVLM, stops: list[tuple[str, ...]], lengths: list[int]) -> li
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_each_answer_ends_where_it_would_alone(vlm: FastVLM, lookahead: int) -> None:
     lengths = [1, 30, 7, 2, 12, 30]

@@ -36,6 +36,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["load", "1", "never"])
 def test_child_ends_when_its_parent_is_killed(when: str) -> None:
     parent = subprocess.Popen(

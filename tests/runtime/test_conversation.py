@@ -21,7 +21,7 @@ from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.prompt import Message
 from fastvlm.runtime.prompt_cache import ImageItem
 
-pytestmark = pytest.mark.usefixtures("float32_decoder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32_decoder")]
 
 PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1, 0, 1], np.uint8)  # (90, 120, 3)
 OTHER = 255 - PICTURE

@@ -19,6 +19,7 @@ from fastvlm.runtime.encoders import Shapes
 SHAPES = Shapes(128, 3, hidden_size=6)
 
 
+@pytest.mark.slow
 def test_error_of_the_package_keeps_its_class(tmp_path: Path) -> None:
     with EncoderProcess(tmp_path / "none.mlpackage", SHAPES, backend="reference") as encoder:
         with pytest.raises(PackageError, match=r"none\.mlpackage: must be a .mlpackage folder"):

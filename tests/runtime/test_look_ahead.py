@@ -20,7 +20,7 @@ from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import prepare
 
-pytestmark = pytest.mark.usefixtures("float32_decoder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32_decoder")]
 
 CHILD = Path(__file__).with_name("bad_child.py")
 IMAGES = [np.full((40, 60, 3), 20 * n, np.uint8) + np.arange(3, dtype=np.uint8) for n in range(9)]

@@ -146,6 +146,7 @@ def ids(answers: Iterable[Generation | FastVLMError]) -> list[tuple[int, ...]]:
     return [one.token_ids for one in answers if isinstance(one, Generation)]
 
 
+@pytest.mark.slow
 @counts_threads
 def test_new_threads_leave_no_mlx_threads_behind(vlm: FastVLM) -> None:
     alone = ids(vlm.engine.stream(request).read() for request in requests())

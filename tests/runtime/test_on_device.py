@@ -18,6 +18,8 @@ from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.folder import open_folder
 from fastvlm.runtime.on_device import FLOOR_DB, DeviceRun, DeviceVerification, Way, agreement, verify_on_device
 
+pytestmark = pytest.mark.slow
+
 CHILD = str(Path(__file__).with_name("device_child.py"))
 
 Verify = Callable[..., DeviceVerification]

@@ -55,6 +55,7 @@ def test_ids_equal_the_reference(golden: Path, tmp_path: Path, name: str, case: 
     assert list(found.ids) == expected["prompt_ids"]
 
 
+@pytest.mark.slow
 @fixtures_are_constant
 @given(text=st.text(alphabet=st.characters(exclude_characters="<\ue000\ue001", codec="utf-8")))
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["folder", "built-in"])
@@ -66,6 +67,7 @@ def test_ids_equal_the_librarys_for_text_without_controls(
     assert ask(folder, text, images=1) == joint(folder, TRAINING_PROMPT.format("<image>\n" + text))
 
 
+@pytest.mark.slow
 @fixtures_are_constant
 @given(text=st.lists(st.one_of(st.text(max_size=5), st.sampled_from(CONTROLS))).map("".join))
 def test_users_text_adds_no_control_token(write_tokenizer: Write, text: str) -> None:

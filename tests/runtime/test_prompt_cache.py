@@ -178,6 +178,7 @@ def test_threads_get_the_ids_that_each_gets_alone(loaded: FastVLM, options: dict
     assert found == {n: [alone[n]] * 3 for n in found}
 
 
+@pytest.mark.slow
 def test_closed_stream_frees_what_it_held(vlm: FastVLM) -> None:
     def caches() -> int:
         gc.collect()

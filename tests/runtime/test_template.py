@@ -116,6 +116,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template_is_refused_in_seconds(name: str) -> None:
     start = time.thread_time()

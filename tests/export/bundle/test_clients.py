@@ -19,6 +19,8 @@ from fastvlm.models.images import preprocess, to_pixel_values
 from fastvlm.runtime.prompt import Message, PromptEncoder
 from fastvlm.runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 IDS = [5, 17, 300, 44, 211, 9, 100]
 SENTINEL = -200
 PROMPTS = ("What is in the picture?", "  Zwei Wörter,\n\tand 12345 + 678!", "日本語のテキスト 🙂", "don't ... 'tis", "")

@@ -145,6 +145,7 @@ def test_commit_of_a_branch_is_requested_once(server: Any, cache: Path, files: d
     assert {path.split("/")[4] for path, _ in server.asked if "/resolve/" in path} == {"c" * 40}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_download_and_complete_files_stay(server: Any, cache: Path, files: dict[str, bytes]) -> None:
     """The whole file would take minutes."""
     path = f"/{HUB_ID}/resolve/{'c' * 40}/model.safetensors"

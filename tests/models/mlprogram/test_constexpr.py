@@ -172,6 +172,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_compressed_model_decodes_as_coremltools_does(
     save_program: Callable[..., Path], ct: ModuleType, tmp_path: Path, recipe: str

@@ -27,6 +27,7 @@ def matmul(mb: Any, x: Any, y: Any) -> Any:
     return mb.matmul(x=x, y=y, transpose_x=True)
 
 
+@pytest.mark.slow
 def test_flops_count_the_summed_dimension(save_program: Callable[..., Path]) -> None:
     assert costs(save_program(matmul, {"x": (5, 2), "y": (5, 3)})) == {"matmul": (2 * 2 * 3 * 5, 10 + 15 + 6)}
 

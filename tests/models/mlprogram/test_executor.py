@@ -20,6 +20,8 @@ from fastvlm.models.mlprogram.binding import Kind
 from fastvlm.models.mlprogram.executor import Executor, _check_input, max_abs
 from fastvlm.models.mlprogram.ops import KINDS
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (1, 8, 6, 6)
 
 

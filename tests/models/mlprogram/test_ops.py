@@ -338,6 +338,7 @@ def test_ceil_mode_pool_averages_only_existing_values(save_program: Callable[...
     np.testing.assert_allclose(found, [[[[2, 3.5], [6.5, 8]]]])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_integer_parameter_runs_or_raises_one_error(

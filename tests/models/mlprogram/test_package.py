@@ -253,6 +253,7 @@ def test_broken_graph_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_package_is_read_or_raises_one_error(
@@ -297,6 +298,7 @@ def python(code: str, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(OURS, THEIRS), (THEIRS, OURS)], ids=["before coremltools", "after coremltools"])
 def test_model_class_is_coremltools_own_in_either_order(order: tuple[str, str]) -> None:
     python("\n".join([*order, SAME]))
@@ -308,6 +310,7 @@ def test_reading_imports_neither_coremltools_nor_torch() -> None:
     assert loaded.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_executor_is_an_attribute_of_the_package() -> None:
     code = "import fastvlm.models.mlprogram as m, sys; m.Executor; print('torch' in sys.modules)"
     assert python(code).strip() == "True"
@@ -466,6 +469,7 @@ def test_file_without_a_valid_header_is_refused(tmp_path: Path, content: bytes) 
         BlobFile(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damaged_file_is_read_or_raises_one_error(

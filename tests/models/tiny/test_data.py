@@ -21,6 +21,8 @@ from fastvlm.models.tiny.network import TOKENS_PER_IMAGE, TinyFastVLM, write_che
 from fastvlm.models.tiny.questions import questions_about
 from fastvlm.models.tiny.scenes import COLOURS, PLACES, SHAPES, draw_scene
 
+pytestmark = pytest.mark.slow
+
 
 def test_packed_tokens_equal_those_of_generate(tokenizer_json: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="training needs the dev extra's transformers")

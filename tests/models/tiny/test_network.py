@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from fastvlm.models.checkpoint import FolderCheckpoint
@@ -17,6 +18,8 @@ from fastvlm.models.tiny.data import (
 )
 from fastvlm.models.tiny.network import TOKENS_PER_IMAGE, TinyFastVLM, write_checkpoint
 from fastvlm.models.tiny.scenes import draw_scene
+
+pytestmark = pytest.mark.slow
 
 
 def test_packed_questions_attend_to_the_image_and_themselves(network: TinyFastVLM, tokenizer_json: str) -> None:

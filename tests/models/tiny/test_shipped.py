@@ -11,6 +11,8 @@ from fastvlm.models.fastvit import FastViT
 from fastvlm.models.references import DEFAULT_MODEL, TINY_FOLDER, open_checkpoint
 from fastvlm.models.tiny.data import learned_tokenizer
 
+pytestmark = pytest.mark.slow
+
 MAX_BYTES = 12 * 2**20
 
 

@@ -31,6 +31,8 @@ from fastvlm.models.tiny.train import (
     replacing,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_stopped_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = TrainingRecipe(steps=3, batch_size=2, questions=2, warmup_steps=1)

@@ -33,6 +33,7 @@ def test_bad_image_fails_before_anything_is_measured(tmp_path: Path) -> None:
         benchmark(tmp_path / "nothing", Workload(image=tmp_path / "no.png"))
 
 
+@pytest.mark.slow
 def test_error_of_the_process_is_raised_again(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="is not a folder"):
         measure_isolated(tmp_path / "nothing", Workload())

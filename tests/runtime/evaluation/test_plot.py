@@ -50,6 +50,7 @@ def test_words_are_found_whole_and_the_longest_first(text: str, word: str | None
     assert word_in(text, WORDS) == word
 
 
+@pytest.mark.slow
 def test_plot_draws_a_table_for_each_kind_with_words() -> None:
     pytest.importorskip("matplotlib", reason="plots need the plot extra")
     texts = [("It is red.", "It is blue."), ("It is at the left.", "It is at the left.")] * 3

@@ -103,6 +103,7 @@ def test_exact_match_ignores_case_spaces_and_the_final_stop() -> None:
     assert exact_match("It is reddish", ["it is red"]) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @ANY_SPEED
 @given(prediction=st.text(max_size=12), answers=ANSWERS)
