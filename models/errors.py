@@ -17,7 +17,10 @@
     ├── PromptError           a prompt cannot be turned into tokens for this model
     ├── OutputError           the result cannot be written
     ├── VerificationError     an export falls short of its checkpoint
-    └── MachineError          this machine lacks something that the request needs
+    ├── MachineError          this machine lacks something that the request needs
+    ├── UnavailableError      the scheduler does not take a request, or could not start it in time
+    │   └── QueueFullError    too many requests are waiting already
+    └── CancelledError        an answer was cancelled before its end
 
 A message is one line: `<subject>: <what is wrong> (got <found>). <what to do>.`
 
@@ -127,6 +130,18 @@ class VerificationError(FastVLMError):
 
 class MachineError(FastVLMError):
     """This machine lacks something that the request needs."""
+
+
+class UnavailableError(FastVLMError):
+    """The scheduler does not take a request, or could not start it in time."""
+
+
+class QueueFullError(UnavailableError):
+    """Too many requests are waiting already."""
+
+
+class CancelledError(FastVLMError):
+    """An answer was cancelled before its end."""
 
 
 MAX_LISTED = 6

@@ -108,11 +108,18 @@ class KVCache:
         """Sets the least number of positions to which the cache grows when it next grows."""
         self.capacity = max(self.capacity, capacity)
 
-    def fork(self, capacity: int = 0) -> KVCache:
-        """Returns an independent cache with the same content, which grows to `capacity` positions."""
+    def fork(self, capacity: int = 0, length: int | None = None) -> KVCache:
+        """Returns an independent cache with the first `length` positions (None: all), which grows to `capacity`."""
         twin = copy.copy(self)
         twin.capacity = capacity
-        twin.buffers = [buffer[:, :, : self.offset] for buffer in self.buffers]
+        twin.offset = self.offset if length is None else length
+        twin.buffers = [buffer[:, :, : twin.offset] for buffer in self.buffers]
+        return twin
+
+    def compact(self, length: int) -> KVCache:
+        """Returns an independent cache with the first `length` positions and no spare ones, not yet evaluated."""
+        twin = self.fork(length=length)
+        twin.buffers = [mx.contiguous(buffer) for buffer in twin.buffers]
         return twin
 
     @property

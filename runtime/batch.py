@@ -291,7 +291,7 @@ class Batch:
             self._done[number] = request
             return
         try:
-            prefilled = self._engine.prefill(request, CachedPrompt())
+            prefilled = self._engine.prefill(request, CachedPrompt(), answer_capacity=0)
         except FastVLMError as reason:
             self._done[number] = reason
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -19,17 +19,20 @@ from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
 from ..models.tokenizer_files import IMAGE_TOKEN
 from .encoders import PendingFeatures, SeparateEncoder, VisionEncoder
-from .generate import DecodeResult, Generation, Stream, decode, prefill, read_answer
+from .generate import PREFILL_CHUNK, DecodeResult, Generation, Stream, decode, prefill, read_answer
 from .mlx_device import DeviceMemory, SharedStream
 from .prompt import Message, Prompt, PromptEncoder
 from .prompt_cache import (
+    FEATURE_SHARE,
     MAX_PREFIX_TOKENS,
     CachedPrompt,
     FeatureCache,
     ImageItem,
     PrefixCache,
     PromptItem,
+    default_cache_bytes,
     evaluate,
+    image_count,
     position_count,
     prompt_items,
     segments,
@@ -75,17 +78,21 @@ class PrefillResult:
 
 @dataclass(eq=False)
 class PreparedRequest:
-    """A request whose images are preprocessed, and perhaps in the encoder process."""
+    """A request whose prompt is encoded and whose images are preprocessed, and perhaps in the encoder process."""
 
     request: Request
-    images: tuple[ImageItem, ...]
+    items: tuple[PromptItem, ...]
+    """The items of the whole prompt, with the images of earlier messages."""
+    prompt_ids: tuple[int, ...]
+    prompt_tokens: int
+    """The positions of the prompt."""
     preprocess_ms: float
-    submitted: list[tuple[ImageItem, PendingFeatures]] = field(default_factory=list)
+    submitted: list[PendingFeatures] = field(default_factory=list)
 
     @property
     def is_encoded(self) -> bool:
-        """True if the encoder has finished all images of the request."""
-        return all(pending.done for _, pending in self.submitted)
+        """True if the encoder has finished all images that were submitted for the request."""
+        return all(pending.done for pending in self.submitted)
 
 
 class Engine:
@@ -96,6 +103,7 @@ class Engine:
         encode_ahead_limit: number of requests whose images may be encoded before their prefill. It is 0 if the
             encoder runs in this process.
         kv_bits: None, or 8 for keys and values in 8 bits (see `Qwen2.make_cache`).
+        feature_cache, prefix_cache: what earlier prompts left for later ones, within `cache_bytes` together.
         load_ms: time to load the model, without the first-use compilation of the package.
         memory: keeps the weights wired on a GPU while answers are computed.
     """
@@ -108,6 +116,7 @@ class Engine:
         tokenizer: Tokenizer,
         prompts: PromptEncoder,
         kv_bits: int | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.config = config
         self.encoder = encoder
@@ -118,13 +127,15 @@ class Engine:
         self.load_ms = 0.0
         self.memory = DeviceMemory(language)
         self.encode_ahead_limit = ENCODE_AHEAD if isinstance(encoder, SeparateEncoder) else 0
-        self.feature_cache = FeatureCache()
-        self.prefix_cache = PrefixCache()
+        total = default_cache_bytes() if cache_bytes is None else cache_bytes
+        self.feature_cache = FeatureCache(int(FEATURE_SHARE * total))
+        self.prefix_cache = PrefixCache(total - self.feature_cache.max_bytes, config.tokens_per_image)
         self.lock = threading.Lock()
         self.mlx_stream = SharedStream()
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *own)))
-        self._prepared: weakref.WeakSet[PreparedRequest] = weakref.WeakSet()
+        self._pending: weakref.WeakValueDictionary[bytes, PendingFeatures] = weakref.WeakValueDictionary()
+        """The images in the encoder process by digest. The requests that submitted them own the pending features."""
         language.language_model.make_cache(0, kv_bits)  # raises now if kv_bits does not fit the model
 
     def warm_up(self) -> None:
@@ -143,7 +154,29 @@ class Engine:
 
     def stream(self, request: Request) -> Stream:
         """Returns the answer to a request as a stream of text."""
-        return Stream(self.answer(request, CachedPrompt()))
+        return Stream(self._answer_once(request))
+
+    def _answer_once(self, request: Request) -> Generator[str, None, Generation]:
+        """Yields the text of an answer, and keeps its cache for later prompts."""
+        cached = CachedPrompt()
+        generation = yield from self.answer(request, cached)
+        with self.lock, self.mlx_stream():
+            self.keep(cached)
+        return generation
+
+    def keep(self, cached: CachedPrompt) -> None:
+        """Stores the content of a cache for later prompts. Needs the lock."""
+        items = cached.computed(self.config.tokens_per_image)
+        length = position_count(items, self.config.tokens_per_image)
+        compact = [layer.compact(length) for layer in cached.cache]
+        if compact:
+            evaluate(compact)
+            self.prefix_cache.add(items, compact)
+
+    def clear_caches(self) -> None:
+        """Drops what earlier prompts left, so that the next answer shows its full time to first token."""
+        self.feature_cache.clear()
+        self.prefix_cache.clear()
 
     def answer(
         self, request: Request, cached: CachedPrompt, images: Sequence[ImageItem] = ()
@@ -203,67 +236,113 @@ class Engine:
             decoded.stop_reason,
         )
 
-    def prepare(self, request: Request) -> PreparedRequest:
-        """Preprocesses the images of a request. Does not need the lock."""
+    def prepare(self, request: Request, images: Sequence[ImageItem] = ()) -> PreparedRequest:
+        """Encodes the prompt and preprocesses the images of a request. Does not need the lock.
+
+        `images` are those of earlier messages, before those of the request.
+
+        Raises:
+            PromptError: the prompt does not fit the images, the context or the model.
+        """
         clock = LapClock()
+        prompt = self.prompts.encode(request.messages)
+        length = self._checked_length(prompt, len(images) + len(request.images))
         size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
-        images = tuple(ImageItem(preprocess(image, size, fit)) for image in request.images)
-        prepared = PreparedRequest(request, images, clock.lap_ms())
-        self._prepared.add(prepared)
-        return prepared
+        own = [ImageItem(preprocess(image, size, fit)) for image in request.images]
+        items = prompt_items(prompt, [*images, *own])
+        return PreparedRequest(request, items, prompt.ids, length, clock.lap_ms())
 
     def encode_ahead(self, request: Request | PreparedRequest) -> PreparedRequest:
         """Submits the images of a request to the encoder process while it has room, and returns at once."""
         prepared = request if isinstance(request, PreparedRequest) else self.prepare(request)
-        self._submit(prepared, prepared.images)
+        if self.encode_ahead_limit and len(prepared.submitted) < min(ENCODE_AHEAD, image_count(prepared.items)):
+            self._submit(prepared, self.prefix_cache.count(prepared.items))
         return prepared
 
     def prefill(
-        self, asked: Request | PreparedRequest, cached: CachedPrompt, images: Sequence[ImageItem] = ()
+        self,
+        asked: Request | PreparedRequest,
+        cached: CachedPrompt,
+        images: Sequence[ImageItem] = (),
+        answer_capacity: int = ANSWER_CAPACITY,
     ) -> PrefillResult:
         """Computes the prompt of a request and the first token of its answer.
 
         The prompt may begin with what `cached` holds, and replaces it. After an error `cached` is empty. `images` are
-        those of earlier messages, before those of the request.
+        those of earlier messages, before those of the request. The cache gets room for an answer of `answer_capacity`
+        tokens. If that is 0, nobody may change the cache, and it is kept for later prompts.
 
         Raises:
             PromptError: the prompt does not fit the images, the context or the model.
             PackageError: the encoder cannot run.
             WeightsError: the logits are not finite.
         """
-        with self.lock, self.mlx_stream():
-            prefilled = self._prefill(asked, cached, images)
-            self.memory.after_prefill()
-        return prefilled
+        chunks = self.prefill_chunks(asked, cached, images, answer_capacity)
+        while True:
+            try:
+                next(chunks)
+            except StopIteration as end:
+                result: PrefillResult = end.value
+                return result
+
+    def prefill_chunks(
+        self,
+        asked: Request | PreparedRequest,
+        cached: CachedPrompt,
+        images: Sequence[ImageItem] = (),
+        answer_capacity: int = ANSWER_CAPACITY,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Generator[int, None, PrefillResult]:
+        """Does the same as `prefill`, and yields the number of positions after every `chunk` of them.
+
+        The lock is free while the generator waits, so that other answers can continue.
+        """
+        prepared = asked if isinstance(asked, PreparedRequest) else self.prepare(asked, images)
+        stages = self._prefill(prepared, cached, answer_capacity, chunk)
+        while True:
+            with self.lock, self.mlx_stream():
+                try:
+                    count = next(stages)
+                except StopIteration as end:
+                    self.memory.after_prefill()
+                    result: PrefillResult = end.value
+                    return result
+            yield count
 
     def _prefill(
-        self, asked: Request | PreparedRequest, cached: CachedPrompt, images: Sequence[ImageItem]
-    ) -> PrefillResult:
-        clock, stages_ms = LapClock(), {}
-        ahead = asked if isinstance(asked, PreparedRequest) else None
-        request = asked.request if isinstance(asked, PreparedRequest) else asked
-        prompt = self.prompts.encode(request.messages)
-        length = self._checked_length(prompt, len(images) + len(request.images))
-        prepared = ahead or self.prepare(request)
-        items = prompt_items(prompt, [*images, *prepared.images])
-        stages_ms["preprocess_ms"] = clock.lap_ms() + (ahead.preprocess_ms if ahead else 0.0)
+        self, prepared: PreparedRequest, cached: CachedPrompt, answer_capacity: int, chunk: int
+    ) -> Generator[int, None, PrefillResult]:
+        clock, stages_ms = LapClock(), {"preprocess_ms": prepared.preprocess_ms}
+        request, items, length = prepared.request, prepared.items, prepared.prompt_tokens
         hits = self.feature_cache.hits
         reused, cache = self._reuse(items, cached)
         reused_tokens = position_count(items[:reused], self.config.tokens_per_image)
+        cached_images = image_count(items[:reused])
         prefix = reusable_prefix(request.messages, items)
-        image_features, reused, cache = self._encode(prepared, items, prefix, reused, cache)
+        image_features, reused, cache = self._encode(prepared, prefix, reused, cache)
+        cached_images += self.feature_cache.hits - hits
         stages_ms["encode_ms"] = clock.lap_ms()
         projected = self._project(image_features)
         stages_ms["project_ms"] = clock.lap_ms()
+        if image_features and not self.encode_ahead_limit:
+            yield len(image_features) * self.config.tokens_per_image  # encoding here has stalled other answers
         max_new_tokens = min(request.options.max_tokens, self.config.max_context - length)
         if reused < len(prefix):
             reused, cache = len(prefix), self._extend_prefix(prefix, reused, cache)
         cache = cache or self._new_cache(0)
-        logits = self._logits(items[reused:], cache, projected, length + min(max_new_tokens, ANSWER_CAPACITY))
+        for layer in cache:
+            layer.reserve(length + min(max_new_tokens, answer_capacity))
+        inputs_embeds = self._embed(items[reused:], projected)
+        last = (inputs_embeds.shape[1] - 1) // chunk * chunk
+        for start in range(0, last, chunk):
+            self.language.language_model.extend(inputs_embeds[:, start : start + chunk], cache)
+            evaluate(cache)
+            yield chunk
+        logits = prefill(self.language.language_model, inputs_embeds[:, last:], cache)
         if on_cpu():
             _check_finite(logits)
             stages_ms["prefill_ms"] = clock.lap_ms()
-        sampler = Sampler(request.options.sampling, prompt.ids)
+        sampler = Sampler(request.options.sampling, prepared.prompt_ids)
         first = sampler(logits[0])
         if on_cpu():
             mx.eval(first, *sampler.state)
@@ -272,6 +351,8 @@ class Engine:
             stages_ms["prefill_ms"] = clock.lap_ms()
         stages_ms["sample_ms"] = clock.lap_ms()
         cached.put(items, cache)
+        if not answer_capacity:
+            self.prefix_cache.add(items, cache)
         return PrefillResult(
             first,
             cache,
@@ -280,7 +361,7 @@ class Engine:
             max_new_tokens,
             prompt_tokens=length,
             reused_tokens=reused_tokens,
-            cached_images=self.feature_cache.hits - hits,
+            cached_images=cached_images,
             stages_ms=stages_ms,
             cold=next(_answers) == 0,
         )
@@ -314,53 +395,39 @@ class Engine:
         return (own, cache) if own >= reused else (reused, prefix)
 
     def _encode(
-        self,
-        prepared: PreparedRequest,
-        items: Sequence[PromptItem],
-        prefix: Sequence[int],
-        reused: int,
-        cache: list[KVCache],
+        self, prepared: PreparedRequest, prefix: Sequence[int], reused: int, cache: list[KVCache]
     ) -> tuple[list[NDArray[np.float32]], int, list[KVCache]]:
         """Returns `image_features` (1, N, C) of each image that is not cached.
 
         An encoder process encodes while this one computes a new text prefix.
         """
-        images = [item for item in items[reused:] if isinstance(item, ImageItem)]
+        images = [item for item in prepared.items[reused:] if isinstance(item, ImageItem)]
         if self.encode_ahead_limit and reused < len(prefix):
-            self._submit(prepared, images)
+            self._submit(prepared, reused)
             reused, cache = len(prefix), self._extend_prefix(prefix, reused, cache)
         return [self._features(image) for image in images], reused, cache
 
-    def _submit(self, prepared: PreparedRequest, images: Iterable[ImageItem]) -> None:
-        """Submits images to the encoder process while it has room, unless they are cached or submitted already."""
+    def _submit(self, prepared: PreparedRequest, reused: int) -> None:
+        """Submits the images after `reused` items to the encoder process, unless they are cached or in it already."""
         if not isinstance(self.encoder, SeparateEncoder):
             return
-        for image in images:
+        for image in prepared.items[reused:]:
+            if not isinstance(image, ImageItem):
+                continue
             if self.encoder.room == 0 or len(prepared.submitted) == ENCODE_AHEAD:
                 return
-            if not self.feature_cache.holds(image.pixels) and not self._submissions_of(image):
-                pending = self.encoder.submit(to_pixel_values(image.pixels))
-                prepared.submitted.append((image, pending))
-
-    def _submissions_of(self, image: ImageItem) -> list[PreparedRequest]:
-        """Returns the requests for which an image was submitted."""
-        requests = list(self._prepared)
-        return [prepared for prepared in requests if any(image == other for other, _ in prepared.submitted)]
+            if not self.feature_cache.holds(image) and image.digest not in self._pending:
+                self._pending[image.digest] = pending = self.encoder.submit(to_pixel_values(image.pixels))
+                prepared.submitted.append(pending)
 
     def _features(self, image: ImageItem) -> NDArray[np.float32]:
         """Returns `image_features` (1, N, C), from the cache, from the encoder process, or encoded now."""
-        features = self.feature_cache.get(image.pixels)
+        features = self.feature_cache.get(image)
         if features is not None:
             return features
-        submissions = self._submissions_of(image)
-        if submissions:
-            submitted = submissions[0].submitted
-            found = next(entry for entry in submitted if entry[0] == image)
-            submitted.remove(found)
-            features = found[1].result()
-        else:
-            features = self.encoder.encode(to_pixel_values(image.pixels))
-        self.feature_cache.put(image.pixels, features)
+        pending = self._pending.pop(image.digest, None)
+        features = pending.result() if pending is not None else self.encoder.encode(to_pixel_values(image.pixels))
+        self.feature_cache.put(image, features)
         return features
 
     def _project(self, image_features: list[NDArray[np.float32]]) -> list[mx.array]:
@@ -372,14 +439,6 @@ class Engine:
             projected = [projector(mx.array(features)) for features in image_features]
         mx.eval(projected)
         return projected
-
-    def _logits(
-        self, items: Sequence[PromptItem], cache: list[KVCache], projected: list[mx.array], capacity: int
-    ) -> mx.array:
-        """Extends `cache`, which gets room for `capacity` positions, with `items`. Returns lazy logits (1, V)."""
-        for layer in cache:
-            layer.reserve(capacity)
-        return prefill(self.language.language_model, self._embed(items, projected), cache)
 
     def _extend_prefix(
         self, prefix: Sequence[PromptItem], reused: int, cache: list[KVCache], pinned: bool = False

@@ -47,7 +47,7 @@ class Timings:
     cold: bool
     """True for the first answer of a process, which must not be averaged with later ones."""
     cached_images: int = 0
-    """Images whose features came from the feature cache. `encode_ms` does not include them."""
+    """Images that came from the feature cache or the prefix cache. `encode_ms` does not include them."""
     reused_tokens: int = 0
     """Positions of the prompt that came from the prefix cache. `prefill_ms` does not include them."""
 

@@ -132,7 +132,7 @@ def measure(
 
 def answer(model: FastVLM, request: Request, clock: Clock = time.perf_counter) -> tuple[Run, Timings]:
     """Measures one answer, with an image that is not cached."""
-    model.engine.feature_cache.clear()
+    model.engine.clear_caches()
     stream = model.engine.stream(request)
     begin = clock()
     for _ in stream:

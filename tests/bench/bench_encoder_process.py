@@ -111,7 +111,7 @@ def rate(model: FastVLM, count: int) -> float:
     """Returns the captions per second of `count` images."""
     images = random_images(count)
     requests = (prepare(image, "Describe the image.", max_tokens=TOKENS, ignore_eos=True) for image in images)
-    model.engine.feature_cache.clear()
+    model.engine.clear_caches()
     start = time.perf_counter()
     outcomes = list(Batch(model.engine, BATCH).outcomes(requests))
     seconds = time.perf_counter() - start

@@ -41,6 +41,7 @@ def first_logits(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     monkeypatch.setattr(engine_module, "prefill", lambda *args: [seen.append(np.array(x := original(*args))), x][1])
 
     def run(image: object, prompt: str, **options: object) -> np.ndarray:
+        vlm.engine.clear_caches()
         vlm.generate(image, prompt, max_tokens=1, **options)
         return seen[-1]
 
@@ -90,8 +91,9 @@ def test_prefill_waits_twice_on_a_gpu(
 ) -> None:
     """The read comes after a wait for the same array, so it does not wait itself."""
     computing_on(device)
-    vlm.generate(PICTURE, "Hi", max_tokens=1)  # caches the prefix of the template
-    vlm.engine.feature_cache.clear()
+    vlm.generate(PICTURE, "Hi", max_tokens=1)  # caches the masks of these lengths
+    vlm.engine.clear_caches()
+    vlm.engine.warm_up()  # caches the prefix of the template
     events = EventLog(monkeypatch)
     prefilled = vlm.engine.prefill(prepare(PICTURE, "Hi", **options), CachedPrompt())
     assert prefilled.cached_images == 0
@@ -124,7 +126,7 @@ def test_encoder_sees_each_image_as_it_is_fitted(vlm: FastVLM) -> None:
 def test_fit_defaults_to_what_the_config_says(write_folder: Write, open_vlm: Open) -> None:
     vlm = open_vlm(write_folder(image_aspect_ratio="crop"))
     vlm.generate(PICTURE, "Hi", max_tokens=1)
-    vlm.engine.feature_cache.clear()
+    vlm.engine.clear_caches()
     vlm.generate(PICTURE, "Hi", max_tokens=1, fit="crop")
     np.testing.assert_array_equal(*vlm.engine.encoder.calls)
 
@@ -232,14 +234,15 @@ def test_every_stage_ends_with_its_results_computed(vlm: FastVLM, monkeypatch: p
     original = mx.eval
     for module in (engine_module, request_module):
         monkeypatch.setattr(module, "LapClock", Clock)
-    vlm.generate(PICTURE, "Hi", max_tokens=1)  # reads the beginning of prompts, which is kept
-    vlm.engine.feature_cache.clear()
+    vlm.generate(PICTURE, "Hi", max_tokens=1)
+    vlm.engine.clear_caches()
+    vlm.engine.warm_up()  # reads the beginning of prompts, which is kept
     events.clear()
     monkeypatch.setattr(mx, "eval", lambda *args: events.append("eval") or original(*args))
     vlm.generate(PICTURE, "Hi", max_tokens=1)
-    opened, preprocessed, encoded = ["lap"], ["lap", "lap"], ["lap"]  # preprocessing: the images, and all of it
+    opened, preprocessed, encoded, kept = ["lap"], ["lap"], ["lap"], ["eval"]
     ends = [event for event, after in zip(events, [*events[1:], ""], strict=True) if not event == after == "eval"]
-    assert ends == [*opened, *preprocessed, *encoded, *["eval", "lap"] * 3]  # projected, prefilled, sampled
+    assert ends == [*opened, *preprocessed, *encoded, *["eval", "lap"] * 3, *kept]  # projected, prefilled, sampled
 
 
 def test_sampler_knows_the_prompt_and_the_options(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +312,7 @@ def test_projected_features_are_not_projected_again(vlm: FastVLM) -> None:
     project, encode = vlm.engine.language.multi_modal_projector, vlm.engine.encoder.encode
     vlm.engine.encoder.encode = lambda values: np.array(project(mx.array(encode(values))))  # type: ignore[method-assign]
     vlm.engine.encoder.projected = True
-    vlm.engine.feature_cache.clear()
+    vlm.engine.clear_caches()
     again = vlm.generate(PICTURE, "Hi", **VARIED)
     assert again.token_ids == plain.token_ids
     assert len(set(plain.token_ids)) > 3

@@ -18,6 +18,7 @@ from fastvlm.runtime.encoders import Shapes
 from fastvlm.runtime.engine import ENCODE_AHEAD, PreparedRequest
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.prompt_cache import ImageItem
 from fastvlm.runtime.request import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32_decoder")]
@@ -87,7 +88,7 @@ def test_next_images_are_submitted_while_answers_are_decoded(make: Make, monkeyp
     original = BatchDecoder.step
 
     def step(batch: BatchDecoder) -> list:
-        waiting.append(len([one for one in list(model.engine._prepared) if one.submitted]))
+        waiting.append(len(model.engine._pending))
         return original(batch)
 
     monkeypatch.setattr(BatchDecoder, "step", step)
@@ -159,10 +160,11 @@ def test_decoder_waits_less_than_encoding_takes(make: Make, monkeypatch: pytest.
 def test_prepared_request_is_encoded_once_its_images_are(make: Make) -> None:
     model = make("slow", 0.2)
     prepared = model.engine.encode_ahead(prepare(IMAGES[0], "Hi"))
+    image = next(item for item in prepared.items if isinstance(item, ImageItem))
     assert isinstance(prepared, PreparedRequest)
     assert not prepared.is_encoded
     np.testing.assert_array_equal(
-        prepared.submitted[0][1].result(),
-        Means(model.config.image_size, model.config.mm_hidden_size).encode(to_pixel_values(prepared.images[0].pixels)),
+        prepared.submitted[0].result(),
+        Means(model.config.image_size, model.config.mm_hidden_size).encode(to_pixel_values(image.pixels)),
     )
     assert prepared.is_encoded

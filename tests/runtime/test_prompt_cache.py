@@ -221,7 +221,7 @@ def test_cells_are_found_again_and_split() -> None:
     assert text_prefix([5, 6]) == text_prefix([one, 5]) == []
 
 
-def test_beginning_is_kept_where_no_user_wrote_it(vlm: FastVLM) -> None:
+def test_prefix_is_computed_alone_where_no_user_wrote_it() -> None:
     one, rest = ImageItem(PICTURE), [7, 8]
     asked = [Message("system", "S"), Message("user", "What?", 1), Message("user", "a <image>", 1)]
     assert reusable_prefix(asked, [1, 2, one, *rest]) == [1, 2]
@@ -230,8 +230,6 @@ def test_beginning_is_kept_where_no_user_wrote_it(vlm: FastVLM) -> None:
     assert reusable_prefix([Message("user", "What?", 0), Message("user", "What?", 1)], [1, 2, one]) == []
     assert reusable_prefix([Message("user", "What?", 1)], [1] * (MAX_PREFIX_TOKENS + 1) + [one]) == []
     assert reusable_prefix([Message("system", "S")], [1, 2]) == []
-    vlm.generate(PICTURE, "See <image> now.", max_tokens=1)
-    assert vlm.generate(PICTURE, "See <image> now.", max_tokens=1).timings.reused_tokens == 0
 
 
 def test_memory_leaves_out_what_the_cache_does_not_hold(vlm: FastVLM) -> None:
@@ -253,31 +251,33 @@ PICTURES = [np.full((90, 120, 3), value, np.uint8) for value in (0, 60, 120, 180
 ASKED = {"max_tokens": 8, "temperature": 1.0, "seed": 3, "ignore_eos": True}
 
 
-def pixels(value: int) -> np.ndarray:
-    return np.full((3, 8, 8), value, np.uint8)
+def plain(value: int) -> ImageItem:
+    return ImageItem(np.full((3, 8, 8), value, np.uint8))
 
 
 def test_last_features_are_kept_and_the_oldest_used_go_first() -> None:
-    cache = FeatureCache(max_images=2)
+    cache = FeatureCache(max_bytes=2 * 16)
     features = [np.full((1, 1, 4), value, np.float32) for value in range(3)]
     for value in (0, 1):
-        cache.put(pixels(value), features[value])
-    assert cache.get(pixels(0)) is features[0]
-    cache.put(pixels(2), features[2])
-    assert cache.get(pixels(1)) is None
-    assert cache.get(pixels(0)) is features[0]
-    assert cache.get(pixels(2)) is features[2]
-    assert cache.hits == 3
+        cache.put(plain(value), features[value])
+    assert cache.get(plain(0)) is features[0]
+    cache.put(plain(2), features[2])
+    assert cache.get(plain(1)) is None
+    assert cache.get(plain(0)) is features[0]
+    assert cache.get(plain(2)) is features[2]
+    assert (cache.hits, cache.nbytes) == (3, 32)
+    cache.put(plain(3), np.zeros((1, 1, 9), np.float32))
+    assert cache.nbytes == 0, "features that do not fit are not kept"
     cache.clear()
-    assert cache.get(pixels(2)) is None
+    assert cache.get(plain(2)) is None
 
 
 def test_pixels_that_are_written_to_later_are_no_other_images() -> None:
-    cache, square = FeatureCache(), pixels(1)
-    cache.put(square, np.zeros((1, 1, 4), np.float32))
+    cache, square = FeatureCache(1000), plain(1).pixels
+    cache.put(ImageItem(square), np.zeros((1, 1, 4), np.float32))
     square[:] = 2
-    assert cache.get(square) is None
-    assert cache.get(pixels(1)) is not None
+    assert cache.get(ImageItem(square)) is None
+    assert cache.get(plain(1)) is not None
 
 
 def test_second_question_about_an_image_does_not_encode_it_again(vlm: FastVLM) -> None:
@@ -288,20 +288,20 @@ def test_second_question_about_an_image_does_not_encode_it_again(vlm: FastVLM) -
     assert vlm.generate(PICTURES[1], "Why?", max_tokens=1, fit="crop").timings.cached_images == 0
 
 
-@pytest.mark.parametrize(("order", "encoded"), [([0, 1, 0, 1], 2), ([0, 1, 2, 3, 4, 0], 6), ([2, 2, 2], 1)])
+@pytest.mark.parametrize(("order", "encoded"), [([0, 1, 0, 1], 2), ([0, 1, 2, 3, 4, 0], 5), ([2, 2, 2], 1)])
 def test_answers_are_the_same_with_and_without_the_caches(vlm: FastVLM, order: list[int], encoded: int) -> None:
     def ask(forget: bool) -> list[tuple[int, ...]]:
         ids = []
         for index in order:
             if forget:
-                vlm.engine.feature_cache.clear()
+                vlm.engine.clear_caches()
             ids.append(vlm.generate(PICTURES[index], "What is it?", **ASKED).token_ids)
         return ids
 
     without, calls = ask(forget=True), len(vlm.engine.encoder.calls)
     assert calls == len(order)
     assert (len(set(without)) > 1) == (len(set(order)) > 1), "the answers should show which image was seen"
-    vlm.engine.feature_cache.clear()
+    vlm.engine.clear_caches()
     assert ask(forget=False) == without
     assert len(vlm.engine.encoder.calls) == calls + encoded
 

@@ -24,7 +24,7 @@ SHORT = {"max_tokens": 5}
 def test_answers_are_those_of_generate(vlm: FastVLM, own_questions: Own) -> None:
     found = evaluate(vlm, own_questions(4), **SHORT)
     samples = list(open_data(own_questions(4)).samples)
-    vlm.engine.feature_cache.clear()
+    vlm.engine.clear_caches()
     expected = [vlm.generate(sample.image, sample.question, **SHORT).text for sample in samples]
     assert [answer.text for answer in found.answers] == expected
     assert [answer.sample.id for answer in found.answers] == ["q0", "q1", "q2", "q3"]
