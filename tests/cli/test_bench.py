@@ -169,6 +169,7 @@ def gate(measured: Measured, tmp_path: Path, now: Benchmark, old: Benchmark) -> 
     return invoke("m", "--compare", tmp_path / "old.json", "--fail-above", 5, "--report", tmp_path / "new.json")
 
 
+@pytest.mark.slow
 def test_gate_without_an_earlier_report_is_wrong_usage(measured: Measured, tmp_path: Path) -> None:
     assert invoke("m", "--fail-above", 5).exit_code == 2
     (tmp_path / "old.json").write_text(json.dumps(benchmark(configuration("m")).as_dict()))

@@ -71,6 +71,7 @@ def test_unknown_choice_lists_the_known_ones(fastvlm: Callable, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_terminated_export_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastvlm.cli.main", "export", "-o", "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -83,6 +84,7 @@ def test_terminated_export_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_export_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastvlm.cli.main", "export", "-o", "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,51 +19,57 @@ from fastvlm.models.compute_plan import CPU, ENGINE, UNKNOWN, Place, Placement, 
 from fastvlm.models.errors import MachineError, PackageError
 from fastvlm.models.versions import import_coremltools
 
-import_coremltools()
-from coremltools.models import compute_plan as ct_plan  # noqa: E402
-from coremltools.models.compute_device import MLCPUComputeDevice, MLNeuralEngineComputeDevice  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
 OPERATIONS = [
     ("ios17.const", "weight", None, None),
     ("ios16.constexpr_affine_dequantize", "weight_2", None, None),
-    ("ios17.cast", "x", MLCPUComputeDevice, 0.05),
-    ("ios17.conv", "y", MLNeuralEngineComputeDevice, 0.7),
-    ("ios17.conv", "z", MLNeuralEngineComputeDevice, 0.2),
-    ("ios17.transpose", "t", MLCPUComputeDevice, 0.01),
+    ("ios17.cast", "x", "MLCPUComputeDevice", 0.05),
+    ("ios17.conv", "y", "MLNeuralEngineComputeDevice", 0.7),
+    ("ios17.conv", "z", "MLNeuralEngineComputeDevice", 0.2),
+    ("ios17.transpose", "t", "MLCPUComputeDevice", 0.01),
     ("ios17.cast", "image_features", None, None),
 ]
 """Operator, result, preferred device and cost."""
 
 
+def from_coremltools(module: str) -> ModuleType:
+    """Returns a module of coremltools. It is imported late, because that takes seconds."""
+    import_coremltools()
+    return importlib.import_module(f"coremltools.models.{module}")
+
+
 class FakePlan:
     """The plan of a Mac, in coremltools' structure."""
 
-    def __init__(self, rows: list[tuple[str, str, type | None, float | None]], function: str = "main") -> None:
+    def __init__(self, rows: list[tuple[str, str, str | None, float | None]], function: str = "main") -> None:
+        self._plan = from_coremltools("compute_plan")
         self._rows = {}
         operations = []
         for kind, result, device, cost in rows:
-            value = ct_plan.MLModelStructureProgramNamedValueType(result, ct_plan.MLModelStructureProgramValueType())
-            operations.append(ct_plan.MLModelStructureProgramOperation({}, kind, [value], [], None))
+            value = self._plan.MLModelStructureProgramNamedValueType(
+                result, self._plan.MLModelStructureProgramValueType()
+            )
+            operations.append(self._plan.MLModelStructureProgramOperation({}, kind, [value], [], None))
             self._rows[result] = (device, cost)
-        block = ct_plan.MLModelStructureProgramBlock([], operations, [])
-        program = ct_plan.MLModelStructureProgram({function: ct_plan.MLModelStructureProgramFunction([], block)})
-        self.model_structure = ct_plan.MLModelStructure(None, program, None)
+        block = self._plan.MLModelStructureProgramBlock([], operations, [])
+        program = self._plan.MLModelStructureProgram({function: self._plan.MLModelStructureProgramFunction([], block)})
+        self.model_structure = self._plan.MLModelStructure(None, program, None)
 
     def get_compute_device_usage_for_mlprogram_operation(self, operation: Any) -> Any:
         device = self._rows[operation.outputs[0].name][0]
         if device is None:
             return None
-        preferred = device.__new__(device)  # its own constructor wants a handle of Core ML's
-        return ct_plan.MLComputePlanDeviceUsage(preferred, [preferred])
+        kind = getattr(from_coremltools("compute_device"), device)
+        preferred = kind.__new__(kind)  # its own constructor wants a handle of Core ML's
+        return self._plan.MLComputePlanDeviceUsage(preferred, [preferred])
 
     def get_estimated_cost_for_mlprogram_operation(self, operation: Any) -> Any:
         cost = self._rows[operation.outputs[0].name][1]
-        return None if cost is None else ct_plan.MLComputePlanCost(cost)
+        return None if cost is None else self._plan.MLComputePlanCost(cost)
 
 
-def planned(rows: list[tuple[str, str, type | None, float | None]] = OPERATIONS) -> Placement:
+def planned(rows: list[tuple[str, str, str | None, float | None]] = OPERATIONS) -> Placement:
     return Placement(tuple(places(FakePlan(rows))))
 
 
@@ -161,7 +169,7 @@ def test_core_ml_is_asked_for_the_compute_units(
         asked.append((path, compute_units))
         return FakePlan(OPERATIONS)
 
-    monkeypatch.setattr(ct_plan.MLComputePlan, "load_from_path", load)
+    monkeypatch.setattr(from_coremltools("compute_plan").MLComputePlan, "load_from_path", load)
     compiled = tmp_path / "fastvithd.mlmodelc"
     assert read_placement(compiled, "ALL") == planned()
     assert asked == [(str(compiled), coremltools.ComputeUnit.ALL)]
@@ -169,7 +177,7 @@ def test_core_ml_is_asked_for_the_compute_units(
     def fails(path: str, compute_units: Any) -> FakePlan:
         raise core_ml_error("Failed to build the plan.")
 
-    monkeypatch.setattr(ct_plan.MLComputePlan, "load_from_path", fails)
+    monkeypatch.setattr(from_coremltools("compute_plan").MLComputePlan, "load_from_path", fails)
     with pytest.raises(PackageError, match=r"cannot plan for fastvithd\.mlmodelc: Failed to build the plan\.$"):
         read_placement(compiled, "CPU_AND_NE")
 

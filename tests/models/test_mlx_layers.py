@@ -62,6 +62,7 @@ def answer(model: Qwen2, rows: int = 1, kv_bits: int | None = None, count: int =
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 4, 8])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_ids_are_identical_when_projections_are_joined(bits: int | None, rows: int, computing_on: Callable) -> None:
@@ -117,6 +118,7 @@ def primitives(*outputs: mx.array) -> Counter[str]:
     return Counter(re.findall(r'label ?="([^"]*)"', text.getvalue()))
 
 
+@pytest.mark.slow
 def test_joined_step_has_four_quantized_products_per_layer(computing_on: Callable) -> None:
     mlx_lm = pytest.importorskip("mlx_lm.models.qwen2", reason="mlx-lm is not installed")
     computing_on("gpu")

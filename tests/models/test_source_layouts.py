@@ -83,6 +83,7 @@ def test_hugging_face_checkpoint_gives_the_reference_numbers(
     assert greedy == expected["greedy_ids"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava_small_reparam_tied", "llava_small_train_untied"])
 @pytest.mark.parametrize(("layout", "but"), [("hf", (HEAD,)), ("mlx", ("num_batches_tracked",))])
 def test_round_trips_keep_every_bit(golden: Path, tmp_path: Path, name: str, layout: str, but: tuple[str, ...]) -> None:

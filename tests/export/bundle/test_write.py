@@ -111,6 +111,7 @@ def test_impossible_requests_are_refused_before_any_write(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -42,6 +42,7 @@ def adding(constant: Callable[[Any], Any]) -> Callable[..., Any]:
     return lambda mb, x: mb.add(x=x, y=constant(mb), name="out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "vector"), [(0, True), (1, True), (-1, True), (0, False)])
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_affine_dequantize_follows_its_formula(
@@ -60,6 +61,7 @@ def test_affine_dequantize_follows_its_formula(
     np.testing.assert_allclose(only_constexpr(read_package(path)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 8])
 def test_packed_palette_follows_its_formula(save_program: Callable[..., Path], bits: int) -> None:
     shape = (3, 5, 1, 7)  # 105 elements end inside a byte for every width but 8
@@ -76,6 +78,7 @@ def test_packed_palette_follows_its_formula(save_program: Callable[..., Path], b
     assert f"{bits}-bit palette" in [scheme(o) for o in program.operations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_grouped_palette_follows_its_formula(save_program: Callable[..., Path], ct: ModuleType, bits: int) -> None:
     from coremltools.converters.mil.mil import types
@@ -90,6 +93,7 @@ def test_grouped_palette_follows_its_formula(save_program: Callable[..., Path], 
     np.testing.assert_array_equal(only_constexpr(read_package(path)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_vector_palette_follows_its_formula(save_program: Callable[..., Path], ct: ModuleType, axis: int) -> None:
     from coremltools.converters.mil.mil import types
@@ -105,6 +109,7 @@ def test_vector_palette_follows_its_formula(save_program: Callable[..., Path], c
         assert found[place] == lut[0, 0, 0, indices[source], place[axis] % 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "uint4", "int8", "uint8"])
 @pytest.mark.parametrize("offset", [False, True])
 def test_blockwise_shift_scale_follows_its_formula(

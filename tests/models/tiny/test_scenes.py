@@ -49,6 +49,7 @@ def test_scene_has_up_to_four_shapes_in_distinct_places(seed: int) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(seeds)
 def test_text_is_inside_the_image_and_not_covered(seed: int) -> None:
