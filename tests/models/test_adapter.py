@@ -20,7 +20,8 @@ from fastvlm.quant.decoder import check_language_tensors
 
 QUERY = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
-VISION = "model.vision_tower.vision_tower.model.network.0.0.convffn.fc1"
+TOWER = "model.vision_tower.vision_tower.model"
+VISION = f"{TOWER}.network.0.0.convffn.fc1"
 
 
 def factors(module: str, rank: int, seed: int = 0, prefix: str = "base_model.model.") -> dict[str, torch.Tensor]:
@@ -130,6 +131,28 @@ def test_convolutions_and_embeddings_take_factors_too(write_adapter: Callable[..
     assert np.array_equal(checkpoint.read(f"{VISION}.weight", "pt"), expected.astype(np.float32))
     expected = base(f"{table}.weight") + 2 * (b.double() @ a.double()).T.numpy()
     assert np.array_equal(checkpoint.read(f"{table}.weight", "pt"), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("apple", "native"),
+    [
+        ("patch_embed.0.rbr_conv.0.conv", "stem.0.conv_kxk.0.conv"),
+        ("patch_embed.2.rbr_conv.0.conv", "stem.2.conv_kxk.0.conv"),
+        ("conv_exp.rbr_conv.0.conv", "final_conv.conv_kxk.0.conv"),
+        ("conv_exp.rbr_scale.conv", "final_conv.conv_scale.conv"),
+    ],
+)
+def test_hf_names_of_stem_and_output_conv_are_understood(
+    write_adapter: Callable[..., Path], apple: str, native: str
+) -> None:
+    module = f"{TOWER}.{apple}"
+    tensors = factors(module, 4)
+    named = {name.replace(module, f"model.vision_tower.timm_model.{native}"): one for name, one in tensors.items()}
+    assert named.keys().isdisjoint(tensors)
+    before = base(f"{module}.weight")
+    expected = before + 2 * product(tensors, module).reshape(before.shape)
+    found = merged(write_adapter(named)).read(f"{module}.weight", "pt")
+    assert np.array_equal(found, expected.astype(np.float32))
 
 
 def test_fully_trained_tensors_replace_the_checkpoints(write_adapter: Callable[..., Path]) -> None:
