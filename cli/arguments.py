@@ -12,6 +12,7 @@ OPTIONS = {
     "folder": "FOLDER",
     "model": "MODEL",
     "model_id": "ID",
+    "schema": "--json-schema",
     "zipped": "--zip",
 }
 """The option of an argument, where it is not the argument's name with dashes."""

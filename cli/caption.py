@@ -40,6 +40,10 @@ def caption_command(
     seed: given.Seed = None,
     stop: given.Stop = None,
     ignore_eos: given.IgnoreEos = False,
+    json_schema: given.JsonSchema = None,
+    choice: given.Choice = None,
+    regex: given.Regex = None,
+    grammar: given.Grammar = None,
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
@@ -65,6 +69,7 @@ def caption_command(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "fit": fit,
+        **given.structure(json_schema, choice, regex, grammar),
     }
     question = given.text_from(sys.stdin) if prompt == "-" else prompt
     prepare(None, question, **options)  # wrong options are reported before anything is written

@@ -40,6 +40,10 @@ def chat_command(
     repetition_penalty: given.RepetitionPenalty = 1.0,
     seed: given.Seed = None,
     stop: given.Stop = None,
+    json_schema: given.JsonSchema = None,
+    choice: given.Choice = None,
+    regex: given.Regex = None,
+    grammar: given.Grammar = None,
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
@@ -61,6 +65,7 @@ def chat_command(
         "seed": seed,
         "stop": stop or (),
         "fit": fit,
+        **given.structure(json_schema, choice, regex, grammar),
     }
     prepare(None, "", **options)  # wrong options are reported before the model is loaded
     images = opened(image)

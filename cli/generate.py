@@ -35,6 +35,10 @@ def generate_command(
     seed: given.Seed = None,
     stop: given.Stop = None,
     ignore_eos: given.IgnoreEos = False,
+    json_schema: given.JsonSchema = None,
+    choice: given.Choice = None,
+    regex: given.Regex = None,
+    grammar: given.Grammar = None,
     fit: given.Fit = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
@@ -59,6 +63,7 @@ def generate_command(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "fit": fit,
+        **given.structure(json_schema, choice, regex, grammar),
     }
     request = prepare(image or None, given.text_from(sys.stdin) if prompt == "-" else prompt, **options)
     with LoadProgress() as progress:

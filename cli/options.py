@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TextIO, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TextIO, TypeAlias, get_args
 
 import typer
 
-from ..models.errors import PromptError
+from ..models.errors import PromptError, UsageError
 
-MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
+MODEL, SAMPLING, STRUCTURE, OUTPUT = "Model", "Sampling", "Structure of the answer", "Output"
 """Panels of `--help`."""
 
 DESCRIBE = "Describe the image."
@@ -72,6 +72,22 @@ IgnoreEos = Annotated[
         "--ignore-eos", help="Continue past the end token, to measure a fixed length.", rich_help_panel=SAMPLING
     ),
 ]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Answer with JSON that satisfies this JSON schema.", rich_help_panel=STRUCTURE),
+]
+Choice = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,C", help="Answer with one of these, separated by commas.", rich_help_panel=STRUCTURE),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help="Answer with a match of this regular expression.", rich_help_panel=STRUCTURE),
+]
+Grammar = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Answer as this grammar in Lark's syntax says.", rich_help_panel=STRUCTURE),
+]
 Fit = Annotated[
     Literal["pad", "crop"] | None,
     typer.Option(
@@ -121,6 +137,30 @@ Report = Annotated[
     Path | None,
     typer.Option(metavar="FILE.json", help="Write the report to a file, for --compare.", rich_help_panel=OUTPUT),
 ]
+
+
+def structure(json_schema: Path | None, choice: str | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
+    """Returns the arguments of `prepare` for the structure of an answer.
+
+    Raises:
+        UsageError: a file cannot be read, or is not UTF-8.
+    """
+    return {
+        "schema": None if json_schema is None else _text_of(json_schema, "--json-schema"),
+        "choice": None if choice is None else choice.split(","),
+        "regex": regex,
+        "grammar": None if grammar is None else _text_of(grammar, "--grammar"),
+    }
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_STDIN_BYTES + 1).decode()  # the library refuses longer ones
+    except OSError as reason:
+        raise UsageError(f"{option}: {path} cannot be read ({reason.strerror}). Name a file.") from None
+    except UnicodeDecodeError as reason:
+        raise UsageError(f"{option}: {path} is not UTF-8 at byte {reason.start:,}. Convert it.") from None
 
 
 def as_int(bits: str | None) -> int | None:

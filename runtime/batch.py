@@ -304,7 +304,15 @@ class Batch:
         """Notes an answer that has ended."""
         if row.ended:
             number = self._numbers.pop(row)
-            self._done[number] = self._engine.generation(row.request, row.prefilled, row.result)
+            self._done[number] = outcome_of(self._engine, row)
+
+
+def outcome_of(engine: Engine, row: Row) -> Outcome:
+    """Returns the answer of a row that has ended, or the error of its constraint."""
+    try:
+        return engine.generation(row.request, row.prefilled, row.result)
+    except FastVLMError as reason:
+        return reason
 
 
 def check_batch_size(size: int) -> None:

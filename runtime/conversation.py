@@ -12,6 +12,7 @@ from .generate import Generation, Stream
 from .prompt import Message
 from .prompt_cache import CachedPrompt, ImageItem
 from .request import Request, as_list, opened, prepare
+from .structured import Schema
 from .tokenizer import check_unicode
 
 
@@ -54,6 +55,10 @@ class Conversation:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> Generation:
         """Returns the whole answer. See `stream`."""
         return self.stream(
@@ -69,6 +74,10 @@ class Conversation:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            schema=schema,
+            regex=regex,
+            choice=choice,
+            grammar=grammar,
         ).read()
 
     def stream(
@@ -86,6 +95,10 @@ class Conversation:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> Stream:
         """Returns the answer as a stream of text.
 
@@ -93,7 +106,7 @@ class Conversation:
         earlier stream of this conversation that was not read to its end is closed.
 
         Raises:
-            UsageError: an option is out of range.
+            UsageError: an option is out of range, or a schema or its like cannot be followed.
             ImageError: an image cannot be opened.
             PromptError: (while reading) the conversation does not fit the context. It stays as it was.
         """
@@ -110,6 +123,10 @@ class Conversation:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            schema=schema,
+            regex=regex,
+            choice=choice,
+            grammar=grammar,
         )
         if self._open is not None:
             self._open.close()

@@ -40,6 +40,7 @@ from .prompt_cache import (
 )
 from .request import Request
 from .sampling import Sampler, id_on_host
+from .structured import AllowedTokens, Vocabulary
 from .timings import LapClock, Timings
 from .tokenizer import Tokenizer
 
@@ -87,6 +88,8 @@ class PreparedRequest:
     prompt_tokens: int
     """The positions of the prompt."""
     preprocess_ms: float
+    allowed: AllowedTokens | None = None
+    """The tokens that its constraint allows next."""
     submitted: list[PendingFeatures] = field(default_factory=list)
 
     @property
@@ -105,6 +108,7 @@ class Engine:
         kv_bits: None, or 8 for keys and values in 8 bits (see `Qwen2.make_cache`).
         feature_cache, prefix_cache: what earlier prompts left for later ones, within `cache_bytes` together.
         load_ms: time to load the model, without the first-use compilation of the package.
+        vocabulary: the tokens, for answers with a constraint.
         memory: keeps the weights wired on a GPU while answers are computed.
     """
 
@@ -136,6 +140,7 @@ class Engine:
         self.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *own)))
         self._pending: weakref.WeakValueDictionary[bytes, PendingFeatures] = weakref.WeakValueDictionary()
         """The images in the encoder process by digest. The requests that submitted them own the pending features."""
+        self.vocabulary = Vocabulary(tokenizer, language.vocabulary_rows, self.eos_token_ids)
         language.language_model.make_cache(0, kv_bits)  # raises now if kv_bits does not fit the model
 
     def warm_up(self) -> None:
@@ -189,8 +194,9 @@ class Engine:
         return self.generation(request, prefilled, decoded)
 
     def stop_ids(self, request: Request) -> tuple[int, ...]:
-        """The ids that end the answer to a request."""
-        return () if request.options.ignore_eos else self.eos_token_ids
+        """The ids that end the answer to a request. A constraint's end is an end whatever `ignore_eos` says."""
+        options = request.options
+        return () if options.ignore_eos and options.constraint is None else self.eos_token_ids
 
     def token_ids(self, prefilled: PrefillResult, cached: CachedPrompt) -> Iterator[int]:
         """Yields the ids of an answer and records each in `cached`. An error clears `cached`."""
@@ -213,7 +219,9 @@ class Engine:
             yield token_id
 
     def generation(self, request: Request, prefilled: PrefillResult, decoded: DecodeResult) -> Generation:
-        """Returns an answer that has ended, with its timings."""
+        """Returns an answer that has ended, with its timings. Raises UsageError if its constraint was too complex."""
+        if prefilled.sampler.allowed is not None and prefilled.sampler.allowed.error is not None:
+            raise prefilled.sampler.allowed.error
         timings = Timings(
             **prefilled.stages_ms,
             load_ms=self.load_ms,
@@ -234,6 +242,7 @@ class Engine:
             "context" if out_of_context else decoded.finish_reason,
             prefilled.prompt_tokens,
             decoded.stop_reason,
+            request.options.constraint,
         )
 
     def prepare(self, request: Request, images: Sequence[ImageItem] = ()) -> PreparedRequest:
@@ -243,6 +252,7 @@ class Engine:
 
         Raises:
             PromptError: the prompt does not fit the images, the context or the model.
+            UsageError: a constraint is too complex, or the model has no end token.
         """
         clock = LapClock()
         prompt = self.prompts.encode(request.messages)
@@ -250,7 +260,9 @@ class Engine:
         size, fit = self.encoder.image_size, request.fit or cast("Fit", self.config.image_aspect_ratio)
         own = [ImageItem(preprocess(image, size, fit)) for image in request.images]
         items = prompt_items(prompt, [*images, *own])
-        return PreparedRequest(request, items, prompt.ids, length, clock.lap_ms())
+        options = request.options
+        allowed = self.vocabulary.start(options.constraint, options.ignore_eos) if options.constraint else None
+        return PreparedRequest(request, items, prompt.ids, length, clock.lap_ms(), allowed)
 
     def encode_ahead(self, request: Request | PreparedRequest) -> PreparedRequest:
         """Submits the images of a request to the encoder process while it has room, and returns at once."""
@@ -275,6 +287,7 @@ class Engine:
         Raises:
             PromptError: the prompt does not fit the images, the context or the model.
             PackageError: the encoder cannot run.
+            UsageError: a constraint is too complex, or the model has no end token.
             WeightsError: the logits are not finite.
         """
         chunks = self.prefill_chunks(asked, cached, images, answer_capacity)
@@ -342,7 +355,7 @@ class Engine:
         if on_cpu():
             _check_finite(logits)
             stages_ms["prefill_ms"] = clock.lap_ms()
-        sampler = Sampler(request.options.sampling, prepared.prompt_ids)
+        sampler = Sampler(request.options.sampling, prepared.prompt_ids, prepared.allowed)
         first = sampler(logits[0])
         if on_cpu():
             mx.eval(first, *sampler.state)

@@ -27,6 +27,7 @@ from .generate import Generation, Stream
 from .prompt import PromptEncoder
 from .prompt_cache import check_cache_bytes
 from .request import prepare
+from .structured import Schema
 from .tokenizer import Tokenizer
 
 APPLE_IMAGE_SENTINEL = -200
@@ -162,6 +163,10 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> Generation:
         """Returns the whole answer to a prompt about an image, several images or none.
 
@@ -179,9 +184,14 @@ class FastVLM:
             stop: one or more strings that end the answer. They are not part of it.
             ignore_eos: continue after the end token, for measurements.
             fit: `pad` or `crop` the image to a square. The default is how the model was trained.
+            schema: a JSON schema (a mapping or JSON text) or a Pydantic model class. The answer is JSON that satisfies
+                it, and `Generation.parsed` has its content.
+            regex: a regular expression that the whole answer matches.
+            choice: strings, one of which is the answer.
+            grammar: a grammar in Lark's syntax that the answer follows.
 
         Raises:
-            UsageError: an option is out of range.
+            UsageError: an option is out of range, or a schema or its like cannot be followed.
             ImageError: an image cannot be opened.
             PromptError: the prompt does not fit the images or the context.
             PackageError: the encoder failed.
@@ -200,6 +210,10 @@ class FastVLM:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            schema=schema,
+            regex=regex,
+            choice=choice,
+            grammar=grammar,
         ).read()
 
     def stream(
@@ -218,11 +232,15 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> Stream:
         """Returns the answer as a stream of text, which is decoded while it is read. See `generate`.
 
         Raises:
-            UsageError: an option is out of range.
+            UsageError: an option is out of range, or a schema or its like cannot be followed.
             ImageError: an image cannot be opened.
             PromptError: (while reading) the prompt does not fit the images or the context.
             PackageError: (while reading) the encoder failed.
@@ -241,6 +259,10 @@ class FastVLM:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            schema=schema,
+            regex=regex,
+            choice=choice,
+            grammar=grammar,
         )
         return self.engine.stream(request)
 
@@ -261,6 +283,10 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
     ) -> list[Generation]:
         """Returns the answers to many prompts, decoded `batch_size` at a time.
 
@@ -286,6 +312,10 @@ class FastVLM:
                 "stop": stop,
                 "ignore_eos": ignore_eos,
                 "fit": fit,
+                "schema": schema,
+                "regex": regex,
+                "choice": choice,
+                "grammar": grammar,
             },
         )
         return [_generation(outcome) for outcome in Batch(self.engine, batch_size).outcomes(requests)]

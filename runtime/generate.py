@@ -14,6 +14,7 @@ from ..models.errors import UsageError
 from ..models.kv_cache import KVCache
 from ..models.qwen2 import Qwen2
 from .sampling import Sampler, SamplingOptions, id_on_host
+from .structured import Constraint
 from .timings import Clock, Timings
 from .tokenizer import TextStream, Tokenizer
 
@@ -25,13 +26,14 @@ FinishReason = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """When an answer ends, and how its tokens are sampled."""
+    """When an answer ends, how its tokens are sampled, and the form that it must have."""
 
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     """Strings that end the answer. They are not part of it."""
     ignore_eos: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
@@ -56,6 +58,21 @@ class Generation:
     prompt_tokens: int
     stop_reason: int | str | None = None
     """The end token or the stop string that ended the answer. None for `length` and `context`."""
+    constraint: Constraint | None = field(default=None, repr=False)
+    """The form that the answer was held to."""
+
+    @property
+    def parsed(self) -> Any:
+        """The content of an answer to a `schema`: an instance of the Pydantic model, or plain Python values.
+
+        None without a schema, and if `max_tokens`, the context or a stop string ended the answer: its text is then
+        only a prefix of the JSON.
+
+        Raises:
+            UsageError: validators of the model that the schema cannot express refuse the answer.
+        """
+        complete = isinstance(self.stop_reason, int)
+        return self.constraint.parsed(self.text) if self.constraint and complete else None
 
 
 @dataclass(frozen=True)
@@ -277,7 +294,9 @@ class Stream:
         return self._generation
 
 
-def options_from(stop: Any, max_tokens: int, ignore_eos: bool, sampling: SamplingOptions) -> GenerationOptions:
+def options_from(
+    stop: Any, max_tokens: int, ignore_eos: bool, sampling: SamplingOptions, constraint: Constraint | None = None
+) -> GenerationOptions:
     """Returns the options. `stop` is one string or several. Raises UsageError."""
     strings = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-    return GenerationOptions(max_tokens, strings, ignore_eos, sampling)
+    return GenerationOptions(max_tokens, strings, ignore_eos, sampling, constraint)

@@ -11,6 +11,7 @@ from ..models.images import Fit, ImageSource, open_images
 from .generate import GenerationOptions, options_from
 from .prompt import Message
 from .sampling import SamplingOptions
+from .structured import Schema, constraint_from
 from .timings import LapClock
 from .tokenizer import check_unicode
 
@@ -47,12 +48,17 @@ def prepare(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
+    schema: Schema | None = None,
+    regex: str | None = None,
+    choice: Sequence[str] | None = None,
+    grammar: str | None = None,
 ) -> Request:
     """Returns a request with checked options and open images, so that bad input fails before a model is loaded.
 
     `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
     marks the place of an image. Without a mark the images precede the text. `fit` (`pad` or `crop`) and `system`
-    default to what the model was trained with.
+    default to what the model was trained with. `schema`, `regex`, `choice` or `grammar` constrains the answer, see
+    `constraint_from`.
 
     Raises:
         UsageError: an option is out of range.
@@ -60,7 +66,8 @@ def prepare(
         ImageError: an image cannot be opened.
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    options = options_from(stop, max_tokens, ignore_eos, sampling)
+    constraint = constraint_from(schema, regex, choice, grammar)
+    options = options_from(stop, max_tokens, ignore_eos, sampling, constraint)
     for name, text in (("prompt", prompt), ("system prompt", system), *(("stop string", s) for s in options.stop)):
         check_unicode(f"the {name}", text)
     if fit not in (None, "pad", "crop"):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..models._mlx import mx
 from ..models.errors import UsageError
+from .structured import AllowedTokens
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,22 @@ def _check(name: str, value: Any, valid: bool, expected: str) -> None:
 
 
 class Sampler:
-    """A sampler of tokens one after the other, with the state of `repetition_penalty` and the seed.
+    """A sampler of tokens one after the other, with the state of `repetition_penalty`, the seed and a constraint.
 
-    The state stays in MLX, so that the next step can be launched before the host knows the last token.
+    The state stays in MLX, so that the next step can be launched before the host knows the last token. A constraint
+    needs that token on the host: then the sampler launches the forward pass, waits for the token, and finds the next
+    allowed ones while the pass is computed.
+
+    Attributes:
+        allowed: the tokens that a constraint allows next, or None without one.
     """
 
-    def __init__(self, options: SamplingOptions, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, options: SamplingOptions, prompt_ids: Sequence[int] = (), allowed: AllowedTokens | None = None
+    ) -> None:
         self._options = options
+        self.allowed = allowed
+        self._last: mx.array | None = None
         self._prompt_ids = prompt_ids
         self._seen: mx.array | None = None
         self._key = mx.random.key(secrets.randbits(64) if options.seed is None else options.seed)
@@ -71,20 +81,23 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """True if each token is the likeliest one, whatever came before. Then the state is empty."""
-        return self._options.temperature == 0 and self._options.repetition_penalty == 1
+        options = self._options
+        return options.temperature == 0 and options.repetition_penalty == 1 and self.allowed is None
 
     @property
     def state(self) -> list[mx.array]:
         """The arrays that the next token depends on. They must be evaluated before another thread resumes."""
         if self.greedy:
             return []
-        return [self._key] if self._seen is None else [self._key, self._seen]
+        return [self._key, *(array for array in (self._seen, self._last) if array is not None)]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Maps logits (V,) to the id (1,) of the next token, not yet evaluated."""
         if self.greedy:
             return mx.argmax(logits, keepdims=True)
         options = self._options
+        if self.allowed is not None:
+            logits = self._allowed_logits(logits, self.allowed)
         logits = logits.astype(mx.float32)
         if options.repetition_penalty != 1:
             self._seen = _marks(logits.size, self._prompt_ids) if self._seen is None else self._seen
@@ -96,7 +109,15 @@ class Sampler:
             token = sample(logits, options, key)
         if self._seen is not None:
             self._seen[token] = True
+        if self.allowed is not None:
+            self._last = token
         return token
+
+    def _allowed_logits(self, logits: mx.array, allowed: AllowedTokens) -> mx.array:
+        mx.async_eval(logits)  # computed while the host finds the allowed tokens
+        if self._last is not None:
+            allowed.advance(id_on_host(self._last))
+        return allowed.apply(logits)
 
 
 def id_on_host(token: mx.array) -> int:

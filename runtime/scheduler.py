@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from ..models.errors import CancelledError, FastVLMError, MachineError, QueueFullError, UnavailableError, UsageError
-from .batch import BATCH_SIZE, BatchDecoder, Piece, Row, check_batch_size
+from .batch import BATCH_SIZE, BatchDecoder, Piece, Row, check_batch_size, outcome_of
 from .engine import Engine, PrefillResult, PreparedRequest
 from .generate import Generation
 from .prompt_cache import CachedPrompt
@@ -377,7 +377,7 @@ class Scheduler:
             whole, answer._unread = Piece(piece.text, answer._unread), ()
             self._tell(answer, whole)
         if row.ended:
-            self._end(answer, self._engine.generation(row.request, row.prefilled, row.result), row)
+            self._end(answer, outcome_of(self._engine, row), row)
 
     def _end(self, answer: Answer, outcome: Generation | FastVLMError, row: Row | None = None) -> None:
         """Ends an answer that has begun: the one in `row`, or the one whose prompt is being read."""

@@ -40,6 +40,24 @@ def test_json_has_stages_that_add_up_to_ttft(fastvlm: Callable, model: Path, tmp
     assert piped["text"] == result["text"]
 
 
+def test_structure_of_the_answer_is_an_option(
+    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
+    (tmp_path / "bad.json").write_text('{"type": "objekt"}')
+    (tmp_path / "latin.txt").write_bytes(b"start: \xff")
+    (tmp_path / "grammar.txt").write_text('start: "a" "b"')
+    words = ("generate", model, "-p", "Describe.")
+    answer = json.loads(fastvlm(*words, "--json-schema", "schema.json", cwd=tmp_path).stdout)
+    assert set(answer) <= {True, False}
+    assert fastvlm(*words, "--choice", "red,dark blue", cwd=tmp_path).stdout in ("red\n", "dark blue\n")
+    assert fastvlm(*words, "--grammar", "grammar.txt", cwd=tmp_path).stdout == "ab\n"
+    one_line_error(fastvlm(*words, "--json-schema", "bad.json", cwd=tmp_path), "--json-schema: ", "objekt")
+    one_line_error(fastvlm(*words, "--json-schema", "gone.json", cwd=tmp_path), "--json-schema: gone.json cannot be")
+    one_line_error(fastvlm(*words, "--grammar", "latin.txt", cwd=tmp_path), "--grammar: latin.txt is not UTF-8")
+    one_line_error(fastvlm(*words, "--regex", "a", "--choice", "a", cwd=tmp_path), "--regex and --choice")
+
+
 WITHOUT_ENCODER = """
 from fastvlm.models.errors import PackageError
 from fastvlm.runtime.encoders import ReferenceEncoder
