@@ -210,6 +210,15 @@ def selected(cache: KVCache, rows: Sequence[int]) -> KVCache:
     return chosen
 
 
+def extracted(cache: KVCache, row: int, length: int) -> KVCache:
+    """Returns the first `length` positions of one row of a batch as a cache of its own, not yet evaluated."""
+    start = _padding_counts(cache)[row]
+    single = cache.fork()
+    single.offset, single.padding = length, None
+    single.buffers = [mx.contiguous(buffer[row : row + 1, :, start : start + length]) for buffer in cache.buffers]
+    return single
+
+
 def _padding_counts(cache: KVCache) -> tuple[int, ...]:
     return cache.padding.counts if cache.padding else (0,) * cache.rows
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..models._mlx import mx
+from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError, UsageError
 from ..models.images import ImageSource
-from ..models.kv_cache import CACHE_STEP, KVCache, selected, stacked
+from ..models.kv_cache import CACHE_STEP, KVCache, extracted, selected, stacked
 from .engine import Engine, PrefillResult, PreparedRequest
 from .generate import AnswerReader, DecodeResult, Generation, decode_one_token, default_lookahead
-from .prompt_cache import CachedPrompt
+from .prompt_cache import CachedPrompt, evaluate
 from .request import Request, prepare
 from .sampling import id_on_host, ids_on_host, pick
 
@@ -55,8 +55,9 @@ class Row:
 
     Attributes:
         token: the input id (1,) of its next step. It is lazy while an earlier step is in flight.
-        count: ids read so far, with one that ends the answer.
+        ids: the ids read so far, with one that ends the answer.
         launched: steps that were launched and whose ids were not read yet.
+        computed: ids whose keys and values are in the cache, or will be after the launched steps.
         ended: True once the answer is complete.
     """
 
@@ -64,22 +65,23 @@ class Row:
         self.request = request
         self.prefilled = prefilled
         self.token = prefilled.first_token
-        self.count = 0
+        self.ids: list[int] = []
         self.launched = 0
+        self.computed = 0
         self.ended = False
         self._reader = AnswerReader(engine.tokenizer, engine.stop_ids(request), request.options.stop)
 
     @property
     def may_step(self) -> bool:
         """True if another step may be launched for this answer."""
-        return self.count + self.launched < self.prefilled.max_new_tokens
+        return len(self.ids) + self.launched < self.prefilled.max_new_tokens
 
     def push(self, token_id: int) -> Piece:
         """Appends an id, which may end the answer, and returns what is new."""
         known = self._reader.count
         text = self._reader.push(token_id)
-        self.count += 1
-        self.ended = self._reader.ended or self.count >= self.prefilled.max_new_tokens
+        self.ids.append(token_id)
+        self.ended = self._reader.ended or len(self.ids) >= self.prefilled.max_new_tokens
         if self.ended:
             text += self._reader.flush()
         return Piece(text, (token_id,) if self._reader.count > known else ())
@@ -105,12 +107,15 @@ class BatchDecoder:
     As in `decode`, `lookahead` steps are launched before ids are read, so that a GPU never waits for the host. If an
     answer has ended in the meantime, its id from such a step is dropped.
 
+    `keep_turns` keeps the cache of each answer that ends for the next turn of its chat.
+
     Attributes:
         rows: the answers that continue.
     """
 
-    def __init__(self, engine: Engine, lookahead: int | None = None) -> None:
+    def __init__(self, engine: Engine, lookahead: int | None = None, keep_turns: bool = False) -> None:
         self.rows: list[Row] = []
+        self._keep_turns = keep_turns
         self._engine = engine
         self._lookahead = default_lookahead() if lookahead is None else lookahead
         self._steps: deque[Step] = deque()
@@ -127,9 +132,9 @@ class BatchDecoder:
 
     def leave(self, row: Row) -> None:
         """Removes an answer before its end. The next step is without it."""
-        if row in self.rows:
-            self.rows.remove(row)
-        self._release()
+        self.rows = [other for other in self.rows if other is not row]
+        if not self.rows:
+            self.clear()
 
     def clear(self) -> None:
         """Removes all answers, also after an error inside a step."""
@@ -151,13 +156,11 @@ class BatchDecoder:
                 if row in self.rows:
                     found.append((row, row.push(token_id)))
             self.rows = [row for row in self.rows if not row.ended]
-        self._release()
-        return found
-
-    def _release(self) -> None:
-        """Frees the memory of the last answer."""
+            if any(row.ended for row in self._cached):
+                self._gather([row for row in self._cached if not row.ended])
         if not self.rows:
             self.clear()
+        return found
 
     def _launch(self) -> bool:
         """Launches a step of all answers that may have another token. Returns False if there are none."""
@@ -177,10 +180,13 @@ class BatchDecoder:
         for place, row in enumerate(rows):
             row.token = ids[place : place + 1]
             row.launched += 1
+            row.computed += 1
         return True
 
     def _gather(self, rows: list[Row]) -> None:
         """Removes rows that are not in `rows` from the cache, and appends those that are new."""
+        if self._keep_turns:
+            self._keep([place for place, row in enumerate(self._cached) if row not in rows])
         places = [place for place, row in enumerate(self._cached) if row in rows]
         if len(places) < len(self._cached):
             self._cache = [selected(layer, places) for layer in self._cache] if places else []
@@ -191,6 +197,18 @@ class BatchDecoder:
             layers = zip(*([self._cache] if kept else []), *(row.prefilled.cache for row in new), strict=True)
             self._cache = [stacked(layer, room) for layer in layers]
         self._cached = kept + new
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Stores the prompts and answers of some rows of the cache for later prompts."""
+        for row, place in ((self._cached[place], place) for place in places):
+            known = row.ids[: row.computed]
+            length = row.prefilled.prompt_tokens + len(known)
+            cache = [extracted(layer, place, length) for layer in self._cache]
+            if on_cpu():
+                evaluate(cache)
+            else:
+                mx.async_eval([layer.buffers for layer in cache])  # the next step must not wait for it
+            self._engine.prefix_cache.add([*row.prefilled.items, *known], cache)
 
 
 class Upcoming:

@@ -143,7 +143,7 @@ class Scheduler:
         self._running: dict[Row, Answer] = {}
         self._stats = SchedulerStats()
         self._accepting, self._closing = True, False
-        self._decoder = BatchDecoder(engine)
+        self._decoder = BatchDecoder(engine, keep_turns=True)
         self._chunks: Generator[int, None, PrefillResult] | None = None
         """The prompt that is being read, of `_prefilling`."""
         self._thread = threading.Thread(target=self._run, name="fastvlm-scheduler", daemon=True)

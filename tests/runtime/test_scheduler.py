@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +28,10 @@ from fastvlm.models.errors import (
     UsageError,
 )
 from fastvlm.models.qwen2 import Qwen2Model
-from fastvlm.runtime.batch import BatchDecoder, Piece
+from fastvlm.runtime.batch import BatchDecoder, Piece, Row
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.prompt import Message
 from fastvlm.runtime.request import Request, prepare
 from fastvlm.runtime.scheduler import PREFILL_POSITIONS, Answer, Scheduler
 
@@ -105,6 +109,7 @@ questions = st.builds(
 plans = st.lists(st.tuples(questions, st.sampled_from([None, None, None, 1, 2, 4])), min_size=1, max_size=10)
 
 
+@pytest.mark.slow
 @given(plan=plans, size=st.integers(1, 4), kept=st.sampled_from([0, 10**5, 10**9]), pause=st.booleans())
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_those_of_one_by_one_in_any_schedule(
@@ -138,6 +143,7 @@ def test_answers_are_those_of_one_by_one_in_any_schedule(
             assert expected.token_ids[: len(ids)] == ids
 
 
+@pytest.mark.slow
 def test_each_answer_ends_at_its_own_stop_string(make: Make, alone: Callable) -> None:
     options = [{"temperature": 1.0, "seed": n, "max_tokens": 30} for n in range(6)]
     stops = [alone(ask(f"Q{n}", PICTURE, **own)).text[n : n + 2] for n, own in enumerate(options)]
@@ -151,6 +157,7 @@ def test_each_answer_ends_at_its_own_stop_string(make: Make, alone: Callable) ->
     ]
 
 
+@pytest.mark.slow
 def test_threads_get_the_ids_that_each_gets_alone(make: Make, alone: Callable) -> None:
     requests = [ask(f"Question {n}", [PICTURE, OTHER, None][n % 3], temperature=1.0, seed=n) for n in range(16)]
     expected = [alone(request).token_ids for request in requests]
@@ -342,6 +349,57 @@ def test_long_prompt_is_read_in_parts_between_steps(
     assert max(parts) <= PREFILL_POSITIONS
     places = [place for place, length in enumerate(read) if length > 1]
     assert all(after - before > 1 for before, after in itertools.pairwise(places)), "a step in between"
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_next_turn_of_a_chat_reads_its_own_tokens_alone(vlm: FastVLM, kv_bits: int | None) -> None:
+    engine = FastVLM(vlm.folder, vlm.engine.encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0, kv_bits).engine
+    first = ask("What is it?", PICTURE, temperature=1.0, seed=1)
+    with Scheduler(engine, 3) as scheduler:
+        others = [scheduler.submit(ask(f"Another {n}", max_tokens=3 * n)) for n in range(1, 4)]
+        before = scheduler.submit(first).result(SECONDS)
+        turn = Message("assistant", before.text, ids=before.token_ids)
+        second = replace(first, messages=(*first.messages, turn, Message("user", "Why?")))
+        after = scheduler.submit(second).result(SECONDS)
+        for other in others:
+            other.result(SECONDS)
+    assert after.timings.reused_tokens == before.prompt_tokens + len(before.token_ids) - 1
+    assert (after.timings.cached_images, len(vlm.engine.encoder.calls)) == (1, 1)
+    engine.clear_caches()
+    assert engine.stream(second).read().token_ids == after.token_ids
+
+
+def test_second_question_about_an_image_reads_its_own_tokens_alone(vlm: FastVLM, make: Make, alone: Callable) -> None:
+    requests = [ask(question, PICTURE) for question in ("What is it?", "Why is it so?")]
+    expected = [alone(request).token_ids for request in requests]
+    calls, scheduler = len(vlm.engine.encoder.calls), make()
+    first, second = (scheduler.submit(request).result(SECONDS) for request in requests)
+    assert [first.token_ids, second.token_ids] == expected
+    assert len(vlm.engine.encoder.calls) == calls + 1
+    assert (first.timings.reused_tokens, second.timings.cached_images) == (0, 1)
+    assert second.prompt_tokens - second.timings.reused_tokens < 30
+    assert scheduler.stats().cached_tokens == second.timings.reused_tokens
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_requests(vlm: FastVLM, make: Make) -> None:
+    vlm.engine.prefix_cache.max_bytes = 2 * 10**6
+    scheduler, used = make(batch_size=4, max_queue=1000), []
+    for turn in range(5):
+        images = [np.full((30, 30, 3), 50 * turn + n, np.uint8) for n in range(10)]
+        answers = [scheduler.submit(ask(f"{turn} {n}", images[n % 10], max_tokens=2 + n % 5)) for n in range(100)]
+        for answer in answers[::7]:
+            answer.cancel()
+        for answer in answers:
+            with contextlib.suppress(CancelledError):
+                answer.result(SECONDS)
+        until(lambda: scheduler.stats().running == 0)
+        used.append((mx.get_active_memory(), sum(type(thing) is Row for thing in gc.get_objects())))
+    stats = scheduler.stats()
+    assert (stats.finished + stats.cancelled, stats.failed, stats.queued) == (500, 0, 0)
+    assert 10**6 < vlm.engine.prefix_cache.nbytes <= 2 * 10**6
+    assert max(rows for _, rows in used) <= 4
+    assert max(memory for memory, _ in used[1:]) - used[0][0] < 10**6
 
 
 @pytest.mark.parametrize(
