@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastvlm.models._mlx import mx
 from fastvlm.models.config import Qwen2Config
 from fastvlm.models.errors import UsageError
-from fastvlm.models.kv_cache import KVCache, QuantizedKVCache, selected, stacked
+from fastvlm.models.kv_cache import KVCache, QuantizedKVCache, extracted, selected, stacked
 from fastvlm.models.qwen2 import Qwen2
 
 HEADS, WIDTH = 2, 64
@@ -67,6 +67,35 @@ def test_rows_come_out_of_a_batch_as_they_went_in(
         np.testing.assert_array_equal(found[:, :-1], expected[row])
     assert content(again)[-1].shape[1] == 12
     assert min(chosen.padding.counts) == 0, "positions that are padding in every row are dropped"
+
+
+@KINDS
+def test_cache_of_one_row_holds_its_first_positions_alone(make: Callable[[], KVCache]) -> None:
+    singles = [filled(make, length, seed) for seed, length in enumerate((3, 6, 4))]
+    batch = stacked(singles, room=5)
+    batch.update(drawn(3, 1, 7), drawn(3, 1, 8))
+    whole = content(batch)[2]
+    for length in (5, 2):
+        found = extracted(batch, 2, length)
+        assert (found.offset, found.rows, found.padding) == (length, 1, None)
+        assert {buffer.shape[2] for buffer in found.buffers} == {length}
+        np.testing.assert_array_equal(content(found)[0], whole[:, :length])
+        found.update(drawn(1, 1, 9), drawn(1, 1, 9))
+    np.testing.assert_array_equal(content(batch)[2], whole)
+
+
+@KINDS
+def test_fork_and_compact_copy_may_be_shorter(make: Callable[[], KVCache]) -> None:
+    cache = filled(make, 6, seed=1)
+    cache.reserve(300)
+    cache.update(drawn(1, 1, 2), drawn(1, 1, 3))
+    for short in (cache.fork(length=4), cache.compact(4)):
+        assert {buffer.shape[2] for buffer in short.buffers} == {4}
+        np.testing.assert_array_equal(content(short)[0], content(cache)[0][:, :4])
+        short.update(drawn(1, 1, 4), drawn(1, 1, 5))
+        assert short.offset == 5
+    assert cache.offset == 7
+    assert cache.compact(4).nbytes < cache.nbytes / 10
 
 
 def small_decoder() -> Qwen2:

@@ -9,23 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import fastvlm
 from fastvlm.models._mlx import mx
+from fastvlm.models.errors import UsageError
 from fastvlm.models.kv_cache import KVCache
 from fastvlm.models.qwen2 import Qwen2, Qwen2Model
 from fastvlm.runtime import engine as engine_module
 from fastvlm.runtime import fastvlm as runtime
+from fastvlm.runtime import prompt_cache
 from fastvlm.runtime.encoders import VisionEncoder
 from fastvlm.runtime.engine import reusable_prefix
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.prompt import Message
 from fastvlm.runtime.prompt_cache import (
+    MAX_CACHE_BYTES,
     MAX_PREFIX_TOKENS,
+    MIN_CACHE_BYTES,
     CachedPrompt,
     FeatureCache,
     ImageItem,
+    PrefixCache,
+    check_cache_bytes,
+    default_cache_bytes,
     segments,
     shared_count,
     text_prefix,
@@ -245,6 +254,101 @@ def test_memory_leaves_out_what_the_cache_does_not_hold(vlm: FastVLM) -> None:
     assert memory.take([picture, 1], 16)[0] == 1  # the last cell is read again, for its logits
     assert cache[0].offset == 16
     assert CachedPrompt().take([1, 2], 16) == (0, [])
+
+
+def held(length: int, value: float = 1.0) -> list[KVCache]:
+    """The cache of one layer with `length` positions of eight bytes."""
+    cache = KVCache(length)
+    cache.update(mx.full((1, 1, length, 1), value), mx.full((1, 1, length, 1), value))
+    return [cache]
+
+
+def test_longest_prefix_is_found_by_ids_and_images() -> None:
+    cache, one, other = PrefixCache(10**6, tokens_per_image=4), plain(1), plain(2)
+    cache.add([1, 2, one, 3], held(7))
+    cache.add([1, 2, other, 3, 4], held(8))
+    for items, reused, positions in [
+        ([1, 2, plain(1), 3, 5], 4, 7),
+        ([1, 2, plain(1), 5, 6], 3, 6),
+        ([1, 2, plain(1)], 2, 2),  # never the last item
+        ([1, 2, plain(3), 3], 2, 2),
+        ([1, 2, plain(2), 3, 4, 5], 5, 8),
+        ([2, one], 0, 0),
+    ]:
+        assert cache.count(items) == reused
+        found, layers = cache.longest(items)
+        assert (found, [layer.offset for layer in layers]) == (reused, [positions] * bool(reused))
+
+
+def test_forks_do_not_change_a_cached_prefix() -> None:
+    cache = PrefixCache(10**6, tokens_per_image=4)
+    cache.add([1, 2, 3], held(3))
+    for _ in range(2):
+        reused, (layer,) = cache.longest([1, 2, 9, 9])
+        keys, _ = layer.update(mx.zeros((1, 1, 2, 1)), mx.zeros((1, 1, 2, 1)))
+        assert (reused, keys.flatten().tolist()) == (2, [1, 1, 0, 0])
+
+
+@given(
+    keys=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=12),
+    asked=st.lists(st.integers(0, 2), min_size=1, max_size=7),
+    limit=st.sampled_from([0, 40, 100, 10**6]),
+)
+def test_bytes_are_bounded_and_no_entry_is_a_prefix(keys: list[list[int]], asked: list[int], limit: int) -> None:
+    cache = PrefixCache(limit, tokens_per_image=4)
+    for key in keys:
+        cache.add(key, held(len(key)))
+        assert cache.nbytes <= limit
+    entries = [entry.key for entry in cache._entries]
+    assert not any(one != other and other[: len(one)] == one for one in entries for other in entries)
+    assert len(set(entries)) == len(entries)
+    best = max((min(shared_count(key, asked), len(asked) - 1) for key in entries), default=0)
+    assert cache.count(asked) == best
+    if limit == 10**6:
+        assert best == max((min(shared_count(key, asked), len(asked) - 1) for key in keys), default=0)
+
+
+def test_least_recently_used_prefix_goes_first_and_the_pinned_one_stays() -> None:
+    cache = PrefixCache(60, tokens_per_image=4)
+    cache.add([9, 9], held(2), pinned=True)
+    for first in (1, 2, 3):
+        cache.add([first, 0], held(2))
+    cache.longest([1, 0, 5])
+    cache.add([4, 0], held(2))
+    assert [cache.count([first, 0, 5]) for first in (1, 2, 3, 4, 9)] == [2, 0, 2, 2, 1]
+    cache.add([5] * 100, held(100))
+    assert cache.count([1, 0, 5]) == 2, "an entry that cannot fit displaces nothing"
+    cache.clear()
+    assert (cache.nbytes, cache.count([1, 0, 5]), cache.count([9, 9, 9])) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("cache_bytes", [-1, 1.5, True, "1"])
+def test_usage_error_when_cache_bytes_is_out_of_range(cache_bytes: object) -> None:
+    with pytest.raises(UsageError, match="cache_bytes must be"):
+        check_cache_bytes(cache_bytes)  # type: ignore[arg-type]
+
+
+def test_default_bytes_are_within_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, expected in [(0, MIN_CACHE_BYTES), (8 * 2**30, 2**29), (2**40, MAX_CACHE_BYTES)]:
+        monkeypatch.setattr(prompt_cache, "available_memory_bytes", lambda available=available: available)
+        assert default_cache_bytes() == expected
+
+
+def test_earlier_answer_is_the_prefix_of_a_later_prompt(vlm: FastVLM) -> None:
+    first = vlm.generate(PICTURE, "What is it?", **VARIED)
+    again = vlm.generate(PICTURE, "What is it?", **VARIED)
+    other = vlm.generate(PICTURE, "Why?", **VARIED)
+    assert again.token_ids == first.token_ids
+    assert (first.timings.reused_tokens, again.timings.reused_tokens) == (0, first.prompt_tokens - 1)
+    assert other.timings.reused_tokens > vlm.config.tokens_per_image
+    vlm.engine.clear_caches()
+    assert vlm.generate(PICTURE, "Why?", **VARIED).token_ids == other.token_ids
+
+
+def test_no_bytes_for_caches_keep_nothing(vlm: FastVLM) -> None:
+    plain = FastVLM(vlm.folder, vlm.engine.encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0, cache_bytes=0)
+    timings = [plain.generate(PICTURE, "Hi", system="S", max_tokens=2).timings for _ in range(2)]
+    assert [(one.reused_tokens, one.cached_images) for one in timings] == [(0, 0)] * 2
 
 
 PICTURES = [np.full((90, 120, 3), value, np.uint8) for value in (0, 60, 120, 180, 240)]
