@@ -26,10 +26,17 @@ from ..models.errors import PackageError
 from ..models.fastvit import FastViT
 from ..models.folder_layout import INPUT_NAME, PACKAGE_NAME
 from ..models.versions import import_coremltools
-from ..quant.activations import int8_scales, with_int8_inputs
 from ..quant.calibration import ImageSet, calibration_images, trial_images, verification_images
 from ..quant.constexprs import with_stored_weights
-from ..quant.encoder import convolutions, plan_of, quantize, stored_by_plan, stored_uniformly
+from ..quant.encoder import (
+    convolutions,
+    int8_scales,
+    plan_of,
+    quantize,
+    stored_by_plan,
+    stored_uniformly,
+    with_int8_inputs,
+)
 from ..quant.encoder_scheme import MIXED, EncoderScheme
 from ..quant.schemes import W8A8, StoredWeight
 from ..quant.search import Images, SearchResult, measured_options, search, search_bytes

@@ -28,9 +28,8 @@ from fastvlm.models.mlprogram import Constants, census, read_package
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
-from fastvlm.quant.activations import int8_scales
 from fastvlm.quant.calibration import calibration_images, folder_images, trial_images
-from fastvlm.quant.encoder import convolutions, quantize, stored_by_plan, stored_uniformly
+from fastvlm.quant.encoder import convolutions, int8_scales, quantize, stored_by_plan, stored_uniformly
 from fastvlm.quant.metrics import compare
 from fastvlm.quant.schemes import MIN_WEIGHT_SNR_DB, is_candidate
 
