@@ -1,29 +1,36 @@
-"""The vision encoder as MLX weights in the decoder's file, under mlx-vlm's names: `encoder="mlx"`."""
+"""The vision encoder as MLX weights in the decoder's file, under mlx-vlm's names: `encoder="mlx"`.
+
+The written encoder is verified in MLX, against the checkpoint's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..models._mlx import mx
-from ..models.checkpoint import Checkpoint, iter_float_tensors
+from ..models.checkpoint import Checkpoint, check_tensors, iter_float_tensors
 from ..models.errors import WeightsError
+from ..models.fastvit_mlx import FastViTMLX
 from ..models.folder_layout import PACKAGE_NAME, saved_encoder
 from ..models.tensor_names import (
     APPLE_ENCODER_PREFIX,
     HEAD_PROJECTION,
     MLX_ENCODER_PREFIX,
     PROJECTION_DIM,
+    UNUSED_ENCODER_TENSORS,
     renamed,
     to_mlx_axes,
 )
 from ..quant.calibration import ImageSet, verification_images
-from .encoder_reference import encoder_reference, reference_features
+from ..quant.metrics import WeightAudit, compare
 from .options import OnStage
 from .recipe import MLX_DTYPES, Recipe
+from .verify_encoder import EncoderReference, EncoderVerification, encoder_reference, reference_features
 from .write_encoder import WrittenEncoder
 
 if TYPE_CHECKING:
@@ -93,6 +100,59 @@ def head_projection(encoder: FastViT, checkpoint: Checkpoint) -> mx.array:
     if not mx.isfinite(head).all().item():
         raise WeightsError(f"{name}: NaN or infinite values. The checkpoint is damaged.")
     return head
+
+
+@dataclass(frozen=True)
+class MLXVerification(EncoderVerification):
+    """The same for an encoder in MLX, whose `ranges` are of float32 results and need no warning."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings for the user: none."""
+        return ()
+
+
+def verify_mlx_encoder(
+    folder: Path, images: Sequence[np.ndarray], reference: EncoderReference, encoder: FastViT, quant: str
+) -> MLXVerification:
+    """Runs the saved encoder in MLX, in float32, and compares it with the checkpoint's `encoder`.
+
+    Raises:
+        WeightsError: the saved tensors are not a whole encoder, or not finite.
+        VerificationError: they have other shapes than the checkpoint's.
+    """
+    saved = saved_encoder(folder)
+    audit = audit_tensors(saved, encoder.reparameterize(), quant)
+    network = FastViTMLX.from_tensors(saved, mx.float32)
+    outputs: list[np.ndarray] = []
+    stages: dict[str, float] = {}
+    ranges: dict[str, float] = {}
+    for image in images:
+        found = {name: np.array(result) for name, result in network.results(mx.array(image))}
+        outputs.append(found.pop("image_features"))
+        stages = stages or {
+            stage: compare(reference.stages[stage], result.transpose(0, 3, 1, 2), stage).snr_db  # (1, C, H, W)
+            for stage, result in found.items()
+        }
+        for name, result in found.items():
+            ranges[name] = max(ranges.get(name, 0.0), float(np.abs(result).max()))
+    agreement = compare(np.concatenate(reference.features), np.concatenate(outputs), "image_features")
+    return MLXVerification(agreement, stages, audit, ranges)
+
+
+def audit_tensors(saved: dict[str, mx.array], encoder: FastViT, quant: str) -> WeightAudit:
+    """Compares every saved tensor with the reparameterized `encoder`. Raises WeightsError over names or shapes."""
+    expected, audit = dict(reparameterized_tensors(encoder)), WeightAudit()
+    kept = {name: tensor for name, tensor in saved.items() if not name.startswith(UNUSED_ENCODER_TENSORS)}
+    check_tensors(
+        {name: values.shape for name, values in expected.items()},
+        {name: tensor.shape for name, tensor in kept.items()},
+        "MLX vision encoder",
+    )
+    for name, values in expected.items():
+        rounded = np.array(mx.array(values).astype(DTYPES[quant]).astype(mx.float32))
+        audit.add(f"encoder {name}", rounded, np.array(kept[name].astype(mx.float32)), bits=16)
+    return audit
 
 
 def encoder_bytes(folder: Path) -> int:

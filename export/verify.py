@@ -13,24 +13,37 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ..models._mlx import mx
 from ..models.blas import disable_tf32
 from ..models.checkpoint import Checkpoint
-from ..models.config import check_image_size
-from ..models.errors import ModelFolderError, listed
+from ..models.config import FastVLMConfig, check_image_size
+from ..models.errors import ModelFolderError, VerificationError, listed
 from ..models.files import read_json_object
-from ..models.folder_layout import MANIFEST_NAME, PACKAGE_NAME
+from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, saved_weights
+from ..models.kv_cache import KVCache
+from ..models.language import load_language, quantized_layers, settled_config
+from ..models.layerwise import (
+    LayerwiseDecoder,
+    LayerwiseRun,
+    Probe,
+    Prompt,
+    checkpoint_reader,
+    named_parameters,
+    run_layerwise,
+    saved_reader,
+)
 from ..models.references import open_checkpoint
 from ..quant.calibration import folder_images, verification_images
+from ..quant.metrics import Agreement, WeightAudit, compare, kl_divergence
+from ..quant.prompts import probe_prompt
 from .model_folder import file_table
 from .options import OnStage, silent
-from .verify_decoder import DecoderVerification, verify_decoder
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..models.images import Fit
-    from .encoder_reference import EncoderReference
-    from .verify_encoder import EncoderVerification
+    from .verify_encoder import EncoderReference, EncoderVerification
 
 ENCODER_FLOOR_DB = {"fp16": 50.0, "pal8": 35.0, "int8": 30.0, "pal6": 22.0, "int4": 12.0, "pal4": 12.0, "mixed": 12.0,
                     "w8a8": 22.0, "bf16": 30.0, "fp32": 90.0}  # fmt: skip
@@ -45,6 +58,12 @@ FLOAT16_MAX = 65504.0
 
 MAX_LISTED = 4
 """The most weights of one part, or files, in a message."""
+
+CONTINUATION_TOKENS = 16
+"""The most tokens of the greedy answer, which is compared token by token."""
+
+MAX_RESIDENT_BYTES = 5e9
+"""The most bytes of weights for a greedy answer, which keeps them in memory."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ def verify(
         FastVLMError: the checkpoint cannot be read.
     """
     from ..models.fastvit import FastViT
-    from .encoder_reference import encoder_reference
+    from .verify_encoder import encoder_reference
 
     disable_tf32()
     folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against, adapter)
@@ -221,7 +240,7 @@ def verify_mlx(
 ) -> Verification:
     """Verifies a folder that has its encoder in MLX: see `verify_features`."""
     from ..models.fastvit import FastViT
-    from .verify_encoder import verify_mlx_encoder
+    from .mlx_encoder import verify_mlx_encoder
 
     on_stage("run the saved encoder")
     encoder = FastViT.from_checkpoint(checkpoint)
@@ -239,3 +258,137 @@ def rebuilt(checkpoint: Checkpoint, recipe: Mapping[str, Any]) -> nn.Module:
 
     interface, encoder = interface_for([recipe["quant"]], saved=recipe), FastViT.from_checkpoint(checkpoint)
     return rewritten(encoder, checkpoint, recipe["image_size"], interface, recipe["stream_scales"])
+
+
+@dataclass(frozen=True)
+class DecoderVerification:
+    """The agreement of an exported decoder with the checkpoint's."""
+
+    logits: Agreement
+    """The agreement at every position after the image: the rest of the prompt, and the greedy answer."""
+    kl: float
+    """The KL divergence between the distributions over the next token there, in nats."""
+    greedy_tokens: int
+    """The length of that answer."""
+    greedy_same: float | None
+    """The share of its ids that are also the checkpoint's likeliest, after the same answer so far."""
+    greedy_prefix: int
+    """The number of ids before the first difference."""
+    largest: float
+    """The largest magnitude inside. A GPU computes it in float16."""
+    largest_layer: int
+    fewest_bits: int
+    weights: WeightAudit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the manifest's figures of the logits."""
+        return {
+            **self.logits.as_dict(),
+            "kl": round(self.kl, 6),
+            "greedy_tokens": self.greedy_tokens,
+            "greedy_same": None if self.greedy_same is None else round(self.greedy_same, 6),
+            "greedy_prefix": self.greedy_prefix,
+            "largest_activation": round(self.largest, 3),
+        }
+
+
+def verify_decoder(folder: Path, checkpoint: Checkpoint, image_features: np.ndarray) -> DecoderVerification:
+    """Runs the exported and the checkpoint's decoder and projector, in float32, on a question about an image.
+
+    Args:
+        image_features: (1, N, C).
+
+    Raises:
+        VerificationError: weights or logits are not finite, or the folder has a decoder of other dimensions.
+    """
+    config = FastVLMConfig.from_dict(read_json_object(folder / CONFIG_NAME, ModelFolderError))
+    weights = saved_weights(folder)
+    config = settled_config(weights, config, config.quantization)
+    _check_dimensions(config, checkpoint.config)
+    rows = min(config.decoder.vocab_size, checkpoint.config.decoder.vocab_size)
+    prompt = probe_prompt((folder / "tokenizer.json").read_bytes(), image_features, rows)
+    answer = greedy_answer(weights, config, prompt)
+    asked, audit, bits = prompt.continued(answer[:-1]), WeightAudit(), layer_bits(weights, config)
+    original, saved = run_both(
+        LayerwiseDecoder(checkpoint_reader(checkpoint), checkpoint.config),
+        LayerwiseDecoder(saved_reader(weights, config), config),
+        asked,
+        audit,
+        bits,
+    )
+    agreement = compare(original.logits, saved.logits, "logits")
+    same = original.logits[-len(answer) :].argmax(-1) == np.array(answer) if answer else np.empty(0, bool)
+    return DecoderVerification(
+        logits=agreement,
+        kl=kl_divergence(original.logits, saved.logits),
+        greedy_tokens=len(answer),
+        greedy_same=float(same.mean()) if answer else None,
+        greedy_prefix=len(answer) if same.all() else int(same.argmin()),
+        largest=saved.largest,
+        largest_layer=saved.largest_layer,
+        fewest_bits=min(bits.values(), default=16),
+        weights=audit,
+    )
+
+
+def greedy_answer(weights: Mapping[str, mx.array], config: FastVLMConfig, prompt: Prompt) -> list[int]:
+    """Returns the ids of the exported decoder's greedy answer, up to its end or `CONTINUATION_TOKENS`.
+
+    The prompt is computed layer by layer with weights expanded to float32, single tokens with the stored weights. The
+    answer is empty if the weights have more than `MAX_RESIDENT_BYTES`.
+    """
+    if sum(array.nbytes for array in weights.values()) > MAX_RESIDENT_BYTES:
+        return []
+    caches = [KVCache() for _ in range(config.decoder.num_hidden_layers)]
+    probe = run_layerwise(LayerwiseDecoder(saved_reader(dict(weights), config), config), prompt, caches)
+    side = load_language(weights, config, quantization=config.quantization, expand=False)
+    decoder, answer = side.language_model, [int(probe.logits[-1].argmax())]
+    while len(answer) < CONTINUATION_TOKENS and answer[-1] not in config.eos_token_ids:
+        logits = decoder(decoder.embed(mx.array([answer[-1:]])).astype(mx.float32), caches)  # (1, 1, vocabulary)
+        answer.append(int(np.array(logits[0, -1]).argmax()))
+    return answer
+
+
+def run_both(
+    original: LayerwiseDecoder, saved: LayerwiseDecoder, prompt: Prompt, audit: WeightAudit, bits: Mapping[str, int]
+) -> tuple[Probe, Probe]:
+    """Runs both, and compares each weight when it is read. `bits` is by saved layer name, and 16 for other layers."""
+    runs = LayerwiseRun(original, prompt), LayerwiseRun(saved, prompt)
+    for (name, expected), (_, found) in zip(*(run.parts() for run in runs), strict=True):
+        if isinstance(expected, mx.array):
+            _add(audit, name, expected, found, bits)
+            continue
+        tensors = named_parameters(found)
+        for own, tensor in named_parameters(expected).items():
+            _add(audit, f"{name}.{own}", tensor, tensors[own], bits)
+    first, second = (run.probe for run in runs)
+    assert first is not None and second is not None
+    return first, second
+
+
+def layer_bits(weights: Mapping[str, mx.array], config: FastVLMConfig) -> dict[str, int]:
+    """Returns the bits of each quantized layer, by its saved name."""
+    if config.quantization is None:
+        return {}
+    return {layer: config.quantization.of(layer).bits for layer in quantized_layers(weights)}
+
+
+def _add(audit: WeightAudit, name: str, expected: mx.array, found: mx.array, bits: Mapping[str, int]) -> None:
+    stored = bits.get(name.removesuffix(".weight"), 16)
+    if stored == 16:
+        expected = expected.astype(mx.float16)
+    audit.add(name, np.array(expected, copy=False), np.array(found, copy=False), stored)
+
+
+def _check_dimensions(saved: FastVLMConfig, expected: FastVLMConfig) -> None:
+    """Raises VerificationError if the folder cannot come from the checkpoint."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    pairs = [(name, getattr(saved.decoder, name), getattr(expected.decoder, name)) for name in names]
+    pairs += [(name, getattr(saved, name), getattr(expected, name)) for name in ("mm_hidden_size",)]
+    pairs += [("tie_word_embeddings", saved.decoder.tie_word_embeddings, expected.decoder.tie_word_embeddings)]
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise VerificationError(
+                f"the folder is another model's export ({name} is {found}, but {wanted} in the checkpoint). Pass the "
+                "checkpoint that it was exported from."
+            )

@@ -1,6 +1,6 @@
 """The exported encoder compared with the checkpoint's: outputs, stage by stage, and weight by weight.
 
-A package runs in the executor, an encoder in MLX runs in MLX.
+The checkpoint's encoder runs in float32, the package in the executor.
 """
 
 from __future__ import annotations
@@ -8,33 +8,77 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from ..models._mlx import mx
-from ..models.checkpoint import check_tensors
 from ..models.errors import VerificationError
-from ..models.fastvit_mlx import FastViTMLX
-from ..models.folder_layout import saved_encoder
+from ..models.fastvit import FastViT
+from ..models.fastvit_config import FastViTConfig
 from ..models.mlprogram.constexpr import Constants
 from ..models.mlprogram.executor import Executor
 from ..models.mlprogram.package import read_package
 from ..models.mlprogram.program import Operation, Program, inputs_for, scheme
-from ..models.tensor_names import UNUSED_ENCODER_TENSORS
 from ..quant.encoder import convolutions
 from ..quant.metrics import Agreement, WeightAudit, compare
-from .encoder_reference import EncoderReference
-from .mlx_encoder import DTYPES, reparameterized_tensors
 from .rewrite import STREAM_LIMIT
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..models.fastvit import FastViT
 
 IN_BETWEEN = ("quantize", "dequantize", "cast")
 """The operations that may come between a convolution and the one that reads its result."""
+
+CONVOLUTIONS = {"stem": 3, "downsampling": 2, "repmixer": 4, "attention": 5}
+"""The number of convolutions in each part of the rewritten encoder. A stage's last one is the last to write its
+residual stream."""
+
+
+@dataclass(frozen=True)
+class EncoderReference:
+    """The results of the checkpoint's encoder, float32."""
+
+    features: list[np.ndarray]
+    """`image_features` (1, N, C) of each image."""
+    stages: dict[str, np.ndarray]
+    """The results (1, C, H, W) of the stem and of each stage for the first image."""
+    last_convolutions: dict[str, int]
+    """The place of each one's last convolution in the rewritten encoder."""
+
+
+def encoder_reference(encoder: FastViT, images: Sequence[np.ndarray]) -> EncoderReference:
+    """Runs the checkpoint's encoder on `images`, (1, 3, S, S) each."""
+    features: list[np.ndarray] = []
+    stages: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        for image in images:
+            x = encoder.patch_embed(torch.from_numpy(image))
+            found = {"stem": x}
+            for part in encoder.network:
+                x = part(x)
+                if isinstance(part, nn.Sequential):
+                    found[f"stage {len(found) - 1}"] = x
+            features.append(encoder.features(x).numpy())
+            stages = stages or {name: tensor.numpy() for name, tensor in found.items()}
+    return EncoderReference(features, stages, last_convolutions(encoder.config))
+
+
+def reference_features(encoder: FastViT, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns `image_features` (1, N, C) of each image, float32."""
+    with torch.inference_mode():
+        return [encoder(torch.from_numpy(image)).numpy() for image in images]
+
+
+def last_convolutions(config: FastViTConfig) -> dict[str, int]:
+    """Returns the place of the last convolution of the stem and of each stage, in the order of the computation."""
+    count = CONVOLUTIONS["stem"]
+    places = {"stem": count - 1}
+    for index, (depth, mixer, kernel) in enumerate(
+        zip(config.depths, config.token_mixers, config.pos_emb_kernels, strict=True)
+    ):
+        count += CONVOLUTIONS["downsampling"] if index else 0
+        count += depth * CONVOLUTIONS[mixer] + (kernel is not None)
+        places[f"stage {index}"] = count - 1
+    return places
 
 
 @dataclass(frozen=True)
@@ -64,16 +108,6 @@ class EncoderVerification:
             f"{len(self.large)} results inside the package pass a quarter of float16's range, which ends at 65,504: "
             f"{name} reaches {largest:,.0f}",
         )
-
-
-@dataclass(frozen=True)
-class MLXVerification(EncoderVerification):
-    """The same for an encoder in MLX, whose `ranges` are of float32 results and need no warning."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Warnings for the user: none."""
-        return ()
 
 
 def verify_encoder(
@@ -189,46 +223,3 @@ def stored_bits(program: Program, weight: Any) -> tuple[int, bool]:
     words = scheme(operation).replace("-", " ").split()
     digits = "".join(filter(str.isdigit, words[0]))
     return int(digits or 16), not {"palette", "blockwise"}.isdisjoint(words)
-
-
-def verify_mlx_encoder(
-    folder: Path, images: Sequence[np.ndarray], reference: EncoderReference, encoder: FastViT, quant: str
-) -> MLXVerification:
-    """Runs the saved encoder in MLX, in float32, and compares it with the checkpoint's `encoder`.
-
-    Raises:
-        WeightsError: the saved tensors are not a whole encoder, or not finite.
-        VerificationError: they have other shapes than the checkpoint's.
-    """
-    saved = saved_encoder(folder)
-    audit = audit_tensors(saved, encoder.reparameterize(), quant)
-    network = FastViTMLX.from_tensors(saved, mx.float32)
-    outputs: list[np.ndarray] = []
-    stages: dict[str, float] = {}
-    ranges: dict[str, float] = {}
-    for image in images:
-        found = {name: np.array(result) for name, result in network.results(mx.array(image))}
-        outputs.append(found.pop("image_features"))
-        stages = stages or {
-            stage: compare(reference.stages[stage], result.transpose(0, 3, 1, 2), stage).snr_db  # (1, C, H, W)
-            for stage, result in found.items()
-        }
-        for name, result in found.items():
-            ranges[name] = max(ranges.get(name, 0.0), float(np.abs(result).max()))
-    agreement = compare(np.concatenate(reference.features), np.concatenate(outputs), "image_features")
-    return MLXVerification(agreement, stages, audit, ranges)
-
-
-def audit_tensors(saved: dict[str, mx.array], encoder: FastViT, quant: str) -> WeightAudit:
-    """Compares every saved tensor with the reparameterized `encoder`. Raises WeightsError over names or shapes."""
-    expected, audit = dict(reparameterized_tensors(encoder)), WeightAudit()
-    kept = {name: tensor for name, tensor in saved.items() if not name.startswith(UNUSED_ENCODER_TENSORS)}
-    check_tensors(
-        {name: values.shape for name, values in expected.items()},
-        {name: tensor.shape for name, tensor in kept.items()},
-        "MLX vision encoder",
-    )
-    for name, values in expected.items():
-        rounded = np.array(mx.array(values).astype(DTYPES[quant]).astype(mx.float32))
-        audit.add(f"encoder {name}", rounded, np.array(kept[name].astype(mx.float32)), bits=16)
-    return audit

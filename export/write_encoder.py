@@ -40,7 +40,6 @@ from ..quant.encoder import (
 from ..quant.encoder_scheme import MIXED, EncoderScheme
 from ..quant.schemes import W8A8, StoredWeight
 from ..quant.search import Images, SearchResult, measured_options, search, search_bytes
-from .encoder_reference import EncoderReference, encoder_reference, reference_features
 from .lint import COMPRESSED_WEIGHTS_KEY
 from .options import OnStage
 from .recipe import DEFAULT_INTERFACE, DEPLOYMENT_TARGETS, PackageInterface, Recipe
@@ -53,6 +52,7 @@ from .rewrite import (
     stream_maxima,
     stream_scales,
 )
+from .verify_encoder import EncoderReference, encoder_reference, reference_features
 
 if TYPE_CHECKING:
     from coremltools.models import MLModel

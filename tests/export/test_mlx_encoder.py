@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import fastvlm
-from fastvlm.export.encoder_reference import EncoderReference, encoder_reference
 from fastvlm.export.exporter import export
 from fastvlm.export.inspect_package import inspect
-from fastvlm.export.verify_encoder import verify_mlx_encoder
+from fastvlm.export.mlx_encoder import verify_mlx_encoder
+from fastvlm.export.verify_encoder import EncoderReference, encoder_reference
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import PackageError, UsageError, VerificationError, WeightsError
 from fastvlm.models.fastvit import FastViT

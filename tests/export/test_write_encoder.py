@@ -377,7 +377,7 @@ def test_interface_is_what_the_clients_expect(tmp_path: Path) -> None:
 
 def test_correcting_biases_removes_most_of_the_noise(tmp_path: Path) -> None:
     checkpoint = RandomCheckpoint("tiny")
-    from fastvlm.export.encoder_reference import reference_features
+    from fastvlm.export.verify_encoder import reference_features
     from fastvlm.quant.calibration import verification_images
 
     images = verification_images(256)
