@@ -15,7 +15,7 @@ from .outputs import check_pictures, check_reports, write_picture, write_text
 from .progress import LoadProgress, QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
-    from ..runtime.evaluation.report import Comparison, Evaluation
+    from ..runtime.evaluation.run import Comparison, Evaluation
 
 
 def eval_command(
@@ -57,9 +57,8 @@ def eval_command(
 ) -> None:
     """Ask held-out questions, and count the right answers by kind of question. Answers are greedy and reproducible."""
     from ..runtime.evaluation.datasets import open_data
-    from ..runtime.evaluation.report import compare as compared
-    from ..runtime.evaluation.report import read_evaluation
-    from ..runtime.evaluation.run import EvaluationRun
+    from ..runtime.evaluation.run import EvaluationRun, read_evaluation
+    from ..runtime.evaluation.run import compare as compared
     from ..runtime.fastvlm import load
     from ..runtime.request import prepare
 

@@ -22,7 +22,7 @@ from ...models.errors import FastVLMError, MachineError, UsageError
 from ...models.folder_layout import PACKAGE_NAME
 from ..coreml import COMPUTE_UNITS
 from ..engine_share import ENGINE_UNITS, MIN_ENGINE_SHARE, planned_share
-from ..evaluation.report import folder_facts
+from ..evaluation.run import folder_facts
 from ..fastvlm import FastVLM, load
 from ..request import Request
 from ..timings import TTFT_STAGES, Clock, Timings

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...models.errors import ImageError, MachineError
 from ...models.images import open_image
-from .report import Answer, Evaluation
+from .run import Answer, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from fastvlm.cli.eval import table
 from fastvlm.cli.main import app
 from fastvlm.models.errors import FastVLMError
 from fastvlm.runtime.evaluation.datasets import DataSet
-from fastvlm.runtime.evaluation.report import Evaluation
+from fastvlm.runtime.evaluation.run import Evaluation
 
 COMMAND = [sys.executable, "-m", "fastvlm.cli.main"]
 SHORT = ("--limit", 14, "--max-tokens", 4)

@@ -166,7 +166,7 @@ def first_benchmark(folder: Path) -> Benchmark:
 
 def read_evaluation(folder: Path) -> None:
     """Compares with an earlier report in the way of `eval --compare`."""
-    from fastvlm.runtime.evaluation.report import compare, read_evaluation
+    from fastvlm.runtime.evaluation.run import compare, read_evaluation
 
     old = read_evaluation(folder / "eval.json")
     asked = [

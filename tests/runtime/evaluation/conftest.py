@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastvlm.runtime.evaluation.datasets import DataSet, Sample
-from fastvlm.runtime.evaluation.report import Answer, Evaluation
+from fastvlm.runtime.evaluation.run import Answer, Evaluation
 
 TEN = ["stop"] * 4 + ["halt"] * 2 + ["go", "red", "sign", "a stop"]
 

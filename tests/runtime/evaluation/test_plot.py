@@ -12,7 +12,7 @@ from fastvlm.models.errors import MachineError
 from fastvlm.runtime.evaluation import plot
 from fastvlm.runtime.evaluation.datasets import Sample
 from fastvlm.runtime.evaluation.plot import mixups, word_in
-from fastvlm.runtime.evaluation.report import Answer, Evaluation
+from fastvlm.runtime.evaluation.run import Answer, Evaluation
 
 from .conftest import evaluation_of
 
