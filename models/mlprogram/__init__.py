@@ -1,6 +1,7 @@
 """Core ML's ML Programs: reading a saved `.mlpackage`, and running it on any machine.
 
-`read_package` reads a package without torch. `Executor` runs one, and imports torch on first use.
+`load` gives a package coremltools' `predict`. `read_package` reads one without torch, and `Executor` runs it. `load`,
+`Model`, `State` and `Executor` import torch on first use.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from .package import model_class, read_package
 from .program import (
     FLEXIBLE,
     Argument,
+    Feature,
     Operation,
     Program,
     TensorType,
@@ -28,19 +30,24 @@ from .program import (
 
 if TYPE_CHECKING:
     from .executor import Executor
+    from .model import Model, State, load
 
 __all__ = [
     "FLEXIBLE",
     "Argument",
     "Constants",
     "Executor",
+    "Feature",
+    "Model",
     "Operation",
     "Program",
+    "State",
     "TensorType",
     "Value",
     "census",
     "constexpr_census",
     "inputs_for",
+    "load",
     "max_rank",
     "model_class",
     "pack_bits",
@@ -56,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from .executor import Executor
 
         return Executor
+    if name in ("Model", "State", "load"):
+        from . import model
+
+        return getattr(model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,10 +38,11 @@ class Constants:
         operation = self._program.producers.get(argument)
         if operation is None or not operation.is_constant:
             raise PackageError(f"{argument}: must be a constant, got a value computed at run time")
-        return self.decode(operation, depth)
+        index = next(i for i, output in enumerate(operation.outputs) if output.name == argument)
+        return self.decode(operation, depth, index)
 
-    def decode(self, operation: Operation, depth: int = 0) -> np.ndarray:
-        """Returns the result of a `const` or `constexpr_*` operation.
+    def decode(self, operation: Operation, depth: int = 0, index: int = 0) -> np.ndarray:
+        """Returns the result number `index` of a `const` or `constexpr_*` operation. The sparse kinds have two.
 
         Raises:
             PackageError: the kind is unknown, a parameter is missing, or parameters contradict each other.
@@ -52,10 +53,11 @@ class Constants:
         if depth > MAX_DEPTH:
             raise PackageError(f"{operation.name}: must have at most {MAX_DEPTH} constants in a chain, got more")
         try:
-            array = decoder(_Parts(self, operation, depth))
+            found = decoder(_Parts(self, operation, depth))
         except (ValueError, IndexError, TypeError, OverflowError) as error:
             raise PackageError(f"{operation.name} ({operation.kind}): {error}") from error
-        declared = operation.outputs[0]
+        array = found[index] if isinstance(found, tuple) else found
+        declared = operation.outputs[index]
         if array.shape != declared.shape:
             raise PackageError(f"{operation.name}: must be {declared}, got shape {array.shape}")
         if declared.dtype == "string":
@@ -116,7 +118,11 @@ def _along(vector: np.ndarray, axis: int, data: np.ndarray) -> np.ndarray:
 
 def _blockwise_shift_scale(parts: _Parts) -> np.ndarray:
     """Returns `scale * (data - offset)`. Each scale covers a block of `data.shape / scale.shape` elements."""
-    data, scale = parts["data"], parts["scale"].astype(np.float32)
+    return _scaled_blocks(parts, parts["data"])
+
+
+def _scaled_blocks(parts: _Parts, data: np.ndarray) -> np.ndarray:
+    scale = parts["scale"].astype(np.float32)
     blocks = _blocks(data.shape, scale.shape)  # (blocks 0, size 0, blocks 1, size 1, ...)
     values = data.astype(np.float32).reshape(blocks)
     if "offset" in parts:
@@ -140,7 +146,11 @@ def _lut_to_dense(parts: _Parts) -> np.ndarray:
     lut = parts["lut"]
     if "shape" in parts:
         return _packed_lut(parts["indices"], lut, parts.integers("shape"))
-    indices = parts["indices"]
+    return _looked_up(parts, parts["indices"])
+
+
+def _looked_up(parts: _Parts, indices: np.ndarray) -> np.ndarray:
+    lut = parts["lut"]
     if lut.ndim != indices.ndim + 2:
         raise ValueError(f"lut must have rank {indices.ndim + 2}, got {lut.ndim}")
     axis = parts.integers("vector_axis")[0] if "vector_axis" in parts else indices.ndim - 1
@@ -179,6 +189,11 @@ def _sparse_to_dense(parts: _Parts) -> np.ndarray:
         if mask.size != (count + 7) // 8:
             raise ValueError(f"the mask for {shape} must have {(count + 7) // 8} bytes, got {mask.size}")
         mask = unpack_bits(mask, 1, count).reshape(shape)
+    return _spread(nonzero, mask)
+
+
+def _spread(nonzero: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns `nonzero` in the places where `mask` is set, and 0 elsewhere."""
     chosen = mask != 0
     if nonzero.shape != (np.count_nonzero(chosen),):
         raise ValueError(f"must have {np.count_nonzero(chosen)} values for the mask, got shape {nonzero.shape}")
@@ -187,11 +202,32 @@ def _sparse_to_dense(parts: _Parts) -> np.ndarray:
     return dense
 
 
-_DECODERS: dict[str, Callable[[_Parts], np.ndarray]] = {
+Sparse = tuple[np.ndarray, np.ndarray]
+"""(mask, the values where it is set)."""
+
+
+def _sparse_blockwise_shift_scale(parts: _Parts) -> Sparse:
+    """Returns the values of `blockwise_shift_scale` where the mask is set."""
+    mask = parts["data_mask"]
+    return mask, _scaled_blocks(parts, _spread(parts["nonzero_data"], mask))[mask != 0]
+
+
+def _lut_to_sparse(parts: _Parts) -> Sparse:
+    """Returns the values of `lut_to_dense` where the mask is set. With vectors the mask grows along their axis."""
+    mask = parts["indices_mask"]
+    dense = _looked_up(parts, _spread(parts["indices_nonzero_data"], mask))
+    axis = parts.integers("vector_axis")[0] if "vector_axis" in parts else mask.ndim - 1
+    grown = np.repeat(mask, parts["lut"].shape[-1], axis)
+    return grown, dense[grown != 0]
+
+
+_DECODERS: dict[str, Callable[[_Parts], np.ndarray | Sparse]] = {
     "const": _const,
     "constexpr_affine_dequantize": _affine_dequantize,
     "constexpr_blockwise_shift_scale": _blockwise_shift_scale,
     "constexpr_cast": _cast,
     "constexpr_lut_to_dense": _lut_to_dense,
+    "constexpr_lut_to_sparse": _lut_to_sparse,
+    "constexpr_sparse_blockwise_shift_scale": _sparse_blockwise_shift_scale,
     "constexpr_sparse_to_dense": _sparse_to_dense,
 }

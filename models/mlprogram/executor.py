@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from ..errors import PackageError, UsageError
 from .binding import TORCH_TYPES
-from .lowering import Instruction, lower
+from .lowering import MAX_BYTES, Instruction, lower
 from .package import read_package
 from .program import FLEXIBLE, NUMPY_TYPES, Program, Shape, TensorType
 
 Precision = Literal["float32", "float16"]
+
+State = dict[str, Tensor]
+"""The values of a program's states by name, which a run changes."""
 
 _FLOAT16_LIMIT = 65520.0  # from here on rounding to float16 gives infinity
 
@@ -58,27 +61,38 @@ class Executor:
         self.record_ranges = record_ranges
         self.ranges: dict[str, float] = {}
         self.first_overflow: str | None = None
+        self._alive = 0
         self._outputs = self._output_types(outputs)
         fuse = precision == "float32" and not record_ranges
         self._plan = lower(self.program, [output.name for output in self._outputs], fuse)
         self.working_bytes = self._plan.working_bytes
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, Any]:
         """Runs the program once. Arrays in and out have the shapes and types that the program declares.
 
+        `state` is changed in place. Without one the run starts from zeros. A classifier's outputs are a label and a
+        dictionary.
+
         Raises:
-            PackageError: inputs are missing, unexpected, of a wrong shape or not finite, or an operation fails.
+            PackageError: inputs are missing, unexpected, of a wrong shape or NaN, or an operation fails.
         """
         self.first_overflow = None
+        self._alive = 0
         with torch.inference_mode():
             values = list(self._plan.slots)
             for tensor, array in self._checked(inputs):
                 values[self._plan.names[tensor.name]] = self._input(tensor, array)
+            for name, content in (self.make_state() if state is None else state).items():
+                values[self._plan.names[name]] = content
             for instruction in self._plan.instructions:
                 self._execute(instruction, values)
             return {
                 output.name: self._output(output, values[self._plan.names[output.name]]) for output in self._outputs
             }
+
+    def make_state(self) -> State:
+        """Returns a new state of zeros for the program's states, by name."""
+        return {state.name: torch.zeros(state.shape, dtype=TORCH_TYPES[state.dtype]) for state in self.program.states}
 
     def _execute(self, instruction: Instruction, values: list[Tensor | None]) -> None:
         operation = instruction.operation
@@ -92,11 +106,25 @@ class Executor:
             raise PackageError(f"{operation.name}: must have {len(operation.outputs)} results, got {len(results)}")
         for slot, output, tensor in zip(instruction.outputs, operation.outputs, results, strict=True):
             values[slot] = self._finish_result(output, tensor, instruction)
+        if self._plan.is_open:
+            self._check_memory(instruction, values)
         for slot in instruction.release:
             values[slot] = None
 
+    def _check_memory(self, instruction: Instruction, values: list[Tensor | None]) -> None:
+        """Raises PackageError if the values alive take too much memory, where the declared shapes do not say."""
+        self._alive += sum(_nbytes(values[slot]) for slot in instruction.outputs)
+        if self._alive > MAX_BYTES:
+            raise PackageError(
+                f"{instruction.operation.name}: the values must take at most {MAX_BYTES} bytes, got {self._alive}. "
+                "Pass smaller inputs."
+            )
+        self._alive -= sum(_nbytes(values[slot]) for slot in instruction.release)
+
     def _finish_result(self, output: TensorType, tensor: Tensor, instruction: Instruction) -> Tensor:
         """Converts a result to its declared type, and records its range and overflow if requested."""
+        if not isinstance(tensor, Tensor):
+            return tensor  # a classifier's label or dictionary
         if not _fits(output, tuple(tensor.shape)):
             raise PackageError(f"{output.name}: must be {output}, got shape {list(tensor.shape)}")
         tensor = tensor.to(TORCH_TYPES[output.dtype])
@@ -131,11 +159,13 @@ class Executor:
             self._record(tensor.name, value, False)
         return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
-    def _output(self, output: TensorType, tensor: Tensor | None) -> np.ndarray:
+    def _output(self, output: TensorType, tensor: Tensor | None) -> Any:
         if tensor is None:
             raise PackageError(f"{output.name}: was not computed")
-        dtype = torch.float16 if output.dtype == "fp16" else tensor.dtype
-        return np.array(tensor.to(dtype).numpy(), order="C")
+        if not isinstance(tensor, Tensor):
+            return tensor
+        with np.errstate(over="ignore"):  # infinity shows an overflow
+            return np.array(tensor.numpy(), dtype=NUMPY_TYPES[output.dtype], order="C")
 
     def _output_types(self, names: Sequence[str] | None) -> tuple[TensorType, ...]:
         if names is None:
@@ -144,6 +174,10 @@ class Executor:
         if missing:
             raise UsageError(f"outputs must be results of the program, got {', '.join(missing)}")
         return tuple(self.program.types[name] for name in names)
+
+
+def _nbytes(value: Tensor | None) -> int:
+    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0
 
 
 def max_abs(tensor: Tensor) -> float:
@@ -170,10 +204,12 @@ def _check_input(tensor: TensorType, array: np.ndarray) -> np.ndarray:
     floating = tensor.dtype in ("fp16", "fp32")
     if array.dtype.kind not in ("biuf" if floating else "biu"):
         raise PackageError(f"input {tensor.name}: must be numbers that convert to {tensor.dtype}, got {array.dtype}")
-    with np.errstate(over="ignore"):  # a value out of range is refused below
+    with np.errstate(over="ignore"):  # a value out of range becomes infinite, which is allowed
         converted = np.array(array, dtype=np.float32 if floating else NUMPY_TYPES[tensor.dtype], order="C")
-    if floating and not np.isfinite(converted).all():
-        raise PackageError(f"input {tensor.name}: values must be finite, got NaN or infinity. Check the preprocessing.")
+    if floating and np.isnan(converted).any():
+        raise PackageError(f"input {tensor.name}: values must be numbers, got NaN. Check the preprocessing.")
+    if floating and np.isinf(converted).any() and not np.isinf(array).any():
+        raise PackageError(f"input {tensor.name}: values must be in the range of float32, got {np.abs(array).max():g}")
     if not floating and not np.array_equal(converted, array):
         raise PackageError(f"input {tensor.name}: values must be in the range of {tensor.dtype}, got {array.max()}")
     return converted

@@ -2,8 +2,8 @@
 
 Limits on memory are checked on the declared shapes before anything is allocated. The executor compares each result
 with its declared shape once it is computed. The checks here come first. They compare the declared shapes with each
-other wherever a result can be larger than the operands. So nothing grows beyond its declaration, and the declarations
-are bounded.
+other wherever a result can be larger than the operands (`Kind.grows`). So nothing grows beyond its declaration, and the
+declarations are bounded. Where shapes are open, or parameters are computed, the same check runs before each operation.
 
 Fusion replaces chains of operations that run faster as one. A fused operation never occurs in a saved program. The
 intermediate values of a chain are never complete in memory, so fusion is only for runs that neither read nor round
@@ -14,19 +14,19 @@ quarter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import PackageError
-from .binding import TORCH_TYPES, Kind, Parameters, Step, to_tensor
+from ..errors import PackageError, listed
+from .binding import TORCH_TYPES, Growth, Kind, Parameters, Shapes, Step, to_tensor
 from .constexpr import Constants
-from .ops import KINDS, dense, rows
-from .program import Argument, Operation, Program, Shape, TensorType, Value
+from .ops import KINDS, UNTYPED, WRITE_STATE, dense, rows
+from .program import Argument, Operation, Program, TensorType, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,8 @@ class Plan:
     instructions: list[Instruction] = field(default_factory=list)
     working_bytes: int = 0
     """The peak of the bytes of computed values alive at once. Views count as copies."""
+    is_open: bool = False
+    """True if shapes are open, so that `working_bytes` does not count all values."""
 
     def slot(self, name: str | None = None, content: Tensor | None = None) -> int:
         """Returns the slot of `name`, a new one if it has none. An unnamed constant always gets a new one."""
@@ -70,26 +72,30 @@ def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
         PackageError: an operation has an unknown kind or type, or invalid parameters.
     """
     live = _live(program, outputs)
+    check_kinds(program, live)
     check_results(program, live)
     if fuse:
         live = fuse_chains(program, live, outputs)
     lowering = _Lowering(program, live, outputs)
     working_bytes = _working_bytes(program, live, lowering.dying)
     check_memory(program, live, working_bytes)
-    for tensor in program.inputs:
+    for tensor in (*program.inputs, *program.states):
         lowering.plan.slot(tensor.name)
     for index, operation in enumerate(live):
         lowering.bind(index, operation)
     for name in outputs:
         lowering.slot_of(name)
     lowering.plan.working_bytes = working_bytes
+    results = [output for operation in live for output in operation.outputs]
+    lowering.plan.is_open = not all(tensor.is_fixed for tensor in (*program.inputs, *results))
     return lowering.plan
 
 
 def _live(program: Program, outputs: Iterable[str]) -> list[Operation]:
     needed, live = set(outputs), []
     for operation in reversed(program.operations):
-        if not operation.is_constant and not needed.isdisjoint(output.name for output in operation.outputs):
+        is_needed = operation.kind == WRITE_STATE or not needed.isdisjoint(output.name for output in operation.outputs)
+        if is_needed and not operation.is_constant:
             needed.update(operation.references)
             live.append(operation)
     return live[::-1]
@@ -98,7 +104,7 @@ def _live(program: Program, outputs: Iterable[str]) -> list[Operation]:
 class _Lowering:
     def __init__(self, program: Program, live: Sequence[Operation], outputs: Sequence[str]) -> None:
         self.plan = Plan()
-        self.types = program.types
+        self.program, self.types = program, program.types
         self.constants = Constants(program)
         kinds = [_kind(operation) for operation in live]
         pairs = list(zip(live, kinds, strict=True))
@@ -124,12 +130,18 @@ class _Lowering:
         kind = _kind(operation)
         _check_types(operation)
         dying = self.dying[index]
-        parameters = Parameters(operation, self.constants, self._reusable(operation, dying))
-        try:
-            step = kind.bind(parameters)
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
-            raise _error(operation, str(error)) from error
-        operands = tuple(self.slot_of(argument) for name in kind.operands for argument in _present(operation, name))
+        late = _late_arguments(operation, kind, self.constants)
+        step = None
+        if not late:
+            parameters = Parameters(operation, self.constants, self._reusable(operation, dying))
+            try:
+                step = kind.bind(parameters)
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+                raise _error(operation, str(error)) from error
+        if step is None or (kind.grows and not _all_fixed(self.program, operation)):
+            step = _at_run_time(self.program, operation, kind, late, step)
+        arguments = [argument for name in kind.operands for argument in _present(operation, name)]
+        operands = tuple(self.slot_of(argument) for argument in (*arguments, *late))
         outputs = tuple(self.plan.slot(output.name) for output in operation.outputs)
         release = tuple(self.plan.names[name] for name in dying if name in self.plan.names)
         self.plan.instructions.append(Instruction(operation, kind, step, operands, outputs, release))
@@ -144,6 +156,8 @@ class _Lowering:
 
     def _reusable(self, operation: Operation, dying: Sequence[str]) -> frozenset[str]:
         """Returns the operands whose buffer is private, no longer needed, and fits the result."""
+        if not operation.outputs:
+            return frozenset()
         result = operation.outputs[0]
         return frozenset(
             key
@@ -160,11 +174,61 @@ class _Lowering:
 def _kind(operation: Operation) -> Kind:
     kind = KINDS.get(operation.kind) or FUSED_KINDS.get(operation.kind)
     if kind is None:
-        raise PackageError(
-            f"{operation.name}: operation {operation.kind!r} is not supported (the executor has "
-            f"{', '.join(sorted(KINDS))}). Run this package with Core ML on a Mac."
-        )
+        raise _error(operation, "this kind of operation is not supported")
     return kind
+
+
+def check_kinds(program: Program, live: Sequence[Operation]) -> None:
+    """Raises PackageError if there is an operation that cannot be run, and lists all such kinds with their numbers."""
+    missing = Counter(operation.kind for operation in live if operation.kind not in KINDS)
+    if missing:
+        kinds = listed(f"{kind} ({count})" for kind, count in missing.most_common())
+        raise PackageError(
+            f"{program.path}: {missing.total()} of {len(live)} operations are of kinds that cannot be run: {kinds}. "
+            "Run the package with Core ML on a Mac."
+        )
+
+
+def _late_arguments(operation: Operation, kind: Kind, constants: Constants) -> tuple[str, ...]:
+    """Returns the parameters that are computed at run time and are not operands of the step."""
+    others = [arguments for name, arguments in operation.inputs.items() if name not in kind.operands]
+    return tuple(a for arguments in others for a in arguments if isinstance(a, str) and a not in constants)
+
+
+def _all_fixed(program: Program, operation: Operation) -> bool:
+    types = [_type(program, a) for arguments in operation.inputs.values() for a in arguments]
+    return all(tensor.is_fixed for tensor in (*types, *operation.outputs))
+
+
+def _at_run_time(program: Program, operation: Operation, kind: Kind, late: Sequence[str], bound: Step | None) -> Step:
+    """Returns a step that checks the size of its result first, and binds computed parameters at every run.
+
+    It takes the values of the operands and then those of `late`. `bound` is the step if nothing is left to bind.
+    """
+    constants = Constants(program)
+    names = [name for name in kind.operands for _ in operation.inputs.get(name, ())]
+
+    def step(*values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        operands, computed = values[: len(names)], dict(zip(late, values[len(names) :], strict=True))
+        p = Parameters(operation, constants, computed=computed)
+        if kind.grows:
+            shapes: Shapes = {}
+            for name, operand in zip(names, operands, strict=True):
+                shapes.setdefault(name, []).append(tuple(operand.shape))
+            for name, arguments in operation.inputs.items():
+                if name not in shapes:
+                    known = [computed.get(a) if isinstance(a, str) else None for a in arguments]
+                    shapes[name] = [
+                        _type(program, a).shape if tensor is None else tuple(tensor.shape)
+                        for a, tensor in zip(arguments, known, strict=True)
+                    ]
+            for shape in kind.grows(p, shapes):
+                if 4 * prod(shape) > MAX_BYTES:
+                    raise ValueError(f"the result must take at most {MAX_BYTES} bytes, got shape {list(shape)}")
+        result: Tensor | tuple[Tensor, ...] = (bound or kind.bind(p))(*operands)
+        return result
+
+    return step
 
 
 def _present(operation: Operation, name: str) -> tuple[Argument, ...]:
@@ -176,9 +240,9 @@ def _present(operation: Operation, name: str) -> tuple[Argument, ...]:
 
 def _check_types(operation: Operation) -> None:
     for output in operation.outputs:
-        if output.dtype not in TORCH_TYPES:
+        if output.dtype not in TORCH_TYPES and operation.kind not in UNTYPED:
             raise _error(operation, f"the result must be of type {', '.join(TORCH_TYPES)}, got {output.dtype}")
-    if not operation.outputs:
+    if not operation.outputs and operation.kind != WRITE_STATE:
         raise _error(operation, "it has no result")
 
 
@@ -202,24 +266,14 @@ def _error(operation: Operation, problem: str) -> PackageError:
     return PackageError(f"{operation.name} ({operation.kind}): {line}")
 
 
-MAX_BYTES = 2 * 2**30
+MAX_BYTES = 4 * 2**30
 """The limit in bytes for the constants, decoded to float32, and for the values alive at once.
 
-FastViTHD at 1024 px takes 0.5 GB and 0.4 GB."""
-
-SMALL_PADDING = 16
-"""The padding in elements that is always allowed, even with a smaller kernel."""
-
-Shapes = dict[str, list[Shape]]
-"""The shapes of an operation's operands, by parameter."""
+FastViTHD at 1024 px takes 0.5 GB and 0.4 GB, and the weights of a ViT-H 2.5 GB."""
 
 
 def check_memory(program: Program, live: Sequence[Operation], working_bytes: int) -> None:
-    """Raises PackageError if the `live` operations would take absurd memory or leave their shapes open."""
-    for operation in live:
-        for output in operation.outputs:
-            if not output.is_fixed and all(tensor.is_fixed for tensor in program.inputs):
-                raise PackageError(f"{output.name}: must have a fixed shape, got {output}")
+    """Raises PackageError if the `live` operations would take absurd memory."""
     used = {name for operation in live for name in operation.references}
     constants = [name for name in used if name in program.producers and program.producers[name].is_constant]
     constant_bytes = sum(4 * program.types[name].elements for name in constants if program.types[name].is_fixed)
@@ -227,7 +281,7 @@ def check_memory(program: Program, live: Sequence[Operation], working_bytes: int
         if count > MAX_BYTES:
             raise PackageError(
                 f"{program.path}: the {part} must take at most {MAX_BYTES} bytes, got {count}. "
-                "The package is damaged or not a FastVLM encoder."
+                "The package is damaged, or too large for the executor."
             )
 
 
@@ -235,111 +289,28 @@ def check_results(program: Program, live: Sequence[Operation]) -> None:
     """Raises PackageError unless the declared results that can grow follow from the declared operands."""
     constants = Constants(program)
     for operation in live:
-        if operation.outputs:
-            _check_result(program, operation, Parameters(operation, constants))
+        kind = KINDS.get(operation.kind)
+        if operation.outputs and kind and kind.grows and not _late_arguments(operation, kind, constants):
+            _check_result(program, operation, kind.grows, Parameters(operation, constants))
 
 
-def _check_result(program: Program, operation: Operation, p: Parameters) -> None:
-    expected_shape = _EXPECTED.get(operation.kind)
-    types = {name: [_type(program, argument) for argument in arguments] for name, arguments in operation.inputs.items()}
-    declared = operation.outputs[0]
-    if expected_shape is None or not all(t.is_fixed for group in types.values() for t in [*group, declared]):
+def _check_result(program: Program, operation: Operation, grows: Growth, p: Parameters) -> None:
+    if not _all_fixed(program, operation):
         return
+    shapes = {name: [_type(program, a).shape for a in arguments] for name, arguments in operation.inputs.items()}
     try:
-        expected = expected_shape(p, {name: [t.shape for t in group] for name, group in types.items()})
+        expected = grows(p, shapes)
     except (KeyError, IndexError):
         return  # an operand is missing, which binding reports
-    except (ValueError, ZeroDivisionError) as error:
-        raise PackageError(f"{operation.name} ({operation.kind}): {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise _error(operation, str(error)) from error
+    declared = operation.outputs[0]
     if expected and declared.shape not in expected:
         raise PackageError(f"{declared.name}: must be {declared}, got shape {list(expected[0])}")
 
 
 def _type(program: Program, argument: Argument) -> TensorType:
     return argument.type if isinstance(argument, Value) else program.types[argument]
-
-
-def _broadcast(p: Parameters, shapes: Shapes) -> list[Shape]:
-    return [np.broadcast_shapes(shapes["x"][0], shapes["y"][0])]
-
-
-def _matmul(p: Parameters, shapes: Shapes) -> list[Shape]:
-    x, y = shapes["x"][0], shapes["y"][0]
-    if len(x) < 2 or len(y) < 2:
-        return [p.output.shape]  # the result of a vector is smaller than the operands
-    rows = x[-1] if p.integer("transpose_x", 0) else x[-2]
-    columns = y[-2] if p.integer("transpose_y", 0) else y[-1]
-    return [(*np.broadcast_shapes(x[:-2], y[:-2]), rows, columns)]
-
-
-def _linear(p: Parameters, shapes: Shapes) -> list[Shape]:
-    return [(*shapes["x"][0][:-1], shapes["weight"][0][0])]
-
-
-def _concat(p: Parameters, shapes: Shapes) -> list[Shape]:
-    values, axis = shapes["values"], p.integer("axis")
-    joined = list(values[0])
-    joined[axis] = sum(shape[axis] for shape in values)
-    return [tuple(joined)]
-
-
-def _scaled(p: Parameters, shapes: Shapes) -> list[Shape]:
-    data = shapes["input"][0]
-    for name in ("scale", "zero_point"):
-        for shape in shapes.get(name, ()):
-            if shape and shape != (data[p.integer("axis", 0)],):
-                raise ValueError(f"{name} must be a scalar or one value along the axis, got {list(shape)}")
-    return [data]
-
-
-def _conv(p: Parameters, shapes: Shapes) -> list[Shape]:
-    (batch, _, *grid), (channels, _, *kernel) = shapes["x"][0], shapes["weight"][0]
-    return [(batch, channels, *sizes) for sizes in _grids(p, grid, kernel)]
-
-
-def _pool(p: Parameters, shapes: Shapes) -> list[Shape]:
-    batch, channels, *grid = shapes["x"][0]
-    return [(batch, channels, *sizes) for sizes in _grids(p, grid, p.integers("kernel_sizes"))]
-
-
-def _grids(p: Parameters, grid: Sequence[int], kernel: Sequence[int]) -> list[Shape]:
-    """Returns the output grids without and with a partial last window (`ceil_mode`), or none if binding will fail."""
-    axes = len(kernel)
-    strides, dilations = p.integers("strides", [1] * axes), p.integers("dilations", [1] * axes)
-    kind = p.text("pad_type", "valid").lower()
-    if kind.startswith("same"):
-        return [tuple(-(-size // stride) for size, stride in zip(grid, strides, strict=True))]
-    pad = p.integers("pad", [0] * 2 * axes) if kind == "custom" else (0,) * 2 * axes
-    if not axes == len(grid) == len(strides) == len(dilations) == len(pad) / 2 or kind not in ("valid", "custom"):
-        return []
-    spans = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
-    if any(
-        amount < 0 or amount > max(span, SMALL_PADDING) for amount, span in zip(pad, np.repeat(spans, 2), strict=True)
-    ):
-        raise ValueError(f"paddings must be at most the kernel's spans {spans}, got {list(pad)}")
-    room = [
-        size + before + after - span for size, before, after, span in zip(grid, pad[::2], pad[1::2], spans, strict=True)
-    ]
-    whole = tuple(left // stride + 1 for left, stride in zip(room, strides, strict=True))
-    cut = tuple(-(-left // stride) + 1 for left, stride in zip(room, strides, strict=True))
-    return [whole, cut]
-
-
-_EXPECTED: dict[str, Callable[[Parameters, Shapes], list[Shape]]] = {
-    "add": _broadcast,
-    "avg_pool": _pool,
-    "concat": _concat,
-    "conv": _conv,
-    "dequantize": _scaled,
-    "linear": _linear,
-    "matmul": _matmul,
-    "max_pool": _pool,
-    "mul": _broadcast,
-    "pow": _broadcast,
-    "quantize": _scaled,
-    "real_div": _broadcast,
-    "sub": _broadcast,
-}
 
 
 FEED_FORWARD, FEED_FORWARD_ADD, ATTENTION = "fused feed-forward", "fused feed-forward + add", "fused attention"
@@ -471,6 +442,8 @@ class _Finder:
     def _is_pointwise(self, operation: Operation) -> bool:
         if operation.kind != "conv" or any(len(operation.inputs.get(name, ())) != 1 for name in ("x", "weight")):
             return False
+        if _late_arguments(operation, KINDS["conv"], self.constants):
+            return False
         (weight,) = operation.inputs["weight"]
         type = weight.type if isinstance(weight, Value) else self.types[weight]
         given = self._parameters(operation)
@@ -488,6 +461,8 @@ class _Finder:
         """Returns True for a product of two computed matrices (B, heads, ., .) with these transpose_x, transpose_y."""
         operands = [a for name in ("x", "y") for a in operation.inputs.get(name, ())]
         if operation.kind != "matmul" or len(operands) != 2:
+            return False
+        if _late_arguments(operation, KINDS["matmul"], self.constants):
             return False
         given = self._parameters(operation)
         return (given.integer("transpose_x", 0), given.integer("transpose_y", 0)) == transposed and all(

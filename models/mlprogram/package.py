@@ -37,7 +37,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import MachineError, PackageError
 from ..files import is_file
-from .program import BITS, FLEXIBLE, NUMPY_TYPES, Argument, Operation, Program, TensorType, Value
+from .program import BITS, FLEXIBLE, NUMPY_TYPES, Argument, Feature, Operation, Program, TensorType, Value
 
 MAX_MANIFEST_BYTES = 1 << 20
 """The largest Manifest.json that is read, in bytes. Core ML's takes under 1 kB."""
@@ -64,12 +64,13 @@ BlobReader = Callable[[str, TensorType, int], Value]
 """(file name as the program writes it, type, offset in bytes) -> value."""
 
 
-def read_package(path: str | Path) -> Program:
-    """Returns the ML Program saved in the folder `path`. Weights stay on disk until they are used.
+def read_package(path: str | Path, function_name: str | None = None) -> Program:
+    """Returns a function of the ML Program saved in the folder `path`. Weights stay on disk until they are used.
+
+    The default is the package's own default function, `main` in nearly all packages.
 
     Raises:
-        PackageError: the folder is not a package, is incomplete or damaged, or has no ML Program with one function
-            `main`.
+        PackageError: the folder is not a package, is incomplete or damaged, or has no ML Program or no such function.
         MachineError: coremltools is not installed.
     """
     path = Path(path)
@@ -82,7 +83,7 @@ def read_package(path: str | Path) -> Program:
     root = path.resolve()
     model_path = _root_model(root)
     model = _parse(model_path)
-    return _Reader(root, model_path, model).program(path)
+    return _Reader(root, model_path, model).program(path, function_name)
 
 
 def model_class() -> Any:
@@ -150,10 +151,19 @@ def _parse(path: Path) -> Any:
         raise PackageError(f"{path}: is truncated or not a Core ML model") from error
     found = message.WhichOneof("Type")
     if found != "mlProgram":
-        raise PackageError(
-            f"{path}: must be an mlProgram, got {found}. Convert with minimum_deployment_target iOS16 or later."
-        )
+        raise PackageError(f"{path}: must be an mlProgram, got {found}. {_OTHER_TYPES.get(found, _OLD_TYPE)}")
     return message
+
+
+_OLD_TYPE = "Convert the model with convert_to='mlprogram', from its source."
+_OTHER_TYPES = {
+    **dict.fromkeys(
+        ("pipeline", "pipelineClassifier", "pipelineRegressor"), "A pipeline cannot be run: pass one of its models."
+    ),
+    "neuralNetwork": f"This is the older neural network format. {_OLD_TYPE}",
+    "neuralNetworkClassifier": f"This is the older neural network format. {_OLD_TYPE}",
+}
+"""The advice for models that are not ML Programs, by type."""
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
@@ -189,36 +199,47 @@ class _Reader:
         self.blobs: dict[str, BlobFile] = {}
         self.known: dict[str, TensorType] = {}
 
-    def program(self, path: Path) -> Program:
-        function = self._main()
+    def program(self, path: Path, function_name: str | None) -> Program:
+        name, description = self._function(function_name)
+        function = self.model.mlProgram.functions[name]
+        if function.opset not in function.block_specializations:
+            raise self._error(
+                f"must have a block for opset {function.opset!r}, got {sorted(function.block_specializations)}"
+            )
         block = function.block_specializations[function.opset]
         if len(block.operations) > MAX_OPERATIONS:
             raise self._error(f"must have at most {MAX_OPERATIONS} operations, got {len(block.operations)}")
-        inputs = tuple(self._define(item) for item in function.inputs)
+        parameters = [(item.type.WhichOneof("type"), self._define(item)) for item in function.inputs]
+        inputs = tuple(tensor for kind, tensor in parameters if kind != "stateType")
         operations = tuple(self._operation(item) for item in block.operations)
         outputs = tuple(self._lookup(name, "the outputs") for name in block.outputs)
-        description = self.model.description
         self._check_interface("input", description.input, inputs)
         self._check_interface("output", description.output, outputs)
+        features = {item.name: _feature(item) for item in (*description.input, *description.output)}
         return Program(
             inputs=inputs,
             outputs=outputs,
             operations=operations,
             spec_version=self.model.specificationVersion,
             opset=function.opset,
-            metadata=_metadata(description.metadata),
+            metadata=_metadata(self.model.description.metadata),
             path=path,
-            image_inputs={item.name: _color_layout(item) for item in description.input if _color_layout(item)},
+            image_inputs={tensor.name: features[tensor.name].color for tensor in inputs if features[tensor.name].color},
+            states=tuple(tensor for kind, tensor in parameters if kind == "stateType"),
+            features=features,
+            functions=tuple(sorted(self.model.mlProgram.functions)),
         )
 
-    def _main(self) -> Any:
-        functions = self.model.mlProgram.functions
-        if list(functions) != ["main"]:
-            raise self._error(f"must have one function, main, got {sorted(functions)}")
-        main = functions["main"]
-        if main.opset not in main.block_specializations:
-            raise self._error(f"must have a block for opset {main.opset!r}, got {sorted(main.block_specializations)}")
-        return main
+    def _function(self, wanted: str | None) -> tuple[str, Any]:
+        """Returns the name of the wanted or default function, and its description."""
+        names, description = sorted(self.model.mlProgram.functions), self.model.description
+        name = wanted or description.defaultFunctionName or ("main" if "main" in names or len(names) != 1 else names[0])
+        if name not in names:
+            raise PackageError(
+                f"{self.root}: function_name must be one of {', '.join(names)} (got {name!r})", "function_name"
+            )
+        described = {item.name: item for item in description.functions}
+        return name, described.get(name, description)
 
     def _operation(self, message: Any) -> Operation:
         for text in (message.type, *message.inputs, *message.attributes, *(output.name for output in message.outputs)):
@@ -230,7 +251,8 @@ class _Reader:
             self._check_text(name)
         if message.blocks:
             raise self._error(
-                f"operation {name} ({message.type}) has inner blocks. Only straight-line programs can be read."
+                f"operation {name} ({message.type}) has inner blocks. Only programs without loops and branches can be "
+                "read. Run this one with Core ML on a Mac."
             )
         inputs = {key: self._arguments(f"{name}.{key}", item.arguments) for key, item in message.inputs.items()}
         attributes = {k: self._value(f"{name}.{k}", v) for k, v in message.attributes.items() if k != "name"}
@@ -286,20 +308,53 @@ def _metadata(message: Any) -> dict[str, str]:
     return {**{key: text for key, text in texts.items() if text}, **dict(message.userDefined)}
 
 
-def _color_layout(feature: Any) -> str:
-    if feature.type.WhichOneof("Type") != "imageType":
-        return ""
-    image = feature.type.imageType
-    return image.DESCRIPTOR.fields_by_name["colorSpace"].enum_type.values_by_number[image.colorSpace].name
+def _feature(message: Any) -> Feature:
+    """Returns the description of an input or output."""
+    type = message.type
+    if type.WhichOneof("Type") == "imageType":
+        return _image_feature(type.imageType)
+    array = type.multiArrayType
+    default = array.WhichOneof("defaultOptionalValue") if type.isOptional else None
+    listed_shapes = array.WhichOneof("ShapeFlexibility") == "enumeratedShapes"
+    return Feature(
+        bounds=tuple(map(_bounds, array.shapeRange.sizeRanges)),
+        shapes=tuple(tuple(shape.shape) for shape in array.enumeratedShapes.shapes) if listed_shapes else (),
+        default=float(getattr(array, default)) if default else 0.0 if type.isOptional else None,
+        shape=tuple(array.shape),
+    )
+
+
+def _image_feature(image: Any) -> Feature:
+    color = image.DESCRIPTOR.fields_by_name["colorSpace"].enum_type.values_by_number[image.colorSpace].name
+    flexibility = image.WhichOneof("SizeFlexibility")
+    if flexibility == "enumeratedSizes":
+        return Feature(color, shapes=tuple((size.height, size.width) for size in image.enumeratedSizes.sizes))
+    if flexibility == "imageSizeRange":
+        return Feature(color, (_bounds(image.imageSizeRange.heightRange), _bounds(image.imageSizeRange.widthRange)))
+    return Feature(color, tuple((size, size) for size in (image.height, image.width)))
+
+
+def _bounds(limits: Any) -> tuple[int, int]:
+    return limits.lowerBound, limits.upperBound if limits.upperBound >= 0 else FLEXIBLE
 
 
 def _decode_type(name: str, message: Any) -> TensorType:
-    """Returns the type of `name` from a protobuf `ValueType`.
+    """Returns the type of `name` from a protobuf `ValueType`. A state has the type of its tensor.
+
+    A list of scalars with a fixed length, such as the labels of a classifier, is a vector. The probabilities of a
+    classifier are of type "dictionary".
 
     Raises:
         PackageError: not a tensor, an unknown data type, or a rank that disagrees with the dimensions.
     """
     found = message.WhichOneof("type")
+    if found == "stateType":
+        return _decode_type(name, message.stateType.wrappedType)
+    if found == "dictionaryType":
+        return TensorType(name, "dictionary", ())
+    if found == "listType":
+        item = _decode_type(name, message.listType.type)
+        return TensorType(name, item.dtype, (_size(message.listType.length), *item.shape))
     if found != "tensorType":
         raise PackageError(f"{name}: must be a tensor, got {found or 'no type'}")
     tensor = message.tensorType
@@ -328,13 +383,27 @@ def _decode_value(name: str, message: Any, read_blob: BlobReader) -> Value:
         PackageError: the type, the number of elements or their range differs from the declared one.
     """
     type = _decode_type(name, message.type)
-    if not type.is_fixed:
-        raise PackageError(f"{name}: a constant must have a fixed shape, got {type}")
+    if not type.is_fixed or type.dtype == "dictionary":
+        raise PackageError(f"{name}: a constant must be a tensor of a fixed shape, got {type}")
     if message.WhichOneof("value") == "blobFileValue":
         return read_blob(message.blobFileValue.fileName, type, message.blobFileValue.offset)
-    if message.immediateValue.WhichOneof("value") != "tensor":
-        raise PackageError(f"{name}: must be a tensor value, got {message.immediateValue.WhichOneof('value')}")
+    found = message.immediateValue.WhichOneof("value")
+    if found == "list" and type.rank == 1:
+        return Value(type, _list(type, message.immediateValue.list.values, read_blob))
+    if found != "tensor":
+        raise PackageError(f"{name}: must be a tensor value, got {found}")
     return Value(type, _immediate(type, message.immediateValue.tensor))
+
+
+def _list(type: TensorType, values: Any, read_blob: BlobReader) -> np.ndarray:
+    """Returns a list of scalars as a vector."""
+    items = [_decode_value(type.name, value, read_blob) for value in values]
+    if len(items) != type.elements or any((i.type.dtype, i.type.shape) != (type.dtype, ()) for i in items):
+        raise PackageError(f"{type.name}: must be a list of {type.elements} scalars of {type.dtype}, got {len(items)}")
+    texts = [item.array().item() for item in items]
+    if type.dtype == "string" and len(texts) * max(map(len, texts), default=0) > MAX_CHARACTERS:
+        raise PackageError(f"{type.name}: must have at most {MAX_CHARACTERS} characters, got more")
+    return np.array(texts, dtype=np.str_ if type.dtype == "string" else NUMPY_TYPES[type.dtype])
 
 
 def _immediate(type: TensorType, tensor: Any) -> np.ndarray:

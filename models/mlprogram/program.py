@@ -6,7 +6,7 @@ Every object is frozen. Values in `weights/weight.bin` are views of a memory map
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -126,12 +126,51 @@ class Operation:
         return {**self.attributes, **literal}
 
 
+@dataclass(frozen=True)
+class Feature:
+    """The description of an input or output for the model's user, where it says more than the program's type.
+
+    Attributes:
+        color: the color layout of an image ("RGB", "BGR", "GRAYSCALE", "GRAYSCALE_FLOAT16"), else an empty string.
+        bounds: the smallest and largest size of each axis (no largest: `FLEXIBLE`), or empty. For an image the axes
+            are height and width.
+        shapes: the allowed shapes, if they are listed, or empty. For an image each is (height, width).
+        default: the value of an optional input that is left out, else None.
+        shape: the shape of an array that is left out.
+    """
+
+    color: str = ""
+    bounds: tuple[tuple[int, int], ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    default: float | None = None
+    shape: Shape = ()
+
+    def allows(self, shape: Shape) -> bool:
+        """Returns True if the description allows an array, or an image of (height, width), of `shape`."""
+        if self.shapes:
+            return shape in self.shapes
+        if not self.bounds:
+            return True
+        return len(shape) == len(self.bounds) and all(
+            low <= size and (high == FLEXIBLE or size <= high)
+            for size, (low, high) in zip(shape, self.bounds, strict=True)
+        )
+
+    def sizes(self) -> str:
+        """Returns the allowed sizes as text: "1 x 3 x 16 to 64", or "1 x 8 or 1 x 16"."""
+        if self.shapes:
+            return " or ".join(" x ".join(map(str, shape)) for shape in self.shapes)
+        ends = [f"{low} or more" if high == FLEXIBLE else f"{low} to {high}" for low, high in self.bounds]
+        return " x ".join(str(low) if low == high else end for end, (low, high) in zip(ends, self.bounds, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The `main` function of a saved ML Program, in execution order.
+    """One function of a saved ML Program, in execution order.
 
     `image_inputs` maps the inputs declared as images to their color layout ("RGB"). Their values are 0..255, NCHW.
-    `metadata` has the author's texts and coremltools' versions.
+    `metadata` has the author's texts and coremltools' versions. `states` keep their values between runs. `features`
+    describes inputs and outputs by name. `functions` lists the names of all functions in the package.
     """
 
     inputs: tuple[TensorType, ...]
@@ -142,6 +181,9 @@ class Program:
     metadata: dict[str, str]
     path: Path
     image_inputs: dict[str, str]
+    states: tuple[TensorType, ...] = ()
+    features: dict[str, Feature] = field(default_factory=dict)
+    functions: tuple[str, ...] = ("main",)
 
     @cached_property
     def producers(self) -> dict[str, Operation]:
@@ -150,9 +192,9 @@ class Program:
 
     @cached_property
     def types(self) -> dict[str, TensorType]:
-        """The type of every input and result, by name."""
+        """The type of every input, state and result, by name."""
         results = {output.name: output for operation in self.operations for output in operation.outputs}
-        return {**{tensor.name: tensor for tensor in self.inputs}, **results}
+        return {**{tensor.name: tensor for tensor in (*self.inputs, *self.states)}, **results}
 
 
 def inputs_for(program: Program, pixel_values: np.ndarray) -> dict[str, np.ndarray]:

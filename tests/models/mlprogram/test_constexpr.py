@@ -250,3 +250,81 @@ def test_contradicting_parameters_are_one_error(
     damaged = edit(save_program(make, {"x": (4, 3)}), change)
     with pytest.raises(PackageError, match="vector along axis 1 of \\(4, 3\\), got shape \\(4,\\)"):
         only_constexpr(read_package(damaged))
+
+
+def only_dense(program: Program) -> np.ndarray:
+    (operation,) = [o for o in program.operations if o.kind == "constexpr_sparse_to_dense"]
+    return Constants(program).decode(operation)
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "int8"])
+@pytest.mark.parametrize("offset", [False, True])
+def test_sparse_and_quantized_constant_follows_its_formula(
+    save_program: Callable[..., Path], ct: ModuleType, name: str, offset: bool
+) -> None:
+    from coremltools.converters.mil.mil import types
+
+    dtype = types.nptype_from_builtin(types.string_to_builtin(name))
+    bit = types.nptype_from_builtin(types.string_to_builtin("uint1"))
+    mask = RNG.integers(0, 2, size=(4, 6))
+    data = RNG.integers(0, 8, size=(4, 6))
+    scale = (RNG.random((2, 3)) + 0.1).astype(np.float32)
+    shift = RNG.integers(0, 8, size=(2, 3))
+
+    def build(mb: Any) -> Any:
+        given = {"offset": shift.astype(dtype)} if offset else {}
+        kept, values = mb.constexpr_sparse_blockwise_shift_scale(
+            data_mask=mask.astype(bit), nonzero_data=data[mask != 0].astype(dtype), scale=scale, **given
+        )
+        return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=kept)
+
+    found = only_dense(read_package(save_program(adding(build), {"x": (4, 6)}, target="iOS18")))
+    wide = [np.kron(part, np.ones((2, 2))) for part in (scale.astype(np.float64), shift)]
+    expected = np.where(mask, wide[0] * (data - (wide[1] if offset else 0)), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("vector", [1, 2])
+def test_sparse_palette_follows_its_formula(save_program: Callable[..., Path], ct: ModuleType, vector: int) -> None:
+    from coremltools.converters.mil.mil import types
+
+    bit, two = (types.nptype_from_builtin(types.string_to_builtin(name)) for name in ("uint1", "uint2"))
+    mask, indices = RNG.integers(0, 2, size=(4, 6)), RNG.integers(0, 4, size=(4, 6))
+    lut = RNG.normal(size=(1, 1, 4, vector)).astype(np.float32)
+
+    def build(mb: Any) -> Any:
+        kept, values = mb.constexpr_lut_to_sparse(
+            indices_mask=mask.astype(bit), indices_nonzero_data=indices[mask != 0].astype(two), lut=lut, vector_axis=0
+        )
+        return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=kept)
+
+    shape = (4 * vector, 6)
+    found = only_dense(read_package(save_program(adding(build), {"x": shape}, target="iOS18")))
+    for row, column in np.ndindex(shape):
+        place = (row // vector, column)
+        assert found[row, column] == (lut[0, 0, indices[place], row % vector] if mask[place] else 0)
+
+
+@pytest.mark.parametrize("scheme_name", ["quantized", "palette"])
+def test_jointly_compressed_weights_are_coremltools_own(
+    save_program: Callable[..., Path], ct: ModuleType, scheme_name: str
+) -> None:
+    weight = RNG.normal(size=(32, 64, 1, 1)).astype(np.float32)
+    c = ct.optimize.coreml
+
+    def compress(model: Any) -> Any:
+        prune = c.OptimizationConfig(global_config=c.OpMagnitudePrunerConfig(target_sparsity=0.5, weight_threshold=1))
+        pruned = c.prune_weights(model, prune)
+        if scheme_name == "quantized":
+            linear = c.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=1)
+            return c.linear_quantize_weights(pruned, c.OptimizationConfig(global_config=linear), joint_compression=True)
+        uniform = c.OpPalettizerConfig(mode="uniform", nbits=4, weight_threshold=1)
+        return c.palettize_weights(pruned, c.OptimizationConfig(global_config=uniform), joint_compression=True)
+
+    path = save_program(
+        lambda mb, x: mb.conv(x=x, weight=weight), {"x": (1, 64, 2, 2)}, target="iOS18", half=True, compress=compress
+    )
+    found = only_dense(read_package(path))
+    restored = c.get_weights_metadata(c.decompress_weights(ct.models.MLModel(str(path), skip_model_load=True)), 1)
+    (expected,) = [w.val for w in restored.values() if w.val.shape == weight.shape]
+    np.testing.assert_array_equal(found, expected)

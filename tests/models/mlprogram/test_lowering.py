@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fastvlm.models.errors import PackageError
 from fastvlm.models.mlprogram import Constants, Operation, Program, TensorType, Value, lowering, read_package
+from fastvlm.models.mlprogram import executor as executor_module
 from fastvlm.models.mlprogram.binding import Parameters
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.mlprogram.lowering import ATTENTION, FEED_FORWARD, FEED_FORWARD_ADD, FUSED_KINDS, MAX_BYTES, lower
@@ -126,13 +127,15 @@ def test_dead_operations_are_dropped(save_program: Callable[..., Path]) -> None:
     assert set(executor.ranges) == {"x", "alive"}
 
 
-def test_unknown_operation_is_listed_with_those_supported(
+def test_all_unsupported_kinds_are_listed(
     small_package: Path, edit: Callable[..., Path], block_of: Callable[[Any], Any]
 ) -> None:
     def change(model: Any) -> None:
-        next(o for o in block_of(model).operations if o.type == "gelu").type = "topk"
+        for operation in block_of(model).operations:
+            operation.type = {"gelu": "random_normal", "conv": "affine"}.get(operation.type, operation.type)
 
-    with pytest.raises(PackageError, match=r"act\S*: .*'topk'.*add, .*transpose") as caught:
+    kinds = r"3 of 5 operations are of kinds that cannot be run: affine \(2\), random_normal \(1\)\. Run"
+    with pytest.raises(PackageError, match=kinds) as caught:
         Executor(edit(small_package, change))
     assert "\n" not in str(caught.value)
 
@@ -175,7 +178,7 @@ def test_small_program_is_accepted(small_package: Path) -> None:
     Executor(small_package).run({"x": np.zeros((1, 8, 6, 6), np.float32)})
 
 
-def test_paddings_beyond_the_kernel_are_refused(save_program: Callable[..., Path], edit: Edit, block_of: Any) -> None:
+def test_absurd_paddings_are_refused(save_program: Callable[..., Path], edit: Edit, block_of: Any) -> None:
     def build(mb: Any, x: Any) -> Any:
         return mb.conv(x=x, weight=np.ones((2, 2, 3, 3)), pad_type="custom", pad=[1, 1, 1, 1])
 
@@ -185,7 +188,7 @@ def test_paddings_beyond_the_kernel_are_refused(save_program: Callable[..., Path
     def change(model: Any) -> None:
         constant(block_of(model), "pad").immediateValue.tensor.ints.values[0] = 2**30
 
-    with pytest.raises(PackageError, match=r"conv.*paddings must be at most the kernel's spans \[3, 3\]"):
+    with pytest.raises(PackageError, match=r"conv.*padded input must have at most"):
         Executor(edit(package, change))
 
 
@@ -211,18 +214,33 @@ def test_values_of_absurd_size_are_refused(small_package: Path, edit: Edit, bloc
     def change(model: Any) -> None:
         operation(block_of(model), "gelu").outputs[0].type.tensorType.dimensions[0].constant.size = 2**34
 
-    with pytest.raises(PackageError, match=rf"values must take at most {MAX_BYTES} bytes|got shape"):
+    with pytest.raises(PackageError, match=rf"values must take at most {MAX_BYTES} bytes|got shape|padded input"):
         Executor(edit(small_package, change))
 
 
-def test_open_shape_with_fixed_inputs_is_refused(small_package: Path, edit: Edit, block_of: Any) -> None:
-    def change(model: Any) -> None:
-        dimension = operation(block_of(model), "gelu").outputs[0].type.tensorType.dimensions[0]
-        dimension.ClearField("constant")
-        dimension.unknown.variadic = False
+def test_computed_sizes_are_checked_before_memory_is_allocated(save_program: Callable[..., Path]) -> None:
+    path = save_program(lambda mb, x: mb.fill(shape=x, value=1.0), {"x": (2,)}, dtype="int32")
+    executor = Executor(path)
+    (found,) = executor.run({"x": np.array([2, 3], np.int32)}).values()
+    np.testing.assert_array_equal(found, np.ones((2, 3)))
+    with pytest.raises(
+        PackageError, match=rf"result must take at most {MAX_BYTES} bytes, got shape \[1048576, 1048576\]"
+    ):
+        executor.run({"x": np.array([2**20, 2**20], np.int32)})
 
-    with pytest.raises(PackageError, match="must have a fixed shape"):
-        Executor(edit(small_package, change))
+
+def test_open_values_alive_at_once_are_bounded(
+    save_program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(mb: Any, x: Any) -> Any:
+        parts = [mb.fill(shape=x, value=float(i)) for i in range(4)]
+        return [mb.identity(x=part) for part in parts]
+
+    executor = Executor(save_program(build, {"x": (1,)}, dtype="int32"))
+    monkeypatch.setattr(executor_module, "MAX_BYTES", 10_000)
+    executor.run({"x": np.array([100], np.int32)})
+    with pytest.raises(PackageError, match="values must take at most 10000 bytes"):
+        executor.run({"x": np.array([1000], np.int32)})
 
 
 def test_too_many_operations_are_refused(small_package: Path, edit: Edit, block_of: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every operation of the executor, compared with numpy in float64."""
+"""The operations of FastViTHD in one saved package, compared with numpy in float64, and damaged parameters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.errors import PackageError
-from fastvlm.models.mlprogram import model_class, ops, read_package
+from fastvlm.models.mlprogram import model_class, read_package
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.mlprogram.ops import KINDS
 
@@ -322,8 +321,8 @@ def test_operation_agrees_with_numpy(
     assert np.abs(found - expected).max() <= tolerance("op_float32") * max(np.abs(expected).max(), 1)
 
 
-def test_every_kind_is_covered() -> None:
-    assert {name.split("__")[0] for name in CASES} == set(KINDS)
+def test_every_case_is_of_a_kind() -> None:
+    assert {name.split("__")[0] for name in CASES} <= set(KINDS)
 
 
 def test_ceil_mode_pool_averages_only_existing_values(save_program: Callable[..., Path]) -> None:
@@ -367,20 +366,3 @@ def test_any_integer_parameter_runs_or_raises_one_error(
         assert "\n" not in str(error)
     else:
         assert set(found) == {f"case_{name}" for name in CASES}
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_products_with_and_without_onednn_agree(
-    gelu: bool, has_bias: bool, monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float]
-) -> None:
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(35, 16), torch.randn(48, 16), torch.randn(48) if has_bias else None
-    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    expected = torch.nn.functional.gelu(expected) if gelu else expected
-    for packs in {ops._packs(), False}:
-        monkeypatch.setattr(ops, "_packs", lambda packs=packs: packs)
-        found = ops.dense(weight, bias, gelu)(x)
-        torch.testing.assert_close(
-            found.double(), expected, atol=tolerance("op_float32") * float(expected.abs().max()), rtol=0
-        )

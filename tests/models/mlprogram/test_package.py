@@ -156,14 +156,14 @@ def _rename_input(model: Any) -> None:
     model.description.input[0].name = "pixels"
 
 
-def _two_functions(model: Any) -> None:
-    model.mlProgram.functions["other"].CopyFrom(model.mlProgram.functions["main"])
+def _another_default(model: Any) -> None:
+    model.description.defaultFunctionName = "other"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_two_functions, "must have one function, main, got \\['main', 'other'\\]"),
+        (_another_default, r"function_name must be one of main \(got 'other'\)"),
         (_drop_block, "block for opset 'CoreML99'"),
         (_another_type, "must be an mlProgram, got neuralNetwork"),
         (_rename_input, r"description has inputs \['pixels'\], the program \['x'\]"),
@@ -222,7 +222,7 @@ def _name_of_two_lines(block: Any) -> None:
 
 
 def _not_a_tensor(block: Any) -> None:
-    block.operations[-1].outputs[0].type.stateType.SetInParent()
+    block.operations[-1].outputs[0].type.tupleType.SetInParent()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def _not_a_tensor(block: Any) -> None:
         (_unknown_type, "data type must be .*, got FLOAT8E4M3FN"),
         (_inner_block, "inner blocks"),
         (_name_of_two_lines, r"printable characters, got 'two\\nlines'"),
-        (_not_a_tensor, "must be a tensor, got stateType"),
+        (_not_a_tensor, "must be a tensor, got tupleType"),
     ],
 )
 def test_broken_graph_is_refused(
