@@ -13,6 +13,8 @@ OPTIONS = {
     "model": "MODEL",
     "model_id": "ID",
     "schema": "--json-schema",
+    "stop_timeout_s": "--stop-timeout",
+    "timeout_s": "--timeout",
     "zipped": "--zip",
 }
 """The option of an argument, where it is not the argument's name with dashes."""

@@ -25,6 +25,7 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .interrupt import Interrupted, asked_to_stop, listen, stop_listening
 from .progress import one_line
+from .serve import serve_command
 from .verify import verify_command
 
 
@@ -85,6 +86,7 @@ for command in (
     export_command,
     generate_command,
     chat_command,
+    serve_command,
     caption_command,
     eval_command,
     bench_command,

@@ -63,11 +63,15 @@ BICUBIC_SUPPORT = 2.0
 """The radius of the bicubic kernel, in output pixels."""
 
 
-def open_images(images: Sequence[ImageSource]) -> tuple[Image.Image, ...]:
-    """Opens several images, which together may be as large as one. Raises ImageError as `open_image` does."""
+def open_images(images: Sequence[ImageSource], max_pixels: int | None = None) -> tuple[Image.Image, ...]:
+    """Opens several images, which together have at most `max_pixels`. Raises ImageError as `open_image` does.
+
+    The default is `MAX_PIXELS`.
+    """
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     opened: list[Image.Image] = []
     for image in images:
-        opened.append(open_image(image, MAX_PIXELS - sum(one.width * one.height for one in opened)))
+        opened.append(open_image(image, limit - sum(one.width * one.height for one in opened)))
     return tuple(opened)
 
 
@@ -250,8 +254,8 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         )
     if width * height > max_pixels:
         raise ImageError(
-            f"{name} ({width} x {height} pixels) is too large together with the other images: all must have at most "
-            f"{MAX_PIXELS} pixels. Scale them down."
+            f"{name} ({width} x {height} pixels) is too large together with the other images: must have at most "
+            f"{max_pixels} pixels. Scale them down."
         )
     if image.format == "TIFF":
         silence_libtiff()

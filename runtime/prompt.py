@@ -15,6 +15,9 @@ from ..models.errors import ConfigError, PromptError
 from ..models.tokenizer_files import IMAGE_TOKEN, training_prompt
 from .tokenizer import Tokenizer
 
+RAW = "raw"
+"""The role of a message that is the whole prompt by itself, without a chat template."""
+
 PLACEHOLDER = re.compile("\ue000([0-9]{1,6})\ue001")
 """The placeholder of a message's text: its index between private-use characters, which templates do not use."""
 
@@ -24,6 +27,7 @@ class Message:
     """One message of a chat.
 
     Its `image_count` images are placed at the `<image>` marks in `content`, or before the text if it has none.
+    A message of the role `raw` is the whole prompt, which no template surrounds.
     """
 
     role: str
@@ -87,7 +91,8 @@ class PromptEncoder:
             {"role": message.role, "content": f"\ue000{index}\ue001"} for index, message in enumerate(messages)
         ]
         try:
-            rendered = self._render(placeholders)
+            raw = [message.role for message in messages] == [RAW]
+            rendered = placeholders[0]["content"] if raw else self._render(placeholders)
         except PromptError:
             raise
         except Exception as reason:  # a template is a program and can raise anything

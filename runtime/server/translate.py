@@ -1,0 +1,234 @@
+"""Between the protocol and the engine: a client's body becomes a request, and an answer a client's body."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from ...models.images import Fit
+from ...models.tokenizer_files import IMAGE_TOKEN
+from ..generate import Generation, GenerationOptions, options_from
+from ..prompt import RAW, Message
+from ..request import Request
+from ..sampling import SamplingOptions
+from ..timings import LapClock
+from .errors import ApiError
+from .images import ImageReader
+from .protocol import (
+    AnswerMessage,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    ChunkChoice,
+    Completion,
+    CompletionRequest,
+    Delta,
+    FinishReason,
+    ImagePart,
+    PromptTokensDetails,
+    TextChoice,
+    TextPart,
+    Timings,
+    Usage,
+)
+from .settings import Settings
+
+MAX_TOKEN_CHARACTERS = 128
+"""The longest token of Qwen2's vocabulary, 128 blanks. A text with more characters per position cannot fit."""
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A request for the engine, and the time that its images took, which the engine does not see."""
+
+    request: Request
+    preprocess_ms: float
+
+
+def chat_request(body: ChatRequest, settings: Settings, reader: ImageReader, fit: Fit, max_context: int) -> Translated:
+    """Returns the request of a conversation, with its images as squares. `fit` and `max_context` are the model's.
+
+    Raises:
+        ApiError: there are too many images, or an option is not supported.
+        ImageError: an image cannot be read.
+        UsageError: an option is out of range.
+    """
+    urls: list[str] = []
+    messages = [_message(message, urls) for message in body.messages]
+    _check_length(sum(len(message.content) for message in messages), "messages", max_context)
+    if len(urls) > settings.max_images:
+        raise ApiError(
+            400,
+            f"messages must have at most {settings.max_images} images (got {len(urls)})",
+            param="messages",
+            code="too_many_images",
+        )
+    options = _options(body, body.max_completion_tokens or body.max_tokens, settings)
+    fit = body.fit or fit
+    clock = LapClock()
+    contents = [reader.read(url) for url in urls]
+    open_ms = clock.lap_ms()
+    squares, decode_ms, preprocess_ms = reader.squares(contents, fit)
+    return Translated(Request(squares, tuple(messages), fit, options, open_ms + decode_ms), preprocess_ms)
+
+
+def completion_request(
+    body: CompletionRequest, settings: Settings, vocabulary_rows: int, max_context: int
+) -> Translated:
+    """Returns the request of a text to continue, or of its ids, which must be less than `vocabulary_rows`.
+
+    Raises:
+        ApiError: an id is not one of the model's.
+        UsageError: an option is out of range.
+    """
+    prompt: Any = body.prompt
+    if isinstance(prompt, list) and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    text, ids = (prompt, None) if isinstance(prompt, str) else ("", tuple(prompt))
+    _check_length(len(text), "prompt", max_context)
+    if ids and max(ids) >= vocabulary_rows:
+        raise ApiError(
+            400,
+            f"prompt must have token ids below {vocabulary_rows:,} (got {max(ids):,})",
+            param="prompt",
+            code="invalid_value",
+        )
+    options = _options(body, body.max_tokens, settings)
+    return Translated(Request((), (Message(RAW, text, ids=ids),), None, options, 0.0), 0.0)
+
+
+def _message(message: Any, urls: list[str]) -> Message:
+    """Returns a message for the engine, and appends the URLs of its images."""
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return Message(role, message.content)
+    urls.extend(part.image_url.url for part in message.content if isinstance(part, ImagePart))
+    return _in_order(role, message.content)
+
+
+def _check_length(characters: int, param: str, max_context: int) -> None:
+    """Refuses a text that cannot fit, because encoding it would hold up other answers for seconds."""
+    if characters > MAX_TOKEN_CHARACTERS * max_context:
+        raise ApiError(
+            400,
+            f"{param} must fit the context of {max_context:,} tokens (got {characters:,} characters). Shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _in_order(role: str, parts: Sequence[TextPart | ImagePart]) -> Message:
+    """Returns the message of text and images. The engine puts images first, as in training, unless text separates them.
+
+    Many clients send an image after its question, without meaning the order.
+    """
+    kinds = [isinstance(part, ImagePart) for part in parts]
+    count = sum(kinds)
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    apart = count and any(not kind for kind in kinds[kinds.index(True) : len(kinds) - kinds[::-1].index(True)])
+    if not apart or any(IMAGE_TOKEN in text for text in texts):
+        return Message(role, "\n".join(texts), count)
+    pieces = [f"{IMAGE_TOKEN}\n" if isinstance(part, ImagePart) else part.text for part in parts]
+    return Message(role, "".join(pieces), count)
+
+
+def _options(body: ChatRequest | CompletionRequest, max_tokens: int | None, settings: Settings) -> GenerationOptions:
+    """Returns the options of an answer. Raises UsageError."""
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            400, "stream_options needs stream=true. Leave it out.", param="stream_options", code="invalid_value"
+        )
+    sampling = SamplingOptions(
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or 0,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        seed=None if body.seed is None else body.seed % 2**64,
+    )
+    return options_from(body.stop or (), min(max_tokens or settings.max_tokens, settings.max_tokens), False, sampling)
+
+
+class Reply:
+    """The bodies of the responses to one request. `chat` selects their form, and `queue_ms` is called at the end."""
+
+    def __init__(self, model: str, chat: bool, include_usage: bool, queue_ms: Callable[[], float]) -> None:
+        self._chat = chat
+        self._include_usage = include_usage
+        self._queue_ms = queue_ms
+        self._common: dict[str, Any] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, generation: Generation) -> bytes:
+        """Returns the body of a whole answer."""
+        reason = finish_reason(generation)
+        measured: dict[str, Any] = {"usage": usage(generation), "timings": self._timings(generation)}
+        body: BaseModel
+        if self._chat:
+            choice = Choice(message=AnswerMessage(content=generation.text), finish_reason=reason)
+            body = ChatCompletion(**self._common, choices=[choice], **measured)
+        else:
+            body = Completion(
+                **self._common, choices=[TextChoice(text=generation.text, finish_reason=reason)], **measured
+            )
+        return body.model_dump_json().encode()
+
+    def events(self, part: str | Generation | None) -> list[bytes]:
+        """Returns the events of a stream for its start (None), for a text, and for its end."""
+        if part is None:
+            return [self._event(Delta(role="assistant", content=""), "")] if self._chat else []
+        if isinstance(part, str):
+            return [self._event(Delta(content=part), part)]
+        timings = self._timings(part)
+        end = [self._event(Delta(), "", finish_reason=finish_reason(part), timings=timings)]
+        if self._include_usage:
+            end.append(self._event(None, "", usage=usage(part)))
+        return end
+
+    def _event(
+        self, delta: Delta | None, text: str, *, finish_reason: FinishReason | None = None, **measured: Any
+    ) -> bytes:
+        chunk: BaseModel
+        if self._chat:
+            choices = [] if delta is None else [ChunkChoice(delta=delta, finish_reason=finish_reason)]
+            chunk = ChatChunk(**self._common, choices=choices, **measured)
+        else:
+            texts = [] if delta is None else [TextChoice(text=text, finish_reason=finish_reason)]
+            chunk = Completion(**self._common, choices=texts, **measured)
+        content = chunk.model_dump(mode="json", exclude_none=True)
+        for choice in content["choices"]:
+            choice.setdefault("finish_reason", None)
+        return _json(content)
+
+    def _timings(self, generation: Generation) -> BaseModel:
+        return cast("BaseModel", Timings(queue_ms=round(self._queue_ms(), 3), **generation.timings.as_dict()))
+
+
+def usage(generation: Generation) -> Usage:
+    """Returns the token counts of an answer."""
+    count = len(generation.token_ids)
+    return Usage(
+        prompt_tokens=generation.prompt_tokens,
+        completion_tokens=count,
+        total_tokens=generation.prompt_tokens + count,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=generation.timings.reused_tokens),
+    )
+
+
+def finish_reason(generation: Generation) -> FinishReason:
+    """Returns OpenAI's reason. A full context is `length` there."""
+    return "stop" if generation.finish_reason == "stop" else "length"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

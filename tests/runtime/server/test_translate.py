@@ -1,0 +1,108 @@
+"""From the protocol to the engine and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fastvlm.models.errors import ImageError
+from fastvlm.runtime.prompt import RAW
+from fastvlm.runtime.server.errors import ApiError
+from fastvlm.runtime.server.images import ImageReader
+from fastvlm.runtime.server.protocol import ChatRequest, CompletionRequest
+from fastvlm.runtime.server.settings import Settings
+from fastvlm.runtime.server.translate import Translated, chat_request, completion_request
+
+from .conftest import data_url, png
+
+IMAGE = {"type": "image_url", "image_url": {"url": data_url(png())}}
+LIMITS = Settings(max_tokens=100, max_images=3)
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def chat(*messages: Any, **options: Any) -> Translated:
+    sent = [message if isinstance(message, dict) else {"role": "user", "content": message} for message in messages]
+    body = ChatRequest.model_validate_json(json.dumps({"messages": sent, **options}))
+    return chat_request(body, LIMITS, ImageReader(LIMITS, 64), "pad", 50)
+
+
+@pytest.mark.parametrize(
+    ("parts", "content", "count"),
+    [
+        ([IMAGE, text("What?")], "What?", 1),
+        ([text("What?"), IMAGE], "What?", 1),
+        ([IMAGE, IMAGE, text("Which?"), text("Say.")], "Which?\nSay.", 2),
+        ([IMAGE, text("or"), IMAGE, text("?")], "<image>\nor<image>\n?", 2),
+        ([text("First"), IMAGE, text("then"), IMAGE], "First<image>\nthen<image>\n", 2),
+        ([text("This <image> here"), IMAGE], "This <image> here", 1),
+        ([IMAGE], "", 1),
+    ],
+)
+def test_images_come_first_unless_text_separates_them(parts: list, content: str, count: int) -> None:
+    (message,) = chat(parts).request.messages
+    assert (message.content, message.image_count) == (content, count)
+
+
+def test_roles_and_images_of_a_conversation_keep_their_order() -> None:
+    request = chat(
+        {"role": "developer", "content": "Be brief."},
+        [IMAGE, text("What?")],
+        {"role": "assistant", "content": [text("A cat.")]},
+        "And?",
+    ).request
+    assert [message.role for message in request.messages] == ["system", "user", "assistant", "user"]
+    assert [message.image_count for message in request.messages] == [0, 1, 0, 0]
+    assert [image.size for image in request.images] == [(64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [({}, 100), ({"max_tokens": 5}, 5), ({"max_tokens": 500}, 100), ({"max_tokens": 9, "max_completion_tokens": 7}, 7)],
+)
+def test_tokens_are_limited(options: dict[str, int], count: int) -> None:
+    assert chat("Hi", **options).request.options.max_tokens == count
+
+
+def test_options_reach_the_engine() -> None:
+    sent = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 3}
+    options = chat("Hi", **sent, stop="x").request.options
+    assert {name: getattr(options.sampling, name) for name in sent} == sent
+    assert options.stop == ("x",)
+    assert chat("Hi", fit="crop").request.fit == "crop"
+
+
+def test_too_many_images_are_refused_before_they_are_read() -> None:
+    bad = {"type": "image_url", "image_url": {"url": "data:nonsense"}}
+    with pytest.raises(ApiError, match="at most 3 images"):
+        chat([bad] * 4)
+    with pytest.raises(ImageError):
+        chat([bad])
+
+
+def test_completion_is_raw() -> None:
+    body = CompletionRequest(prompt="<|im_start|>")
+    (message,) = completion_request(body, LIMITS, 10, 50).request.messages
+    assert (message.role, message.content) == (RAW, "<|im_start|>")
+    (message,) = completion_request(CompletionRequest(prompt=[1, 9]), LIMITS, 10, 50).request.messages
+    assert message.ids == (1, 9)
+
+
+def test_ids_past_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ApiError, match="below 10"):
+        completion_request(CompletionRequest(prompt=[1, 10]), LIMITS, 10, 50)
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    for refused in (
+        lambda: chat("x" * 3201, "x" * 3200),
+        lambda: completion_request(CompletionRequest(prompt="x" * 6401), LIMITS, 10, 50),
+    ):
+        with pytest.raises(ApiError, match="6,401 characters") as raised:
+            refused()
+        assert raised.value.code == "context_length_exceeded"
+    assert chat("x" * 6400).request.messages
