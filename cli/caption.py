@@ -40,6 +40,9 @@ def caption_command(
     seed: given.Seed = None,
     stop: given.Stop = None,
     ignore_eos: given.IgnoreEos = False,
+    num_beams: given.NumBeams = 1,
+    length_penalty: given.LengthPenalty = 1.0,
+    early_stopping: given.EarlyStopping = "false",
     json_schema: given.JsonSchema = None,
     choice: given.Choice = None,
     regex: given.Regex = None,
@@ -69,6 +72,7 @@ def caption_command(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "fit": fit,
+        **given.beams(num_beams, length_penalty, early_stopping),
         **given.structure(json_schema, choice, regex, grammar),
     }
     question = given.text_from(sys.stdin) if prompt == "-" else prompt

@@ -35,6 +35,9 @@ def generate_command(
     seed: given.Seed = None,
     stop: given.Stop = None,
     ignore_eos: given.IgnoreEos = False,
+    num_beams: given.NumBeams = 1,
+    length_penalty: given.LengthPenalty = 1.0,
+    early_stopping: given.EarlyStopping = "false",
     json_schema: given.JsonSchema = None,
     choice: given.Choice = None,
     regex: given.Regex = None,
@@ -63,6 +66,7 @@ def generate_command(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "fit": fit,
+        **given.beams(num_beams, length_penalty, early_stopping),
         **given.structure(json_schema, choice, regex, grammar),
     }
     request = prepare(image or None, given.text_from(sys.stdin) if prompt == "-" else prompt, **options)

@@ -72,6 +72,20 @@ IgnoreEos = Annotated[
         "--ignore-eos", help="Continue past the end token, to measure a fixed length.", rich_help_panel=SAMPLING
     ),
 ]
+NumBeams = Annotated[
+    int,
+    typer.Option(metavar="N", help="Search for the likeliest answer with N beams.", rich_help_panel=SAMPLING),
+]
+LengthPenalty = Annotated[
+    float,
+    typer.Option(
+        metavar="X", help="Favor long answers among the beams above 0, short ones below.", rich_help_panel=SAMPLING
+    ),
+]
+EarlyStopping = Annotated[
+    Literal["true", "false", "never"],
+    typer.Option(help="Choose when a beam search ends, as in transformers.", rich_help_panel=SAMPLING),
+]
 JsonSchema = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Answer with JSON that satisfies this JSON schema.", rich_help_panel=STRUCTURE),
@@ -161,6 +175,12 @@ def _text_of(path: Path, option: str) -> str:
         raise UsageError(f"{option}: {path} cannot be read ({reason.strerror}). Name a file.") from None
     except UnicodeDecodeError as reason:
         raise UsageError(f"{option}: {path} is not UTF-8 at byte {reason.start:,}. Convert it.") from None
+
+
+def beams(num_beams: int, length_penalty: float, early_stopping: str) -> dict[str, Any]:
+    """Returns the arguments of `prepare` for beam search."""
+    ends: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    return {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": ends[early_stopping]}
 
 
 def as_int(bits: str | None) -> int | None:

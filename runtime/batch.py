@@ -69,7 +69,8 @@ class Row:
         self.launched = 0
         self.computed = 0
         self.ended = False
-        self._reader = AnswerReader(engine.tokenizer, engine.stop_ids(request), request.options.stop)
+        stop, searched = request.options.stop, request.options.beams.num_beams > 1
+        self._reader = AnswerReader(engine.tokenizer, engine.stop_ids(request), stop, at_once=searched)
 
     @property
     def may_step(self) -> bool:
@@ -308,12 +309,16 @@ class Batch:
         if isinstance(request, FastVLMError):
             self._done[number] = request
             return
+        asked = request.request if isinstance(request, PreparedRequest) else request
         try:
+            if asked.options.beams.num_beams > 1:  # its beams are a batch of their own
+                self._done[number] = self._engine.stream(asked).read()
+                return
             prefilled = self._engine.prefill(request, CachedPrompt(), answer_capacity=0)
         except FastVLMError as reason:
             self._done[number] = reason
             return
-        row = Row(self._engine, request.request if isinstance(request, PreparedRequest) else request, prefilled)
+        row = Row(self._engine, asked, prefilled)
         self._numbers[row] = number
         self._decoder.join(row)
         self._finish(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 from ..models.errors import UsageError
 from ..models.images import ImageSource
@@ -59,9 +60,12 @@ class Conversation:
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
     ) -> Generation:
-        """Returns the whole answer. See `stream`."""
-        return self.stream(
+        """Returns the whole answer. See `stream`, and `FastVLM.generate` for beam search."""
+        return self._stream(
             prompt,
             image,
             max_tokens=max_tokens,
@@ -78,6 +82,9 @@ class Conversation:
             regex=regex,
             choice=choice,
             grammar=grammar,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
         ).read()
 
     def stream(
@@ -110,9 +117,9 @@ class Conversation:
             ImageError: an image cannot be opened.
             PromptError: (while reading) the conversation does not fit the context. It stays as it was.
         """
-        request = prepare(
-            [*self._next_images, *as_list(image)],
+        return self._stream(
             prompt,
+            image,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -128,6 +135,9 @@ class Conversation:
             choice=choice,
             grammar=grammar,
         )
+
+    def _stream(self, prompt: str, image: ImageSource | Sequence[ImageSource] | None, **options: Any) -> Stream:
+        request = prepare([*self._next_images, *as_list(image)], prompt, **options)
         if self._open is not None:
             self._open.close()
         self._open = Stream(self._answer(request))

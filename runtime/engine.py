@@ -18,6 +18,7 @@ from ..models.images import Fit, preprocess, to_pixel_values
 from ..models.kv_cache import KVCache
 from ..models.language import LanguageSide
 from ..models.tokenizer_files import IMAGE_TOKEN
+from .beam_search import BeamSearch, best_ids
 from .encoders import PendingFeatures, SeparateEncoder, VisionEncoder
 from .generate import PREFILL_CHUNK, DecodeResult, Generation, Stream, decode, prefill, read_answer
 from .mlx_device import DeviceMemory, SharedStream
@@ -63,6 +64,8 @@ class PrefillResult:
 
     first_token: mx.array
     """The first id (1,), evaluated."""
+    logits: mx.array | None
+    """The logits (1, V) that it came from, kept for beam search."""
     cache: list[KVCache]
     items: tuple[PromptItem, ...]
     """The items of the whole prompt, which the cache holds."""
@@ -189,8 +192,10 @@ class Engine:
         """Yields the text of an answer as it is decoded, and returns the whole of it. See `prefill`."""
         with self.memory.in_use():
             prefilled = self.prefill(request, cached, images)
-            token_ids = self.token_ids(prefilled, cached)
-            decoded = yield from read_answer(token_ids, self.tokenizer, self.stop_ids(request), request.options.stop)
+            token_ids, options = self.token_ids(request, prefilled, cached), request.options
+            decoded = yield from read_answer(
+                token_ids, self.tokenizer, self.stop_ids(request), options.stop, at_once=options.beams.num_beams > 1
+            )
         return self.generation(request, prefilled, decoded)
 
     def stop_ids(self, request: Request) -> tuple[int, ...]:
@@ -198,25 +203,32 @@ class Engine:
         options = request.options
         return () if options.ignore_eos and options.constraint is None else self.eos_token_ids
 
-    def token_ids(self, prefilled: PrefillResult, cached: CachedPrompt) -> Iterator[int]:
+    def token_ids(self, request: Request, prefilled: PrefillResult, cached: CachedPrompt) -> Iterator[int]:
         """Yields the ids of an answer and records each in `cached`. An error clears `cached`."""
-        decoder = self.language.language_model
-        first = prefilled.first_token
-        rest = itertools.chain(
-            [id_on_host(first)],
-            decode(decoder, first, prefilled.cache, prefilled.sampler, prefilled.max_new_tokens - 1),
-        )
+        rest = self.decoded_ids(request, prefilled)
         while True:
             try:
                 with self.lock, self.mlx_stream():
-                    token_id = next(rest, None)
+                    token_id = next(rest, -1)
             except BaseException:
                 cached.clear()
                 raise
-            if token_id is None:
+            if token_id == -1:
                 return
-            cached.items.append(token_id)
-            yield token_id
+            if token_id is not None:
+                cached.items.append(token_id)
+                yield token_id
+
+    def decoded_ids(self, request: Request, prefilled: PrefillResult) -> Iterator[int | None]:
+        """Yields the ids of an answer, and None where others may compute first. Each `next` needs the lock."""
+        decoder, first, count = self.language.language_model, prefilled.first_token, prefilled.max_new_tokens
+        if prefilled.logits is None:
+            yield id_on_host(first)
+            yield from decode(decoder, first, prefilled.cache, prefilled.sampler, count - 1)
+            return
+        search = BeamSearch(request.options.beams, self.stop_ids(request), count)
+        penalty, prompt_ids = request.options.sampling.repetition_penalty, prefilled.sampler.prompt_ids
+        yield from best_ids(decoder, prefilled.logits, prefilled.cache, search, penalty, prompt_ids)
 
     def generation(self, request: Request, prefilled: PrefillResult, decoded: DecodeResult) -> Generation:
         """Returns an answer that has ended, with its timings. Raises UsageError if its constraint was too complex."""
@@ -368,6 +380,7 @@ class Engine:
             self.prefix_cache.add(items, cache)
         return PrefillResult(
             first,
+            logits if request.options.beams.num_beams > 1 else None,
             cache,
             items,
             sampler,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError, UsageError
@@ -167,6 +167,9 @@ class FastVLM:
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
     ) -> Generation:
         """Returns the whole answer to a prompt about an image, several images or none.
 
@@ -189,6 +192,9 @@ class FastVLM:
             regex: a regular expression that the whole answer matches.
             choice: strings, one of which is the answer.
             grammar: a grammar in Lark's syntax that the answer follows.
+            num_beams: above 1, search for the likeliest answer with this many beams, without sampling.
+            length_penalty: above 0 favors long answers among the beams, below 0 short ones.
+            early_stopping: True, False or `never`: when the search ends, as in transformers.
 
         Raises:
             UsageError: an option is out of range, or a schema or its like cannot be followed.
@@ -196,7 +202,7 @@ class FastVLM:
             PromptError: the prompt does not fit the images or the context.
             PackageError: the encoder failed.
         """
-        return self.stream(
+        request = prepare(
             image,
             prompt,
             system=system,
@@ -214,7 +220,11 @@ class FastVLM:
             regex=regex,
             choice=choice,
             grammar=grammar,
-        ).read()
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        return self.engine.stream(request).read()
 
     def stream(
         self,
@@ -287,6 +297,9 @@ class FastVLM:
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
     ) -> list[Generation]:
         """Returns the answers to many prompts, decoded `batch_size` at a time.
 
@@ -316,6 +329,9 @@ class FastVLM:
                 "regex": regex,
                 "choice": choice,
                 "grammar": grammar,
+                "num_beams": num_beams,
+                "length_penalty": length_penalty,
+                "early_stopping": early_stopping,
             },
         )
         return [_generation(outcome) for outcome in Batch(self.engine, batch_size).outcomes(requests)]

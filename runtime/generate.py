@@ -13,6 +13,7 @@ from ..models._mlx import mx, on_cpu
 from ..models.errors import UsageError
 from ..models.kv_cache import KVCache
 from ..models.qwen2 import Qwen2
+from .beam_search import BeamOptions
 from .sampling import Sampler, SamplingOptions, id_on_host
 from .structured import Constraint
 from .timings import Clock, Timings
@@ -34,12 +35,27 @@ class GenerationOptions:
     ignore_eos: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     constraint: Constraint | None = None
+    beams: BeamOptions = field(default_factory=BeamOptions)
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
             raise UsageError(f"max_tokens must be an integer of at least 1 (got {self.max_tokens!r:.60})", "max_tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be strings of at least one character (got {self.stop!r:.60})", "stop")
+        if self.beams.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Raises UsageError for options that beam search has no meaning for."""
+        others = {"temperature": self.sampling.temperature > 0}
+        if self.constraint is not None:
+            others[self.constraint.argument] = True
+        for name in (name for name, given in others.items() if given):
+            raise UsageError(
+                f"num_beams above 1 cannot be combined with {name} (got {self.beams.num_beams} beams). Leave one out.",
+                "num_beams",
+                name,
+            )
 
 
 @dataclass(frozen=True)
@@ -133,9 +149,10 @@ def read_answer(
     eos_token_ids: Sequence[int],
     stop: Sequence[str],
     clock: Clock = time.perf_counter,
+    at_once: bool = False,
 ) -> Generator[str, None, DecodeResult]:
-    """Yields the text of an answer as its ids come, and returns the whole of it."""
-    reader = AnswerReader(tokenizer, eos_token_ids, stop, clock)
+    """Yields the text of an answer as its ids come, and returns the whole of it. See `AnswerReader`."""
+    reader = AnswerReader(tokenizer, eos_token_ids, stop, clock, at_once)
     for token_id in token_ids:
         if piece := reader.push(token_id):
             yield piece
@@ -149,6 +166,8 @@ def read_answer(
 class AnswerReader:
     """Turns ids into text, one by one, and finds the end of the answer.
 
+    If all ids come `at_once`, after a search, their rate counts from the beginning of the search.
+
     Attributes:
         ended: True once an end token or a stop string was found.
     """
@@ -159,6 +178,7 @@ class AnswerReader:
         eos_token_ids: Sequence[int],
         stop: Sequence[str],
         clock: Clock = time.perf_counter,
+        at_once: bool = False,
     ) -> None:
         self._characters, self._filter = TextStream(tokenizer), StopStrings(stop)
         self._eos_token_ids = eos_token_ids
@@ -166,7 +186,7 @@ class AnswerReader:
         self._text: list[str] = []
         self._reason: FinishReason = "length"
         self._stop_reason: int | str | None = None
-        self._clock = clock
+        self._clock, self._at_once = clock, at_once
         self._first = self._last = clock()
         self.ended = False
 
@@ -176,7 +196,7 @@ class AnswerReader:
         if token_id in self._eos_token_ids:
             self._end(token_id)
             return ""
-        self._first, self._last = (self._first if self._ids else now), now
+        self._first, self._last = (self._first if self._ids or self._at_once else now), now
         self._ids.append(token_id)
         piece = self._filter.push(self._characters.push(token_id))
         self._text.append(piece)
@@ -295,8 +315,13 @@ class Stream:
 
 
 def options_from(
-    stop: Any, max_tokens: int, ignore_eos: bool, sampling: SamplingOptions, constraint: Constraint | None = None
+    stop: Any,
+    max_tokens: int,
+    ignore_eos: bool,
+    sampling: SamplingOptions,
+    constraint: Constraint | None = None,
+    beams: BeamOptions | None = None,
 ) -> GenerationOptions:
     """Returns the options. `stop` is one string or several. Raises UsageError."""
     strings = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-    return GenerationOptions(max_tokens, strings, ignore_eos, sampling, constraint)
+    return GenerationOptions(max_tokens, strings, ignore_eos, sampling, constraint, beams or BeamOptions())

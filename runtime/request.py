@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from ..models.errors import UsageError
 from ..models.images import Fit, ImageSource, open_images
+from .beam_search import BeamOptions
 from .generate import GenerationOptions, options_from
 from .prompt import Message
 from .sampling import SamplingOptions
@@ -52,13 +53,16 @@ def prepare(
     regex: str | None = None,
     choice: Sequence[str] | None = None,
     grammar: str | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
 ) -> Request:
     """Returns a request with checked options and open images, so that bad input fails before a model is loaded.
 
     `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
     marks the place of an image. Without a mark the images precede the text. `fit` (`pad` or `crop`) and `system`
     default to what the model was trained with. `schema`, `regex`, `choice` or `grammar` constrains the answer, see
-    `constraint_from`.
+    `constraint_from`. `num_beams` above 1 searches for the likeliest answer, see `BeamOptions`.
 
     Raises:
         UsageError: an option is out of range.
@@ -67,7 +71,8 @@ def prepare(
     """
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     constraint = constraint_from(schema, regex, choice, grammar)
-    options = options_from(stop, max_tokens, ignore_eos, sampling, constraint)
+    beams = BeamOptions(num_beams, length_penalty, early_stopping)
+    options = options_from(stop, max_tokens, ignore_eos, sampling, constraint, beams)
     for name, text in (("prompt", prompt), ("system prompt", system), *(("stop string", s) for s in options.stop)):
         check_unicode(f"the {name}", text)
     if fit not in (None, "pad", "crop"):

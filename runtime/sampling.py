@@ -65,6 +65,7 @@ class Sampler:
     allowed ones while the pass is computed.
 
     Attributes:
+        prompt_ids: the ids of the prompt.
         allowed: the tokens that a constraint allows next, or None without one.
     """
 
@@ -74,7 +75,7 @@ class Sampler:
         self._options = options
         self.allowed = allowed
         self._last: mx.array | None = None
-        self._prompt_ids = prompt_ids
+        self.prompt_ids = prompt_ids
         self._seen: mx.array | None = None
         self._key = mx.random.key(secrets.randbits(64) if options.seed is None else options.seed)
 
@@ -100,7 +101,7 @@ class Sampler:
             logits = self._allowed_logits(logits, self.allowed)
         logits = logits.astype(mx.float32)
         if options.repetition_penalty != 1:
-            self._seen = _marks(logits.size, self._prompt_ids) if self._seen is None else self._seen
+            self._seen = marks(logits.size, self.prompt_ids) if self._seen is None else self._seen
             logits = penalized(logits, self._seen, options.repetition_penalty)
         if options.temperature == 0:
             token = mx.argmax(logits, keepdims=True)
@@ -139,7 +140,8 @@ def pick(samplers: Sequence[Sampler], logits: mx.array) -> mx.array:
     return mx.concatenate([sampler(logits[row]) for row, sampler in enumerate(samplers)])
 
 
-def _marks(size: int, ids: Sequence[int]) -> mx.array:
+def marks(size: int, ids: Sequence[int]) -> mx.array:
+    """Returns an array (size,) that is True at `ids`. Ids outside of it are ignored."""
     marks = mx.zeros(size, mx.bool_)
     known = [token_id for token_id in ids if 0 <= token_id < size]
     if known:
@@ -157,7 +159,7 @@ def sample(logits: mx.array, options: SamplingOptions, key: mx.array) -> mx.arra
     logits = logits / options.temperature
     if options.top_k == 0 and options.top_p == 1 and options.min_p == 0:
         return mx.random.categorical(logits, key=key).reshape(1)
-    order = _descending(logits, options.top_k)
+    order = descending(logits, options.top_k)
     chosen = mx.random.categorical(cut(logits[order], options), key=key).reshape(1)
     return order[chosen]
 
@@ -173,7 +175,7 @@ def cut(logits: mx.array, options: SamplingOptions) -> mx.array:
     return logits
 
 
-def _descending(logits: mx.array, count: int) -> mx.array:
+def descending(logits: mx.array, count: int) -> mx.array:
     """Returns the indices of the `count` greatest logits, or of all for 0, the greatest first."""
     if not 0 < count < logits.size:
         return mx.argsort(-logits)

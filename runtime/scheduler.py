@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -141,6 +141,8 @@ class Scheduler:
         """Answers that ended while they waited, and whose listeners do not know yet."""
         self._prefilling: Answer | None = None
         self._running: dict[Row, Answer] = {}
+        self._searches: dict[Row, Iterator[int | None]] = {}
+        """The running answers of beam searches, which have steps of their own."""
         self._stats = SchedulerStats()
         self._accepting, self._closing = True, False
         self._decoder = BatchDecoder(engine, keep_turns=True)
@@ -269,14 +271,16 @@ class Scheduler:
         """Removes answers that were ended from outside, begins new ones, and computes a step."""
         self._sweep()
         self._begin_ready()
-        if not self._running:
+        for row in list(self._searches):
+            self._search(row)
+        if not self._decoder.rows:
             return
         try:
             pieces = self._decoder.step()
         except Exception as reason:
             self._decoder.clear()
             error = self._error(reason)
-            for row in list(self._running):
+            for row in [row for row in self._running if row not in self._searches]:
                 self._end(self._running[row], error, row)
             return
         with self._changed:
@@ -365,7 +369,29 @@ class Scheduler:
                 cached_tokens=prefilled.reused_tokens,
                 cached_images=prefilled.cached_images,
             )
-        self._deliver(row, self._decoder.join(row))
+        if prefilled.logits is None:
+            self._deliver(row, self._decoder.join(row))
+        else:
+            self._searches[row] = self._engine.decoded_ids(row.request, prefilled)
+
+    def _search(self, row: Row) -> None:
+        """Computes a step of a beam search, or passes its answer on."""
+        if row not in self._running:  # cancelled
+            del self._searches[row]
+            return
+        try:
+            with self._engine.lock, self._engine.mlx_stream():
+                token_id = next(self._searches[row])
+        except Exception as reason:
+            del self._searches[row]
+            self._end(self._running[row], self._error(reason), row)
+            return
+        if token_id is None:
+            return
+        rest = self._searches.pop(row)
+        while token_id is not None and not row.ended:
+            self._deliver(row, row.push(token_id))
+            token_id = next(rest, None)
 
     def _deliver(self, row: Row, piece: Piece) -> None:
         """Passes a token on as soon as its text is complete, and the whole answer after the last."""

@@ -58,6 +58,13 @@ def test_structure_of_the_answer_is_an_option(
     one_line_error(fastvlm(*words, "--regex", "a", "--choice", "a", cwd=tmp_path), "--regex and --choice")
 
 
+def test_beam_search_is_an_option(fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
+    words = ("generate", model, "-p", "Describe.", "--max-tokens", 5, "--ignore-eos", "--num-beams", 2)
+    done = fastvlm(*words, "--length-penalty", 0.5, "--early-stopping", "never", "--json", cwd=tmp_path)
+    assert len(json.loads(done.stdout)["token_ids"]) == 5
+    one_line_error(fastvlm(*words, "--temperature", 1, cwd=tmp_path), "--num-beams above 1", "with --temperature")
+
+
 WITHOUT_ENCODER = """
 from fastvlm.models.errors import PackageError
 from fastvlm.runtime.encoders import ReferenceEncoder

@@ -409,3 +409,13 @@ def test_memory_stays_flat_over_many_requests(vlm: FastVLM, make: Make) -> None:
 def test_usage_error_when_an_argument_is_out_of_range(make: Make, options: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         make(**options)
+
+
+def test_beam_searches_and_forms_run_beside_other_answers(make: Make, alone: Callable[[Request], Generation]) -> None:
+    options = [{}, {"num_beams": 3}, {"schema": {"enum": ["a red one", 12]}}, {"num_beams": 2, "length_penalty": 2.0}]
+    requests = [prepare(PICTURE, "What is it?", max_tokens=8, **one) for one in options * 2]
+    expected = [alone(request).token_ids for request in requests]
+    scheduler = make(batch_size=3)
+    assert [scheduler.submit(request).result(SECONDS).token_ids for request in requests] == expected
+    together = [scheduler.submit(request) for request in requests]
+    assert [answer.result(SECONDS).token_ids for answer in together] == expected
