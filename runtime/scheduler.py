@@ -261,7 +261,10 @@ class Scheduler:
                     self._changed.wait_for(lambda: self._closing or self._has_work)
                 with self._engine.memory.in_use():
                     while self._has_work and not self._closing:
-                        self._turn()
+                        try:
+                            self._turn()
+                        except Exception as reason:
+                            self._fail(self._error(reason))
                 if self._closing:
                     return
         finally:
@@ -287,6 +290,15 @@ class Scheduler:
             self._stats = replace(self._stats, batch=len(pieces))
         for row, piece in pieces:
             self._deliver(row, piece)
+
+    def _fail(self, error: FastVLMError) -> None:
+        """Ends all answers that have begun. Those that wait are not affected."""
+        self._decoder.clear()
+        self._searches.clear()
+        if self._prefilling is not None:
+            self._end(self._prefilling, error)
+        for row, answer in list(self._running.items()):
+            self._end(answer, error, row)
 
     def _sweep(self) -> None:
         """Ends answers that were cancelled or have waited too long, and calls the listeners of those that left."""
@@ -426,11 +438,7 @@ class Scheduler:
         for answer in left:
             assert answer._outcome is not None
             self._tell(answer, answer._outcome)
-        if self._prefilling is not None:
-            self._end(self._prefilling, self._prefilling._cancellation)
-        for row, answer in list(self._running.items()):
-            self._end(answer, answer._cancellation, row)
-        self._decoder.clear()
+        self._fail(CancelledError("the answer was cancelled: the scheduler was closed."))
 
     def _tell(self, answer: Answer, event: Event) -> None:
         """Calls the listener of an answer. If it raises, the answer is cancelled."""

@@ -4,7 +4,8 @@
 
 Each client asks its questions one after the other, about its own image, and a third of them about no image. The same
 questions are asked one by one in the same run, in turn with the clients, since machines are shared and noisy. Each side
-starts without caches. Times to first token are those that a client sees, with the wait in the queue.
+starts without caches. Times to first token are those that a client sees. `one_by_one` is `generate` without a queue,
+`queue` the same clients with a batch of one, who wait for their turn.
 """
 
 from __future__ import annotations
@@ -46,21 +47,22 @@ def main() -> None:
 
 def client_figures(vlm: Any, clients: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """The rate of answers and the times to first token of `clients` at once, and of the same questions one by one."""
-    rates: dict[str, list[float]] = {"one_by_one": [], "scheduler": []}
-    ttft_ms: dict[str, list[float]] = {"one_by_one": [], "scheduler": []}
+    sides = {"one_by_one": 0, "queue": 1, "scheduler": arguments.batch_size}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    ttft_ms: dict[str, list[float]] = {name: [] for name in sides}
     same_ids = True
     for turn in range(arguments.runs + 1):
         requests = list(requests_of(clients, arguments.answers, arguments.tokens, turn))
-        found = {}
-        for name, ask in (("one_by_one", one_by_one), ("scheduler", with_scheduler)):
+        found: dict[str, Found] = {}
+        for name, size in sides.items():
             vlm.engine.clear_caches()
             start = time.perf_counter()
-            found[name] = ask(vlm, requests, clients, arguments.batch_size)
+            found[name] = with_scheduler(vlm, requests, clients, size) if size else one_by_one(vlm, requests)
             seconds = time.perf_counter() - start
             if turn:  # the first run warms up
                 rates[name].append(len(requests) / seconds)
                 ttft_ms[name] += [ms for ms, _ in found[name].values()]
-        same_ids &= all(found["one_by_one"][n][1] == found["scheduler"][n][1] for n in range(len(requests)))
+        same_ids &= all(len({side[n][1] for side in found.values()}) == 1 for n in range(len(requests)))
     return {
         "answers_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "rate": statistics.median(new / old for new, old in zip(rates["scheduler"], rates["one_by_one"], strict=True)),
@@ -80,7 +82,7 @@ def requests_of(clients: int, answers: int, tokens: int, turn: int) -> Iterator[
         yield prepare(image, f"What is it? ({n})", max_tokens=tokens, ignore_eos=True)
 
 
-def one_by_one(vlm: Any, requests: list[Any], clients: int, batch_size: int) -> Found:
+def one_by_one(vlm: Any, requests: list[Any]) -> Found:
     found = {}
     for n, request in enumerate(requests):
         start = time.perf_counter()

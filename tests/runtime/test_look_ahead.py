@@ -20,6 +20,7 @@ from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.prompt_cache import ImageItem
 from fastvlm.runtime.request import prepare
+from fastvlm.runtime.scheduler import Scheduler
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("float32_decoder")]
 
@@ -81,6 +82,24 @@ def requests() -> Iterator[Any]:
 def test_batch_gives_the_ids_of_each_image_alone(size: int, seconds: float, make: Make, expected: list) -> None:
     outcomes = list(Batch(make("slow", seconds).engine, size).outcomes(requests()))
     assert [outcome.token_ids for outcome in outcomes if isinstance(outcome, Generation)] == expected
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_scheduler_gives_the_ids_of_each_image_alone(seconds: float, make: Make, expected: list) -> None:
+    with Scheduler(make("slow", seconds).engine, 3) as scheduler:
+        answers = [scheduler.submit(request) for request in requests()]
+        assert [answer.result(60).token_ids for answer in answers] == expected
+        assert max(answer.queue_ms for answer in answers) > 0
+
+
+def test_crash_fails_one_answer_of_the_scheduler(make: Make, expected: list, tmp_path: Path) -> None:
+    with Scheduler(make("segv", 3, tmp_path / "once").engine, 2) as scheduler:
+        answers = [scheduler.submit(request) for request in requests()]
+        with pytest.raises(CrashError):
+            answers[2].result(60)
+        others = [n for n in range(len(answers)) if n != 2]
+        assert [answers[n].result(60).token_ids for n in others] == [expected[n] for n in others]
+        assert (scheduler.stats().finished, scheduler.stats().failed) == (len(others), 1)
 
 
 def test_next_images_are_submitted_while_answers_are_decoded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

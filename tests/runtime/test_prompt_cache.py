@@ -345,6 +345,19 @@ def test_earlier_answer_is_the_prefix_of_a_later_prompt(vlm: FastVLM) -> None:
     assert vlm.generate(PICTURE, "Why?", **VARIED).token_ids == other.token_ids
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_kept_cache_ends_where_the_answer_does(vlm: FastVLM, computing_on: Callable, device: str) -> None:
+    """On a GPU a step is launched ahead, so that the cache holds more than the answer."""
+    computing_on(device)
+    text = vlm.generate(None, "What is it?", **VARIED).text
+    vlm.engine.clear_caches()
+    stopped = vlm.generate(None, "What is it?", stop=text[1:3], **VARIED)
+    assert len(stopped.token_ids) < 8
+    (entry,) = vlm.engine.prefix_cache._entries
+    assert {layer.offset for layer in entry.cache} == {len(entry.key)}
+    assert {layer.buffers[0].shape[2] for layer in entry.cache} == {len(entry.key)}
+
+
 def test_no_bytes_for_caches_keep_nothing(vlm: FastVLM) -> None:
     plain = FastVLM(vlm.folder, vlm.engine.encoder, vlm.engine.language, vlm.engine.tokenizer, 0.0, cache_bytes=0)
     timings = [plain.generate(PICTURE, "Hi", system="S", max_tokens=2).timings for _ in range(2)]

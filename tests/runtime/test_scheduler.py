@@ -326,6 +326,26 @@ def test_result_raises_timeout_error_while_the_answer_continues(vlm: FastVLM, ma
     assert len(answer.result(SECONDS).token_ids) == 6
 
 
+def test_batch_has_at_most_batch_size_answers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = BatchDecoder.step
+    monkeypatch.setattr(BatchDecoder, "step", lambda self: sizes.append(len(self.rows)) or original(self))
+    scheduler = make(batch_size=3)
+    answers = [scheduler.submit(ask(f"Q{n}", max_tokens=12)) for n in range(8)]
+    assert [len(answer.result(SECONDS).token_ids) for answer in answers] == [12] * 8
+    assert max(sizes) == 3
+    assert len(sizes) < 8 * 11 / 2
+
+
+def test_constrained_answers_run_among_others(make: Make, alone: Callable) -> None:
+    choices = ["yes", "no", "perhaps"]
+    requests = [ask(f"Q{n}", choice=choices[: n + 1] if n < 3 else None, max_tokens=20) for n in range(5)]
+    scheduler = make(batch_size=4)
+    found = [answer.result(SECONDS) for answer in [scheduler.submit(request) for request in requests]]
+    assert [one.token_ids for one in found] == [alone(request).token_ids for request in requests]
+    assert all(one.text in choices for one in found[:3])
+
+
 def test_long_prompt_is_read_in_parts_between_steps(
     vlm: FastVLM, make: Make, alone: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
