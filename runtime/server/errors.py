@@ -44,6 +44,10 @@ TYPES = {
 """OpenAI's type of an error by its status. Others are `invalid_request_error`."""
 
 
+PARAMETERS = {"schema": "response_format"}
+"""The field of a request that sets a Python argument, where it has another name."""
+
+
 class ApiError(Exception):
     """An error for a client.
 
@@ -94,7 +98,8 @@ def from_library(error: FastVLMError) -> ApiError:
         code = "context_length_exceeded" if "context" in str(error) else "invalid_prompt"
         return ApiError(400, str(error), param="messages", code=code)
     if isinstance(error, UsageError):
-        return ApiError(400, str(error), param=error.arguments[0] if error.arguments else None, code="invalid_value")
+        argument = error.arguments[0] if error.arguments else None
+        return ApiError(400, str(error), param=PARAMETERS.get(argument or "", argument), code="invalid_value")
     log.error("an answer failed: %s", error)
     return ApiError(500, "the model could not answer. The server's log has the reason.", code="model_error")
 

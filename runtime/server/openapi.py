@@ -22,6 +22,9 @@ from .protocol import (
 
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""The schema of each event of a stream."""
+
 REFUSALS = {
     400: "A field is wrong, or the prompt does not fit.",
     401: "The API key is missing or wrong.",
@@ -125,7 +128,7 @@ def _answering(
 ) -> dict[str, Any]:
     success = {
         "description": f"The answer. With `stream`, events whose data is a `{event.__name__}`, and then `[DONE]`.",
-        "content": {JSON: {"schema": _schema(whole)}, EVENTS: {"schema": {"type": "string"}}},
+        "content": {JSON: {"schema": _schema(whole)}, EVENTS: {"schema": EVENT}},
     }
     return {
         "operationId": name,

@@ -21,6 +21,9 @@ MAX_MESSAGES = 1000
 MAX_STOP = 16
 """The most stop strings of a request. OpenAI takes 4."""
 
+MAX_CHOICES = 1000
+"""The most answers to choose from."""
+
 MAX_STOP_CHARACTERS = 1000
 """The longest stop string, since each token is compared with all of them."""
 
@@ -142,6 +145,11 @@ class Options(Part):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="An extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="An extension.")
     seed: Seed | None = None
+    regex: str | None = Field(None, description="An extension: a regular expression for the whole answer.")
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
+        None, description="An extension: the answers to choose from."
+    )
+    grammar: str | None = Field(None, description="An extension: a context-free grammar in Lark's syntax.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")

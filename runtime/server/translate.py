@@ -17,6 +17,7 @@ from ..generate import Generation, GenerationOptions, options_from
 from ..prompt import RAW, Message
 from ..request import Request
 from ..sampling import SamplingOptions
+from ..structured import constraint_from
 from ..timings import LapClock
 from .errors import ApiError
 from .images import ImageReader
@@ -32,8 +33,11 @@ from .protocol import (
     Delta,
     FinishReason,
     ImagePart,
+    JsonSchemaFormat,
     PromptTokensDetails,
+    ResponseFormat,
     TextChoice,
+    TextFormat,
     TextPart,
     Timings,
     Usage,
@@ -70,7 +74,7 @@ def chat_request(body: ChatRequest, settings: Settings, reader: ImageReader, fit
             param="messages",
             code="too_many_images",
         )
-    options = _options(body, body.max_completion_tokens or body.max_tokens, settings)
+    options = _options(body, body.max_completion_tokens or body.max_tokens, settings, _schema(body.response_format))
     fit = body.fit or fit
     clock = LapClock()
     contents = [reader.read(url) for url in urls]
@@ -100,7 +104,7 @@ def completion_request(
             param="prompt",
             code="invalid_value",
         )
-    options = _options(body, body.max_tokens, settings)
+    options = _options(body, body.max_tokens, settings, None)
     return Translated(Request((), (Message(RAW, text, ids=ids),), None, options, 0.0), 0.0)
 
 
@@ -139,7 +143,16 @@ def _in_order(role: str, parts: Sequence[TextPart | ImagePart]) -> Message:
     return Message(role, "".join(pieces), count)
 
 
-def _options(body: ChatRequest | CompletionRequest, max_tokens: int | None, settings: Settings) -> GenerationOptions:
+def _schema(form: ResponseFormat | None) -> dict[str, Any] | None:
+    """Returns the JSON schema of a response format, or None for free text."""
+    if isinstance(form, JsonSchemaFormat) and form.json_schema.schema_ is not None:
+        return form.json_schema.schema_
+    return None if form is None or isinstance(form, TextFormat) else {"type": "object"}
+
+
+def _options(
+    body: ChatRequest | CompletionRequest, max_tokens: int | None, settings: Settings, schema: dict[str, Any] | None
+) -> GenerationOptions:
     """Returns the options of an answer. Raises UsageError."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(
@@ -153,7 +166,9 @@ def _options(body: ChatRequest | CompletionRequest, max_tokens: int | None, sett
         repetition_penalty=body.repetition_penalty or 1.0,
         seed=None if body.seed is None else body.seed % 2**64,
     )
-    return options_from(body.stop or (), min(max_tokens or settings.max_tokens, settings.max_tokens), False, sampling)
+    constraint = constraint_from(schema, body.regex, body.choice, body.grammar)
+    count = min(max_tokens or settings.max_tokens, settings.max_tokens)
+    return options_from(body.stop or (), count, False, sampling, constraint)
 
 
 class Reply:

@@ -108,6 +108,33 @@ def test_seed_repeats_an_answer(client: httpx.Client) -> None:
     assert one == same != other
 
 
+def test_answer_follows_its_form(client: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
+    answer = client.post(CHAT, json=question(max_tokens=50, response_format=form)).json()["choices"][0]
+    assert json.loads(answer["message"]["content"])["n"] in (1, 2)
+    chosen = client.post(COMPLETE, json={"prompt": "A", "choice": ["red", "blue"]}).json()["choices"][0]
+    assert chosen["text"] in ("red", "blue")
+    with client.stream("POST", CHAT, json=question(regex="ab{3}", stream=True, temperature=1.0)) as response:
+        assert text_of(events(response)) == "abbb"
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"regex": "("}, "regex"),
+        ({"grammar": "start: nothing"}, "grammar"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 5}}}},
+            "response_format",
+        ),
+    ],
+)
+def test_malformed_form_is_refused(client: httpx.Client, form: dict, param: str) -> None:
+    response = client.post(CHAT, json=question(**form))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
 def test_models_and_health_describe_the_server(client: httpx.Client) -> None:
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == "model"

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 import pytest
 
 from fastvlm.runtime.fastvlm import FastVLM
@@ -64,6 +65,21 @@ def test_openai_client_continues_a_conversation(client: Any) -> None:
         history += [answer.choices[0].message, {"role": "user", "content": text}]
     answer = client.chat.completions.create(model="model", messages=history, max_tokens=6)
     assert answer.usage.completion_tokens > 0
+
+
+class Shape(pydantic.BaseModel):
+    """A form to fill in."""
+
+    colour: Literal["red", "blue"]
+    corners: Annotated[int, pydantic.Field(ge=0, le=9)]
+
+
+def test_openai_client_parses_into_a_model(client: Any) -> None:
+    given = {"model": "model", "messages": messages("Describe it.", png(1)), "max_tokens": 60}
+    answer = client.chat.completions.parse(response_format=Shape, **given)
+    shape = answer.choices[0].message.parsed
+    assert isinstance(shape, Shape)
+    assert shape.colour in ("red", "blue")
 
 
 def test_openai_client_sees_errors_as_its_own(client: Any, locked: Server) -> None:

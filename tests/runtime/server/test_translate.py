@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastvlm.models.errors import ImageError
+from fastvlm.models.errors import ImageError, UsageError
 from fastvlm.runtime.prompt import RAW
 from fastvlm.runtime.server.errors import ApiError
 from fastvlm.runtime.server.images import ImageReader
@@ -74,6 +74,31 @@ def test_options_reach_the_engine() -> None:
     assert {name: getattr(options.sampling, name) for name in sent} == sent
     assert options.stop == ("x",)
     assert chat("Hi", fit="crop").request.fit == "crop"
+
+
+@pytest.mark.parametrize(
+    ("form", "argument"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, "schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            "schema",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "schema"),
+        ({"regex": "[a-z]+"}, "regex"),
+        ({"choice": ["yes", "no"]}, "choice"),
+        ({"grammar": 'start: "a"'}, "grammar"),
+    ],
+)
+def test_form_of_an_answer_reaches_the_engine(form: dict[str, Any], argument: str | None) -> None:
+    constraint = chat("Hi", **form).request.options.constraint
+    assert (constraint and constraint.argument) == argument
+
+
+def test_two_forms_of_an_answer_are_refused() -> None:
+    with pytest.raises(UsageError, match="one form"):
+        chat("Hi", regex="a", response_format={"type": "json_object"})
 
 
 def test_too_many_images_are_refused_before_they_are_read() -> None:
