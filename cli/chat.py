@@ -45,6 +45,7 @@ def chat_command(
     regex: given.Regex = None,
     grammar: given.Grammar = None,
     fit: given.Fit = None,
+    background: given.Background = "white",
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
     encoder_process: given.EncoderProcess = False,
@@ -68,7 +69,7 @@ def chat_command(
         **given.structure(json_schema, choice, regex, grammar),
     }
     prepare(None, "", **options)  # wrong options are reported before the model is loaded
-    images = opened(image)
+    images = opened(image, background)
     with LoadProgress() as progress:
         model = load(
             folder,
@@ -81,7 +82,7 @@ def chat_command(
         )
     for text in model.notes:
         note(text)
-    session = Session(model.chat(images, system), options, model.config.max_context)
+    session = Session(model.chat(images, system, background), options, model.config.max_context)
     with given.quiet_pipe():
         for line in lines():
             if not session.take(line):

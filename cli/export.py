@@ -33,7 +33,11 @@ def export_command(
         ),
     ] = DEFAULT_MODEL,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter first (PEFT or LLaVA layout).")
+        Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter first (PEFT, LLaVA or MLX layout).")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Take what MODEL lacks from this checkpoint (for a projector alone)."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -157,6 +161,14 @@ def export_command(
         bool, typer.Option("--force", help="Overwrite an earlier export.", rich_help_panel=given.OUTPUT)
     ] = False,
     as_json: given.AsJson = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Read .bin files too, as tensors only and in their own process. Only for files that you trust.",
+            rich_help_panel=SAFETY,
+        ),
+    ] = False,
     allow_lint: Annotated[
         bool,
         typer.Option(

@@ -43,6 +43,7 @@ def generate_command(
     regex: given.Regex = None,
     grammar: given.Grammar = None,
     fit: given.Fit = None,
+    background: given.Background = "white",
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
     encoder_process: given.EncoderProcess = False,
@@ -66,6 +67,7 @@ def generate_command(
         "stop": stop or (),
         "ignore_eos": ignore_eos,
         "fit": fit,
+        "background": background,
         **given.beams(num_beams, length_penalty, early_stopping),
         **given.structure(json_schema, choice, regex, grammar),
     }

@@ -108,6 +108,13 @@ Fit = Annotated[
         help="Pad or crop images to a square.", show_default="as the model was trained", rich_help_panel=MODEL
     ),
 ]
+Background = Annotated[
+    Literal["white", "black", "none"],
+    typer.Option(
+        help="Draw transparent images on this color. none drops the alpha channel, as LLaVA does.",
+        rich_help_panel=MODEL,
+    ),
+]
 Backend = Annotated[
     BackendName | None,
     typer.Option(

@@ -31,6 +31,12 @@ def verify_command(
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Merge this LoRA adapter into the checkpoint first.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Take what the checkpoint lacks from this one.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read the checkpoint's .bin files too, as export does.")
+    ] = False,
     images: Annotated[
         Path | None,
         typer.Option(
@@ -47,15 +53,23 @@ def verify_command(
     disable_tf32()
     if against is None and not on_device:
         raise typer.BadParameter("add --against MODEL, --on-device, or both", param_hint="FOLDER")
-    if against is None and (adapter is not None or images is not None):
-        option = "--adapter" if adapter is not None else "--images"
-        raise typer.BadParameter("add --against MODEL, which it belongs to", param_hint=option)
+    belonging = {"--adapter": adapter, "--base": base, "--allow-pickle": allow_pickle or None, "--images": images}
+    if against is None and (alone := [option for option, value in belonging.items() if value is not None]):
+        raise typer.BadParameter("add --against MODEL, which it belongs to", param_hint=alone[0])
     compared, device = None, None
     with StageProgress() as progress:
         if against is not None:
             from ..export.verify import verify
 
-            compared = verify(folder, against, adapter=adapter, images=images, on_stage=progress)
+            compared = verify(
+                folder,
+                against,
+                adapter=adapter,
+                base=base,
+                allow_pickle=allow_pickle,
+                images=images,
+                on_stage=progress,
+            )
         if on_device:
             from ..runtime.on_device import verify_on_device
 

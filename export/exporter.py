@@ -115,7 +115,11 @@ def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **o
         model: a checkpoint folder in the layout of Apple, Hugging Face or mlx-vlm, the id of a downloaded checkpoint,
             `tiny`, or `random:SIZE`.
         out: the folder to write. By default it is in the current folder and named after the model and `quant`.
-        adapter: the folder of a LoRA adapter to merge first, in the layout of PEFT or LLaVA.
+        adapter: the folder of a LoRA adapter to merge first, in the layout of PEFT, LLaVA or MLX.
+        base: the checkpoint that has what the folder `model` lacks, such as all but the projector after LLaVA's first
+            stage.
+        allow_pickle: True also reads pickles (`.bin`), as tensors only and in a process of its own. Pickles can run
+            arbitrary code, so use it only for files that you trust.
         recipe: an exported folder, its `fastvlm.json`, or a file with only a recipe. Its decisions are repeated, and
             arguments that would decide the same are refused.
         calibrate: a folder of images to measure on, in place of the embedded drawings.
@@ -158,7 +162,8 @@ def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **o
 def export_checkpoint(model: str | Path, out: str | Path | None, options: ExportOptions) -> Export:
     """Exports a checkpoint: `export` with its keyword arguments as one value."""
     disable_tf32()
-    checkpoint, on_stage = open_checkpoint(model, options.adapter), options.on_stage
+    checkpoint = open_checkpoint(model, options.adapter, base=options.base, allow_pickle=options.allow_pickle)
+    on_stage = options.on_stage
     saved = earlier_recipe(options)
     recipe = planned_recipe(options, checkpoint.config.image_size, saved)
     check_engine(recipe, options.allow_lint)
@@ -189,6 +194,7 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
             trained=is_trained(checkpoint),
             notes=(
                 *checkpoint.notes,
+                *stop_notes(checkpoint, tokenizer),
                 *encoder.notes,
                 *broken_rules,
                 *verification.encoder.notes,
@@ -226,12 +232,25 @@ def write_decoder(
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenizer: ExportedTokenizer) -> None:
     """Writes the JSON files, the tokenizer, and the licences of the checkpoint."""
     config = exported_config(checkpoint, tokenizer.image_token_index, recipe.image_size, recipe.decoder)
+    if stop_notes(checkpoint, tokenizer):
+        config["eos_token_id"] = [*checkpoint.config.eos_token_ids, tokenizer.turn_end_id]
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / "preprocessor_config.json", preprocessor_config(recipe.image_size))
     write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     copy_licences(checkpoint, folder)
+
+
+def stop_notes(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> tuple[str, ...]:
+    """Returns a note if no config names the token with which the chat template ends an answer."""
+    named = (*checkpoint.config.eos_token_ids, tokenizer.eos_token_id)
+    if tokenizer.turn_end_id is None or tokenizer.turn_end_id in named:
+        return ()
+    return (
+        f"no config names token {tokenizer.turn_end_id} as an end, but the chat template ends an answer with it: "
+        "answers end there too",
+    )
 
 
 def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, result: Export) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class ExportOptions:
     """
 
     adapter: str | Path | None = None
+    base: str | Path | None = None
+    allow_pickle: bool = False
     recipe: str | Path | None = None
     calibrate: str | Path | None = None
     encoder: str = "coreml"

@@ -7,6 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.chat_template import (
+    TEMPLATE_FILE,
+    check_family,
+    check_renders,
+    renderer,
+    special_token_text,
+    template_text,
+    turn_end,
+)
 from ..models.errors import ConfigError
 from ..models.files import parse_json_object
 from ..models.tokenizer_files import IMAGE_TOKEN, MAX_TOKENIZER_BYTES, added_token, byte_level_bpe, load_tokenizer
@@ -14,7 +23,7 @@ from ..models.tokenizer_files import IMAGE_TOKEN, MAX_TOKENIZER_BYTES, added_tok
 KEEP_SPACES = ("clean_up_tokenization_spaces", False)
 """A setting that swift-transformers takes as true if it is absent, which would remove spaces before punctuation."""
 
-COPIED_FILES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+COPIED_FILES = ("special_tokens_map.json", TEMPLATE_FILE, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,10 @@ class ExportedTokenizer:
 
     files: Mapping[str, bytes]
     image_token_index: int
+    turn_end_id: int | None
+    """The id that the chat template writes after an answer, or None."""
+    eos_token_id: int | None
+    """The id of `eos_token` in tokenizer_config.json, or None."""
 
 
 def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
@@ -33,7 +46,7 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     `merges.txt`, and get a `tokenizer.json` made from them.
 
     Raises:
-        ConfigError: the tokenizer is missing, or its files are malformed.
+        ConfigError: the tokenizer is missing, its files are malformed, or its chat template cannot make a prompt.
     """
     config = parsed(source, "tokenizer_config.json") if "tokenizer_config.json" in source else {}
     if "tokenizer.json" in source:
@@ -50,7 +63,22 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     files = {name: source[name] for name in COPIED_FILES if name in source}
     files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
     files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
-    return ExportedTokenizer(files, image_token_index)
+    tokens = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return ExportedTokenizer(
+        files,
+        image_token_index,
+        turn_end_id=_checked_turn_end(files, config, tokens),
+        eos_token_id=tokens.get(special_token_text(config, "eos_token") or ""),
+    )
+
+
+def _checked_turn_end(files: Mapping[str, bytes], config: Mapping[str, Any], tokens: Mapping[str, int]) -> int | None:
+    """Returns the id after an answer. Raises ConfigError for a template that makes no prompt, or another family's."""
+    own = files[TEMPLATE_FILE].decode("utf-8-sig", "replace") if TEMPLATE_FILE in files else None
+    render = renderer(template_text(own, config), config)
+    check_renders(render)
+    check_family(render, tokens)
+    return turn_end(render, tokens)
 
 
 def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:

@@ -130,6 +130,8 @@ def verify(
     against: str | Path,
     *,
     adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
     images: str | Path | None = None,
     on_stage: OnStage = silent,
 ) -> Verification:
@@ -139,6 +141,8 @@ def verify(
         folder: an exported model folder.
         against: the checkpoint that it was exported from, as `fastvlm.export` takes it.
         adapter: the folder of the LoRA adapter that was merged into it.
+        base: the checkpoint that had what `against` lacks.
+        allow_pickle: True also reads pickles, as `fastvlm.export` does.
         images: a folder of images to compare on, in place of the embedded drawings.
         on_stage: a function that is called with a short description of each stage before it begins.
 
@@ -155,7 +159,8 @@ def verify(
     from .verify_encoder import encoder_reference
 
     disable_tf32()
-    folder, checkpoint = Path(folder).expanduser(), open_checkpoint(against, adapter)
+    folder = Path(folder).expanduser()
+    checkpoint = open_checkpoint(against, adapter, base=base, allow_pickle=allow_pickle)
     recipe = saved_recipe(folder)
     on_stage("compare files with the manifest")
     check_hashes(folder)

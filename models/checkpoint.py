@@ -7,21 +7,26 @@ layout here.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .config import FastVLMConfig
+from .config import FastVLMConfig, config_notes
 from .errors import CheckpointError, WeightsError, listed
 from .files import combined_sha256, read_json_object
-from .safetensors_files import Shape, TensorInfo, folder_content, read_header, tensor_files
+from .quantization import check_not_foreign
+from .safetensors_files import Shape, TensorInfo, WeightFiles, not_a_checkpoint, read_header, tensor_files
 from .source_layouts import Framework, open_source
+from .tensor_names import UNMERGED_FACTOR, UNUSED_TENSORS, unwrapped
 from .tokenizer_files import image_token_id, with_plain_template
 
 if TYPE_CHECKING:
     from ._mlx import mx
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+WIDE = "F64"
+"""The dtype that is read as float32: some trainers save it, and MLX does not read it."""
 HEAD = "lm_head.weight"
 TABLE = "model.embed_tokens.weight"
 
@@ -68,19 +73,23 @@ class FolderCheckpoint:
         WeightsError: a weight file is damaged, or a pickle.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str | None = None, *, allow_pickle: bool = False) -> None:
         self.folder = folder
         self.name = name or folder.resolve().name
         self._open_files: dict[Path, Any] = {}
+        self._wide_files: dict[Path, bool] = {}
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder} is not a folder. A checkpoint is a folder with config.json and *.safetensors."
             )
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json ({folder_content(folder)})")
+            raise not_a_checkpoint(folder, "config.json")
         raw_config = read_json_object(folder / "config.json")
-        self._files = tensor_files(folder)
-        self._source = open_source(folder, raw_config, self._headers())
+        self._weights = self._weight_files(allow_pickle)
+        headers = self._headers()
+        quantizer = check_not_foreign(raw_config, headers)
+        self._names = {plain: name for name, plain in unwrapped(headers).items()}
+        self._source = open_source(folder, raw_config, self._used(headers))
         self.layout = self._source.layout
         self.config_dict = self._source.config
         self.tensors = {name: view.info for name, view in self._source.views.items()}
@@ -89,7 +98,16 @@ class FolderCheckpoint:
             self.config_dict, read_json_object(generation) if generation.is_file() else None
         )
         self.config, tied = settle_tied_embeddings(config, self.config_dict, self.tensors, self.read)
-        self.notes = (*self._source.notes, *tied, *vocabulary_notes(self.config, self.tensors), *self._image_notes())
+        self.notes = (
+            *self._weights.notes,
+            *self._wrapper_notes(),
+            *quantizer,
+            *self._source.notes,
+            *config_notes(self.config_dict),
+            *tied,
+            *vocabulary_notes(self.config, self.tensors),
+            *self._image_notes(),
+        )
 
     def read(self, name: str, framework: Framework) -> Any:
         """Returns the tensor `name` in Apple's layout."""
@@ -97,28 +115,68 @@ class FolderCheckpoint:
 
     def digest(self) -> str:
         """Returns a sha256 over config.json and every weight file, in the order of their names."""
-        return combined_sha256([self.folder / "config.json", *sorted(set(self._files.values()))])
+        return combined_sha256([self.folder / "config.json", *sorted(set(self._weights.files.values()))])
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Returns the tokenizer's files, with a chat template that accepts strings."""
-        names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                 "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
-        files = {name: (self.folder / name).read_bytes() for name in names if (self.folder / name).is_file()}
-        return with_plain_template(files)
+        return read_tokenizer_files(self.folder)
+
+    def _weight_files(self, allow_pickle: bool) -> WeightFiles:
+        """Returns the weight files, which are made from pickles in a temporary folder if `allow_pickle` asks for it."""
+        if not allow_pickle or any(self.folder.glob("*.safetensors")):
+            return tensor_files(self.folder)
+        from .pickles import weights_as_safetensors
+
+        self._converted = tempfile.TemporaryDirectory(prefix="fastvlm-")  # removed with this checkpoint
+        weights_as_safetensors(self.folder, Path(self._converted.name))
+        return tensor_files(Path(self._converted.name))
 
     def _headers(self) -> dict[str, TensorInfo]:
         """Returns every tensor by its name in the files."""
         found: dict[str, TensorInfo] = {}
-        for file in dict.fromkeys(self._files.values()):
-            found.update((name, info) for name, info in read_header(file).items() if self._files[name] == file)
+        files = self._weights.files
+        for file in dict.fromkeys(files.values()):
+            found.update((name, info) for name, info in read_header(file).items() if files[name] == file)
         return found
 
-    def _read_raw(self, name: str, framework: Framework) -> Any:
-        file = self._files[name]
-        if framework == "mlx":
+    def _used(self, headers: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Returns the tensors that are read, by their names without wrappers. Raises WeightsError for LoRA factors."""
+        factors = sorted(name for name in headers if UNMERGED_FACTOR.search(name))
+        if factors:
+            raise WeightsError(
+                f"{self.folder}: the weights contain a LoRA that is not merged (got {listed(factors, 2)}). Merge it "
+                "with PEFT's merge_and_unload first."
+            )
+        used = {plain: headers[name] for plain, name in self._names.items() if not UNUSED_TENSORS.search(plain)}
+        return {
+            name: TensorInfo(info.shape, "F32") if info.dtype == WIDE else info for name, info in used.items()
+        }  # read as float32
+
+    def _wrapper_notes(self) -> tuple[str, ...]:
+        changed = [(name, plain) for plain, name in self._names.items() if name != plain]
+        if not changed:
+            return ()
+        return (f"the names of {len(changed)} tensors are those of a training wrapper: {changed[0][0]} is read as "
+                f"{changed[0][1]}",)  # fmt: skip
+
+    def _read_raw(self, plain_name: str, framework: Framework) -> Any:
+        name = self._names[plain_name]
+        file = self._weights.files[name]
+        if framework == "mlx" and not self._has_wide(file):
             # Opened each time: the evaluated arrays of an open file stay in memory as long as it is referenced.
             return load_lazily(file)[name]
-        return self._torch_file(file).get_tensor(name)
+        tensor = self._torch_file(file).get_tensor(name)
+        if framework == "pt":
+            return tensor.float() if tensor.element_size() == 8 and tensor.is_floating_point() else tensor
+        from ._mlx import mx
+
+        return mx.array(tensor.float().numpy())
+
+    def _has_wide(self, file: Path) -> bool:
+        """Returns True if a file has float64, with which MLX reads none of its tensors."""
+        if file not in self._wide_files:
+            self._wide_files[file] = any(info.dtype == WIDE for info in read_header(file).values())
+        return self._wide_files[file]
 
     def _torch_file(self, file: Path) -> Any:
         """Returns an open weight file, memory-mapped."""
@@ -140,6 +198,19 @@ class FolderCheckpoint:
             f"config.json has image_token_index={index}, but tokenizer.json has <image> at {found}: "
             "the tokenizer decides",
         )
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Returns the tokenizer's files in a folder, with a chat template that accepts strings. Raises ConfigError."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+             "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    legacy = folder / "chat_template.json"  # of a processor, before chat_template.jinja
+    if legacy.is_file() and not any(b"chat_template" in content for content in files.values()):
+        template = read_json_object(legacy).get("chat_template")
+        if isinstance(template, str):
+            files.setdefault("chat_template.jinja", template.encode())
+    return with_plain_template(files)
 
 
 def settle_tied_embeddings(

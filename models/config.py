@@ -19,8 +19,14 @@ from .quantization import Quantization
 PATCH_SIZE = 64
 """The pixels per image token along each side. The encoder halves the resolution six times."""
 
+TRAINED_IMAGE_SIZE = 1024
+"""The side of FastVLM's training images, in pixels. It applies if no file has another."""
+
 MAX_IMAGE_SIZE = 2048
 """The largest side of the encoder's square, in pixels, twice the training size."""
+TILES = ("anyres", "highres")
+"""The beginnings of LLaVA's values of `image_aspect_ratio` that cut an image into several."""
+
 MAX_DIMENSION = 2**20
 """The largest width or vocabulary. No real one comes near, so a larger one means a corrupt or hostile file."""
 MAX_LAYERS = 1000
@@ -73,16 +79,14 @@ class Qwen2Config:
     def from_dict(cls, values: Mapping[str, Any]) -> Qwen2Config:
         """Reads the decoder's fields of `config.json`.
 
-        Ignores training-only fields (dropout, initializer), `torch_dtype` (the tensors have it), and
-        `max_window_layers` and `sliding_window` (they only apply with `use_sliding_window`, which is refused).
+        Ignores training-only fields (dropout, initializer) and `torch_dtype` (the tensors have it). With a sliding
+        window the context is limited to the window, where full attention computes the same.
 
         Raises:
             ConfigError: a field is missing, malformed, contradictory, or asks for a feature that the decoder lacks.
         """
         if field(values, "hidden_act", str, "silu") != "silu":
             raise ConfigError(f"config.json: hidden_act must be 'silu', got {values['hidden_act']!r:.80}")
-        if field(values, "use_sliding_window", bool, False):
-            raise ConfigError("config.json: use_sliding_window must be false, got true")
         heads = field(values, "num_attention_heads", int)
         return cls(
             hidden_size=field(values, "hidden_size", int),
@@ -93,9 +97,19 @@ class Qwen2Config:
             vocab_size=field(values, "vocab_size", int),
             rms_norm_eps=field(values, "rms_norm_eps", float, 1e-6),
             rope_theta=_rope_theta(values),
-            max_position_embeddings=field(values, "max_position_embeddings", int, 32768),
+            max_position_embeddings=min(field(values, "max_position_embeddings", int, 32768), *_windows(values)),
             tie_word_embeddings=field(values, "tie_word_embeddings", bool, True),
         )
+
+
+def _windows(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the sliding window, in tokens, if a layer has one. Qwen2's begins at layer `max_window_layers`."""
+    if not field(values, "use_sliding_window", bool, False) or values.get("sliding_window") is None:
+        return (MAX_DIMENSION,)
+    layers = field(values, "num_hidden_layers", int)
+    if field(values, "max_window_layers", int, 0) >= layers:
+        return (MAX_DIMENSION,)
+    return (field(values, "sliding_window", int),)
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
@@ -180,7 +194,7 @@ class FastVLMConfig:
             decoder=decoder,
             mm_hidden_size=mm_hidden_size,
             image_size=_image_size(values),
-            image_aspect_ratio=field(values, "image_aspect_ratio", str, "pad"),
+            image_aspect_ratio=_aspect_ratio(values),
             eos_token_ids=_eos_token_ids(values, generation or {}),
             image_token_index=image_token_index,
             tokenizer_model_max_length=field(
@@ -188,6 +202,20 @@ class FastVLMConfig:
             ),
             quantization=_quantization(values),
         )
+
+
+def _aspect_ratio(values: Mapping[str, Any]) -> str:
+    """Returns `pad` or `crop` for LLaVA's `image_aspect_ratio`.
+
+    LLaVA leaves `square` images to the image processor, which resizes the shorter side and crops.
+    """
+    written = field(values, "image_aspect_ratio", str, "pad")
+    if written.startswith(TILES):
+        raise ConfigError(
+            f"config.json: image_aspect_ratio must be 'pad', 'square' or 'crop', got {written!r:.80}, which cuts "
+            "images into tiles. FastVLM takes one square per image. Set it to 'pad' to answer without tiles."
+        )
+    return {"square": "crop"}.get(written, written)
 
 
 def check_image_size(image_size: int) -> None:
@@ -198,15 +226,33 @@ def check_image_size(image_size: int) -> None:
         )
 
 
+def config_notes(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns notes on what Apple's `config.json` lacks, and what is assumed instead."""
+    notes = []
+    if _written_image_size(values) is None:
+        notes.append(
+            f"config.json: mm_vision_tower {values.get('mm_vision_tower')!r:.80} does not have the image size: "
+            f"{TRAINED_IMAGE_SIZE} px are assumed, FastVLM's training size (image_size sets another)"
+        )
+    (window,) = _windows(values)
+    if window < field(values, "max_position_embeddings", int, 32768):
+        notes.append(f"config.json has a sliding window: prompt and answer are limited to its {window:,} tokens")
+    return tuple(notes)
+
+
 def _image_size(values: Mapping[str, Any]) -> int:
     """Returns the training resolution, which Apple's file only has in `mm_vision_tower` (`mobileclip_l_1024`)."""
-    tower = field(values, "mm_vision_tower", str)
-    match = re.search(r"_(\d{2,5})$", tower)
-    if match is None:
-        raise ConfigError(
-            f"config.json: mm_vision_tower must end in the image size, as in 'mobileclip_l_1024', got {tower!r:.80}"
-        )
-    return int(match[1])
+    return _written_image_size(values) or TRAINED_IMAGE_SIZE
+
+
+def _written_image_size(values: Mapping[str, Any]) -> int | None:
+    """Returns the size in the tower's name, perhaps a path, or None. Other towers' names have other numbers."""
+    name = field(values, "mm_vision_tower", str, "").rstrip("/").rpartition("/")[2]
+    if match := re.search(r"mobileclip_l_(\d{2,5})(?!\d)", name):
+        return int(match[1])
+    match = re.search(r"_(\d{2,5})$", name)
+    size = int(match[1]) if match else 0
+    return size if size and size % PATCH_SIZE == 0 and size <= MAX_IMAGE_SIZE else None
 
 
 def _eos_token_ids(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import ConfigError, FastVLMError, OutputError
+from .foreign_files import foreign_bytes, foreign_text
 
 MAX_JSON_BYTES = 16 * 2**20
 """The largest JSON file that is read, in bytes. A tokenizer of 150,000 tokens takes 7 to 11 MB, and no other file comes
@@ -27,6 +29,14 @@ SAMPLE_SPANS = 16
 """The number of spans that `sample_sha256` reads."""
 SAMPLE_SPAN_BYTES = 8192
 """The length of each of those spans, in bytes."""
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""The encoding that a byte order mark at the start names. Windows' editors and PowerShell write them."""
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -76,10 +86,11 @@ def parse_json_object(content: bytes, name: str, error: type[FastVLMError] = Con
     """Returns the JSON object in `content`. Raises `error`, with `name` as its subject, for anything else.
 
     Stricter than JSON, it refuses NaN and infinity, numbers of more than `MAX_DIGITS` digits, duplicate keys and
-    nesting beyond `MAX_DEPTH`. It also refuses a lone surrogate, which UTF-8 cannot encode.
+    nesting beyond `MAX_DEPTH`. It also refuses a lone surrogate, which UTF-8 cannot encode. A byte order mark is read.
     """
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode("utf-8")
+        text = content.decode(encoding)
         value = json.loads(
             text,
             parse_constant=_refuse_constant,
@@ -93,6 +104,8 @@ def parse_json_object(content: bytes, name: str, error: type[FastVLMError] = Con
     except UnicodeEncodeError:
         raise error(f"{name} is not valid JSON: it contains a lone surrogate") from None
     except (ValueError, RecursionError) as reason:  # malformed, not UTF-8, or too deep for the parser
+        if foreign := foreign_bytes(content) or foreign_text(content):
+            raise error(f"{name} is {foreign}", "allow_pickle") from None
         raise error(f"{name} is not valid JSON: {reason!s:.200}") from None
     if not isinstance(value, dict):
         raise error(f"{name} must be a JSON object, got {type(value).__name__}")

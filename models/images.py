@@ -19,7 +19,8 @@ import PIL
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as PIL_VERSION
 
-from .errors import ImageError
+from .errors import ImageError, UsageError
+from .foreign_files import HEAD_BYTES, foreign_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +49,10 @@ metadata, and fails on damaged ones.)"""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 """The formats that Pillow decodes itself. Others start programs (EPS: Ghostscript) or are obsolete."""
 
-SUFFIXES = tuple(f".{kind}" for kind in "avif bmp gif ico jp2 jpeg jpg pgm png ppm tif tiff webp".split())
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""The brands of HEIC and HEIF files, an iPhone's default, at byte 8. pillow-heif decodes them."""
+
+SUFFIXES = tuple(f".{kind}" for kind in "avif bmp gif heic heif hif ico jp2 jpeg jpg pgm png ppm tif tiff webp".split())
 """The suffixes of image files. Other files in a folder are ignored."""
 
 THIN = 4
@@ -63,39 +67,59 @@ BICUBIC_SUPPORT = 2.0
 """The radius of the bicubic kernel, in output pixels."""
 
 
-def open_images(images: Sequence[ImageSource], max_pixels: int | None = None) -> tuple[Image.Image, ...]:
-    """Opens several images, which together have at most `max_pixels`. Raises ImageError as `open_image` does.
+BACKGROUNDS: dict[str, tuple[int, int, int] | None] = {"white": (255, 255, 255), "black": (0, 0, 0), "none": None}
+"""The color under transparent pixels. None drops the alpha channel, as LLaVA does, and shows the hidden colors."""
+
+FULL_DEPTH = 65535
+"""The white of a 16-bit channel, unless the file has a smaller one."""
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUE, S_MAX_SAMPLE_VALUE = 258, 281, 341
+"""TIFF tags: the bits of a sample, and its largest value (two generations of the tag)."""
+
+
+def open_images(
+    images: Sequence[ImageSource], max_pixels: int | None = None, *, background: str = "white"
+) -> tuple[Image.Image, ...]:
+    """Opens several images, which together have at most `max_pixels`. Raises the errors of `open_image`.
 
     The default is `MAX_PIXELS`.
     """
     limit = MAX_PIXELS if max_pixels is None else max_pixels
     opened: list[Image.Image] = []
     for image in images:
-        opened.append(open_image(image, limit - sum(one.width * one.height for one in opened)))
+        left = limit - sum(one.width * one.height for one in opened)
+        opened.append(open_image(image, left, background=background))
     return tuple(opened)
 
 
-def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns `image` decoded, upright (EXIF orientation applied) and RGB (alpha dropped).
+def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS, *, background: str = "white") -> Image.Image:
+    """Returns `image` decoded, upright (EXIF orientation applied) and RGB.
 
     An array is (H, W, 3), (H, W, 4) or (H, W), uint8, RGB. `max_pixels` is the part of the limit that is left for it.
+    Transparent pixels are drawn on `background`: `white`, `black`, or `none`, which drops the alpha channel.
 
     Raises:
+        UsageError: `background` is none of these.
         ImageError: the image is missing, damaged, too large, or of a mode that cannot become RGB.
     """
-    name = _name(image)
+    name, head = _name(image), b""
+    color = background_color(background)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images (our own limit follows) and damaged metadata
             if isinstance(image, np.ndarray):
                 image = _from_array(image)
             if isinstance(image, Image.Image):
-                return _upright_rgb(image, name, max_pixels)
-            with _stream(image, name) as stream, Image.open(stream, formats=_formats()) as opened:
-                return _upright_rgb(opened, name, max_pixels)
+                return _upright_rgb(image, name, max_pixels, color)
+            with _stream(image, name) as stream:
+                head = stream.read(HEAD_BYTES)
+                stream.seek(0)
+                with Image.open(stream, formats=_formats(head)) as opened:
+                    return _upright_rgb(opened, name, max_pixels, color)
     except ImageError:
         raise
     except UnidentifiedImageError:
+        if foreign := foreign_image(head):
+            raise ImageError(f"{name} is {foreign}") from None
         raise ImageError(f"{name} is not an image in a format that Pillow {PIL_VERSION} reads") from None
     except Image.DecompressionBombError as reason:
         raise ImageError(f"{name} is too large: {reason}") from None
@@ -104,6 +128,13 @@ def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as reason:  # decoders raise any exception for damaged bytes
         detail = (str(reason) or type(reason).__name__).splitlines()[0]
         raise ImageError(f"{name} cannot be decoded: {detail}") from reason
+
+
+def background_color(background: str) -> tuple[int, int, int] | None:
+    """Returns the color that a background's name means. Raises UsageError for an unknown name."""
+    if background not in BACKGROUNDS:
+        raise UsageError(f"background must be one of {', '.join(BACKGROUNDS)}, got {background!r:.40}", "background")
+    return BACKGROUNDS[background]
 
 
 def preprocess(image: Image.Image, image_size: int, fit: Fit) -> NDArray[np.uint8]:
@@ -205,8 +236,13 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def _formats() -> list[str]:
-    """Returns those of `FORMATS` that this build of Pillow has."""
+def _formats(head: bytes) -> list[str]:
+    """Returns those of `FORMATS` that this build of Pillow has, or HEIF if a file starts as one."""
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+        return ["HEIF"]
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -245,7 +281,9 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _upright_rgb(
+    image: Image.Image, name: str, max_pixels: int, background: tuple[int, int, int] | None
+) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ImageError(
@@ -261,18 +299,57 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         silence_libtiff()
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    rgb = _without_high_depth(image, name).convert("RGB")
+    rgb = _on_background(_without_high_depth(image, name), background)
     transpose = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
+def _on_background(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+    """Returns an RGB image with `background` under its transparent pixels.
+
+    The colors of fully transparent pixels are arbitrary: encoders change them, often to black.
+    """
+    if background is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    rgb = Image.new("RGB", image.size, background)
+    rgb.paste(rgba, mask=alpha)
+    return rgb
+
+
 def _without_high_depth(image: Image.Image, name: str) -> Image.Image:
-    """Returns an image of 8 bits per channel, the upper ones of 16. (Pillow's `convert` clips 16-bit gray to white.)"""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Returns an image of 8 bits per channel, scaled by the file's largest value. (Pillow's `convert` clips 16 bits.)
+
+    Files of 12 bits in 16, from microscopes and cameras, would be almost black otherwise.
+    """
+    white = _white(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image)
+        scaled = values >> 8 if white == FULL_DEPTH else values.astype(np.uint32) * 255 // white
+        return Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ImageError(f"{name} has 32 bits per pixel (mode {image.mode}) of unknown range. Convert it to 8 bits.")
+    if white != FULL_DEPTH and image.mode in ("RGB", "RGBA"):  # Pillow keeps the upper 8 bits of each 16
+        return image.point([min(255, value * FULL_DEPTH // white) for value in range(256)] * len(image.getbands()))
     return image
+
+
+def _white(image: Image.Image) -> int:
+    """Returns the largest value of a channel of 16 bits, which a TIFF may have in its tags."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return FULL_DEPTH
+    bits = max(_numbers(tags.get(BITS_PER_SAMPLE)), default=16)
+    written = [*_numbers(tags.get(MAX_SAMPLE_VALUE)), *_numbers(tags.get(S_MAX_SAMPLE_VALUE))]
+    if 8 < bits < 16:
+        return 2**bits - 1
+    return max(written) if bits == 16 and written and 255 < max(written) < FULL_DEPTH else FULL_DEPTH
+
+
+def _numbers(value: Any) -> list[int]:
+    values = value if isinstance(value, tuple | list) else [value]
+    return [int(one) for one in values if isinstance(one, int | float) and not isinstance(one, bool) and one > 0]
 
 
 @functools.cache

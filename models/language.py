@@ -46,10 +46,13 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(config.decoder.hidden_size, config.decoder.hidden_size)
 
     def __call__(self, image_features: mx.array) -> mx.array:
-        """Returns (B, N, hidden_size) of (B, N, mm_hidden_size)."""
-        x = self.linear_0(image_features.astype(self.linear_0.bias.dtype))
+        """Returns (B, N, hidden_size) of (B, N, mm_hidden_size), in the dtype of the weights.
+
+        It computes in float32: single features of fine-tuned towers exceed float16, which ends at 65,504.
+        """
+        x = self.linear_0(image_features.astype(mx.float32))
         x = 0.5 * x * (1.0 + mx.erf(x * 0.5**0.5))  # not nn.gelu: see mlx_layers.swiglu
-        return self.linear_2(x)
+        return self.linear_2(x).astype(self.linear_2.bias.dtype)
 
 
 class LanguageSide(nn.Module):

@@ -1,4 +1,7 @@
-"""The `quantization` object of `config.json`: MLX's affine groups, with exceptions for single layers."""
+"""The `quantization` object of `config.json`: MLX's affine groups, with exceptions for single layers.
+
+The weights of other quantizers are recognized here too, since their packed tensors look like a damaged checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, WeightsError, listed
 from .files import field as json_field
+from .safetensors_files import TensorInfo
 
 GROUP_SIZES = (32, 64, 128)
 """The group sizes of MLX's affine quantization, in weights."""
 BITS = (2, 3, 4, 5, 6, 8)
 """The widths of MLX's affine quantization, in bits."""
+
+
+FOREIGN_METHODS = {
+    "bitsandbytes": "Load it with transformers, call model.dequantize(), and save_pretrained() the result.",
+    "gptq": "Pass the checkpoint that it was quantized from.",
+    "awq": "Pass the checkpoint that it was quantized from.",
+    "compressed-tensors": "Pass the checkpoint that it was quantized from.",
+    "fp8": "Load it with transformers, call model.dequantize(), and save_pretrained() the result.",
+    "torchao": "Pass the checkpoint that it was quantized from.",
+    "quanto": "Pass the checkpoint that it was quantized from.",
+    "hqq": "Pass the checkpoint that it was quantized from.",
+}
+"""The quantizers whose weights are refused, by `quant_method`, and how to undo each."""
+
+FOREIGN_SUFFIXES = {
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".qweight": "gptq",
+    ".qzeros": "gptq",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors",
+    ".weight_scale_inv": "fp8",
+    "._data": "quanto",
+    ".W_q": "hqq",
+}
+"""The quantizer that writes tensors whose names end so."""
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 
 
 @dataclass(frozen=True)
@@ -83,3 +115,23 @@ def _affine(values: Mapping[str, Any]) -> Affine:
     if mode != "affine":
         raise ConfigError(f"config.json: quantization mode must be 'affine', got {mode!r:.40}")
     return Affine(json_field(values, "group_size", int), json_field(values, "bits", int))
+
+
+def check_not_foreign(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Returns a note if only the config has another quantizer's settings, and the weights are floating-point.
+
+    Raises:
+        WeightsError: the weights are quantized by another tool than MLX. The message has how to undo it.
+    """
+    described = config.get("quantization_config")
+    method = described.get("quant_method") if isinstance(described, Mapping) else None
+    method = method if isinstance(method, str) else None
+    found = {name: by for name in tensors for suffix, by in FOREIGN_SUFFIXES.items() if name.endswith(suffix)}
+    found |= {name: "fp8" for name, info in tensors.items() if info.dtype in FLOAT8}
+    if not found:
+        if method is None:
+            return ()
+        return (f"config.json has quantization_config of {method}, but the weights are floating-point: it is ignored",)
+    quantizer = method or next(iter(found.values()))
+    remedy = FOREIGN_METHODS.get(quantizer, "Pass the checkpoint that it was quantized from.")
+    raise WeightsError(f"the weights are quantized by {quantizer} (got {listed(sorted(found), 2)}). {remedy}")

@@ -8,8 +8,9 @@ without gaps, and the offsets are relative to it.
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, FastVLMError, WeightsError, listed
 from .files import parse_json_object, read_json_object, write_json
+from .foreign_files import (
+    ADAPTER_FILES,
+    PROJECTOR_FILES,
+    checkpoints_inside,
+    foreign_file,
+    foreign_folder,
+    is_system_file,
+    matches,
+    pickles_in,
+)
 
 if TYPE_CHECKING:
     from ._mlx import mx
@@ -38,7 +49,11 @@ MAX_SHARD_BYTES = 2 * 2**30
 HEADER_ALIGNMENT = 8
 """The multiple of bytes to which a header is padded, so that 8-byte numbers are aligned."""
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+"""The name of a shard, from which its siblings follow."""
+
+HEAD_NAME = "lm_head.weight"
+"""The end of the one tensor that an index may list without a shard: transformers lists the head of tied embeddings."""
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "U16": 16, "I16": 16, "F16": 16,
@@ -86,6 +101,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except (OSError, ValueError) as reason:  # ValueError: a name with a NUL in it
         raise WeightsError(f"{file!s:.400} cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
     except _HeaderError as reason:
+        if foreign := foreign_file(file):
+            raise WeightsError(f"{file} is {foreign}", "allow_pickle") from None
         raise WeightsError(
             f"{file} is truncated or corrupt, not a whole safetensors file ({reason}). Download it again."
         ) from None
@@ -151,18 +168,76 @@ def _are_sizes(values: Any) -> bool:
     )
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns the file of each tensor in a checkpoint folder. Raises CheckpointError or WeightsError."""
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of a checkpoint folder."""
+
+    files: dict[str, Path]
+    """The file of each tensor, by its name in the file."""
+    notes: tuple[str, ...] = ()
+
+
+def tensor_files(folder: Path) -> WeightFiles:
+    """Returns the file of each tensor in a checkpoint folder, and notes about the other weight files.
+
+    Shards without an index are read by their names and headers. The files of an adapter or of another training stage
+    are not part of the checkpoint. macOS's own files are ignored.
+
+    Raises:
+        CheckpointError: weights are missing, or there are several files that could be the weights.
+        WeightsError: a file is missing, damaged, or disagrees with the index.
+    """
+    found = sorted(path for path in folder.glob("*.safetensors") if not is_system_file(path))
+    extra = [path.name for path in found if matches(path.name, (*ADAPTER_FILES, *PROJECTOR_FILES))]
+    files = [path for path in found if path.name not in extra]
+    notes = tuple(f"{name} is not merged into the checkpoint (adapter=FOLDER merges it)" for name in extra)
     if (folder / INDEX_NAME).is_file():
-        return _indexed_files(folder)
-    files = sorted(folder.glob("*.safetensors"))
+        return WeightFiles(_indexed_files(folder), notes)
     if not files:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no *.safetensors ({folder_content(folder)})")
-    if len(files) > 1:
+        raise not_a_checkpoint(folder, "*.safetensors")
+    if folder / WEIGHTS_NAME in files:
+        others = [path.name for path in files if path.name != WEIGHTS_NAME and not SHARD_NAME.fullmatch(path.name)]
+        if len(others) == len(files) - 1:
+            notes += tuple(f"{name} is not read: {WEIGHTS_NAME} has the weights" for name in others)
+            files = [folder / WEIGHTS_NAME]
+    if len(files) > 1 or SHARD_NAME.fullmatch(files[0].name):
+        return WeightFiles(_shards_without_index(folder, files), notes)
+    return WeightFiles(dict.fromkeys(read_header(files[0]), files[0]), notes)
+
+
+def _shards_without_index(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
+    """Returns the file of each tensor of shards whose names have their number, such as `model-00001-of-00002`."""
+    names = [SHARD_NAME.fullmatch(path.name) for path in files]
+    if not all(names) or len({(name["stem"], name["count"]) for name in names if name}) > 1:
         raise CheckpointError(
-            f"{folder} has {len(files)} *.safetensors files and no {INDEX_NAME}. Download the index, or keep one file."
+            f"{folder} has {len(files)} *.safetensors files and no {INDEX_NAME}: "
+            f"{listed(path.name for path in files)}. Download the index, or keep one file."
         )
-    return dict.fromkeys(read_header(files[0]), files[0])
+    first = next(name for name in names if name)
+    count = int(first["count"])
+    _check_all_exist(
+        folder, [f"{first['stem']}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    )
+    found: dict[str, Path] = {}
+    for file in files:
+        for tensor in read_header(file):
+            if tensor in found:
+                raise WeightsError(
+                    f"{folder}: two shards have {tensor} (got {found[tensor].name} and {file.name}). Download the "
+                    "checkpoint again."
+                )
+            found[tensor] = file
+    return found
+
+
+def _check_all_exist(folder: Path, names: Sequence[str]) -> None:
+    """Raises WeightsError unless every shard exists."""
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise WeightsError(
+            f"{folder}: {len(missing)} of {len(names)} shards are missing: {listed(missing)}. Download the checkpoint "
+            "again."
+        )
 
 
 def read_weight_map(folder: Path, error: type[FastVLMError]) -> dict[str, str]:
@@ -179,10 +254,14 @@ def read_weight_map(folder: Path, error: type[FastVLMError]) -> dict[str, str]:
 
 def _indexed_files(folder: Path) -> dict[str, Path]:
     weight_map = read_weight_map(folder, WeightsError)
-    headers = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
+    names = sorted(set(weight_map.values()))
+    _check_all_exist(folder, names)
+    headers = {name: read_header(folder / name) for name in names}
     absent = sorted(tensor for tensor, file in weight_map.items() if tensor not in headers[file])
     unlisted = sorted({tensor for header in headers.values() for tensor in header} - weight_map.keys())
-    if absent or unlisted:
+    if len(absent) == 1 and not unlisted and absent[0].endswith(HEAD_NAME):
+        del weight_map[absent[0]]  # whether the embeddings are tied is decided with the config
+    elif absent or unlisted:
         raise WeightsError(
             f"{folder / INDEX_NAME} and the shards disagree on {len(absent) + len(unlisted)} tensors: "
             f"{listed(absent + unlisted)}. Download the checkpoint again."
@@ -190,16 +269,23 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     return {tensor: folder / file for tensor, file in weight_map.items()}
 
 
-def folder_content(folder: Path) -> str:
-    """Returns a summary of the folder for a message: the first names, or how to convert a pickle."""
-    names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    if pickles:
-        return (
-            f"found the pickle {pickles[0]}, which can run arbitrary code when it is opened; convert it first, with "
-            "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')`"
+def not_a_checkpoint(folder: Path, missing: str) -> CheckpointError:
+    """Returns the error for a folder without `missing`, a file's name: what the folder is, and what to do."""
+    text = f"{folder} is not a checkpoint: it has no {missing}"
+    names = sorted(path.name for path in folder.iterdir() if not is_system_file(path))
+    known, inside, pickles = foreign_folder(folder), checkpoints_inside(folder), pickles_in(folder)
+    if pickles and (known is None or not matches(pickles[0].name, known.patterns)):
+        return CheckpointError(
+            f"{text} (found the pickle {pickles[0].name}, which can run arbitrary code when it is opened). Pass "
+            "allow_pickle=True to read it in a process of its own, as tensors only, or convert it with "
+            "`safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')`.",
+            "allow_pickle",
         )
-    return f"found {listed(names)}" if names else "the folder is empty"
+    if known is not None:
+        return CheckpointError(f"{text}. It is {known.what} (got {listed(names)}). {known.remedy}", *known.arguments)
+    if inside:
+        return CheckpointError(f"{text}. Pass a checkpoint inside it (got {listed(inside)}).")
+    return CheckpointError(f"{text} ({f'found {listed(names)}' if names else 'the folder is empty'})")
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> None:

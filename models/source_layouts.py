@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import PATCH_SIZE
+from .config import PATCH_SIZE, TRAINED_IMAGE_SIZE
 from .errors import CheckpointError, ConfigError, WeightsError, listed
 from .files import field, read_json_object
 from .quantization import Affine, Quantization
@@ -36,12 +36,17 @@ Framework = Literal["pt", "mlx"]
 ReadRaw = Callable[[str, Framework], Any]
 """A function from a tensor's name in the file and the framework to the array as it is stored."""
 
-TRAINED_IMAGE_SIZE = 1024
-"""The side of FastVLM's training images, in pixels. It applies if no file has another."""
 LLAVA_IMAGE_TOKENS = 576
 """The `image_seq_length` of files that only repeat the default of LLaVA's class, where it has no meaning."""
 NO_LIMIT = 10**9
 """The smallest `model_max_length` that means no limit."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""The files that may have the image processor: nested in the first since transformers 5, in the second before."""
+PIXEL_SCALE = 1 / 255
+"""The factor from 8-bit values to FastVLM's pixels, which are in 0..1."""
+BICUBIC = 3
+"""Pillow's number of the bicubic filter."""
 
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -128,7 +133,7 @@ def open_source(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> So
     if len(found) > 1:
         raise CheckpointError(f"{folder} mixes tensors of the layouts {' and '.join(layout.title for layout in found)}")
     if not found:
-        raise CheckpointError(_unknown_layout(folder, config, tensors))
+        raise CheckpointError(_unknown_layout(folder, config, tensors), "base")
     layout, model_type = found[0], config.get("model_type")
     if model_type not in layout.model_types:
         wanted = " or ".join(map(repr, layout.model_types))
@@ -139,12 +144,13 @@ def open_source(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> So
 
 
 def _read_apple(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
-    return Source("Apple LLaVA", dict(config), {name: View(name, info) for name, info in tensors.items()})
+    own = {key: value for key, value in config.items() if key != "quantization_config"}  # its weights are refused
+    return Source("Apple LLaVA", own, {name: View(name, info) for name, info in tensors.items()})
 
 
 def _read_hf(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     views = {apple: View(name, tensors[name]) for name, apple in rename(tensors, "hf", "apple").items()}
-    names = ("preprocessor_config.json", "tokenizer_config.json")
+    names = (*PROCESSOR_FILES, "tokenizer_config.json")
     files = {name: read_json_object(folder / name) for name in names if (folder / name).is_file()}
     apple, notes = config_of_hf(config, views.keys(), files)
     return Source("Hugging Face native", apple, views, notes)
@@ -162,9 +168,22 @@ LAYOUTS = (
 )
 
 
+PART_SIGNS = {"a decoder": "layers.0.self_attn.", "a projector": "projector."}
+"""The parts that trainers save alone, by a sign in the names of their tensors."""
+
+
 def _unknown_layout(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> str:
-    if any(name.startswith("language_model.model.") for name in tensors):
-        return f"{folder} has a decoder without a vision encoder. Pass a whole FastVLM checkpoint."
+    missing = [
+        part
+        for part, signs in (("a vision encoder", ("vision_tower.",)), ("a decoder", ("embed_tokens.", "layers.0.")))
+        if not any(sign in name for name in tensors for sign in signs)
+    ]
+    present = [part for part, sign in PART_SIGNS.items() if any(sign in name for name in tensors)]
+    if missing and present:
+        return (
+            f"{folder} has {' and '.join(present)} without {' and '.join(missing)}. Pass the checkpoint that it was "
+            "trained on with base=MODEL."
+        )
     return (
         f"{folder} is not a FastVLM checkpoint in a supported layout "
         f"({', '.join(layout.title for layout in LAYOUTS)}): no tensor has the name of a vision encoder's "
@@ -191,7 +210,7 @@ def config_of_hf(
             raise ConfigError(f"config.json: {key} must be {wanted!r}, got {config[key]!r:.40}")
     if field(config, "vision_feature_layer", int, -1) != -1:
         raise ConfigError(f"config.json: vision_feature_layer must be -1, got {config['vision_feature_layer']!r:.40}")
-    image_size, assumed = _image_size(config, files.get("preprocessor_config.json", {}))
+    image_size, assumed = _image_size(config, *image_processor(files))
     tied, contradicted = _tied(config, text, "lm_head.weight" in tensors)
     limit = files.get("tokenizer_config.json", {}).get("model_max_length")
     apple = {
@@ -222,24 +241,62 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _image_size(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+def image_processor(files: Mapping[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+    """Returns the file that has the image processor, and its fields. The nested form of transformers 5 comes first."""
+    nested = files.get(PROCESSOR_FILES[0], {}).get("image_processor")
+    if isinstance(nested, Mapping):
+        return PROCESSOR_FILES[0], nested
+    return PROCESSOR_FILES[1], files.get(PROCESSOR_FILES[1], {})
+
+
+def _image_size(config: Mapping[str, Any], file: str, processor: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     """Returns the side of the image processor's square, in pixels. Without one, the token count implies it."""
+    notes = _pixel_notes(file, processor)
     for key in ("crop_size", "size"):
-        size = preprocessor.get(key)
+        size = processor.get(key)
         edges = list(size.values()) if isinstance(size, Mapping) else [] if size is None else [size]
         whole = all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges)
         if not whole or len(set(edges)) > 1:
-            raise ConfigError(f"preprocessor_config.json: {key} must be a square's side, got {size!r:.80}")
+            raise ConfigError(f"{file}: {key} must be a square's side, got {size!r:.80}")
         if edges:
-            return edges[0], ()
+            return edges[0], notes
     tokens = field(config, "image_seq_length", int, LLAVA_IMAGE_TOKENS)
     side = math.isqrt(max(tokens, 0))
     if tokens not in (0, LLAVA_IMAGE_TOKENS) and side * side == tokens:
-        return side * PATCH_SIZE, ()
+        return side * PATCH_SIZE, notes
     return TRAINED_IMAGE_SIZE, (
-        f"the folder has no preprocessor_config.json: images of {TRAINED_IMAGE_SIZE} px are assumed, FastVLM's "
-        "training size (image_size sets another)",
+        *notes,
+        f"the folder has no image size in {' or '.join(PROCESSOR_FILES)}: images of {TRAINED_IMAGE_SIZE} px are "
+        "assumed, FastVLM's training size (image_size sets another)",
     )
+
+
+def _pixel_notes(file: str, processor: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns notes on how the processor makes the square. Raises ConfigError for other pixels than FastVLM's.
+
+    The exported package takes RGB in 0..1, so a checkpoint that was trained on normalized pixels would answer wrongly.
+    """
+    factor = processor.get("rescale_factor", PIXEL_SCALE) if processor.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or abs(factor - PIXEL_SCALE) > 1e-6:
+        raise ConfigError(
+            f"{file}: pixels must be scaled by 1/255, got {factor!r:.40}. FastVLM's encoder takes pixels in 0..1."
+        )
+    if processor.get("do_normalize", True):
+        for key, wanted in (("image_mean", 0), ("image_std", 1)):
+            values = processor.get(key)
+            values = values if isinstance(values, list) else [wanted if values is None else values]
+            if any(value != wanted for value in values):
+                raise ConfigError(
+                    f"{file}: {key} must be {wanted}, got {values!r:.80}. FastVLM's encoder takes pixels in 0..1."
+                )
+    notes = []
+    if processor.get("do_center_crop") is False:
+        notes.append(f"{file} has do_center_crop=false, which would stretch images: they are cropped instead")
+    if processor.get("resample", BICUBIC) != BICUBIC:
+        notes.append(
+            f"{file} has resample={processor['resample']!r:.20}, but images are resized with the bicubic filter"
+        )
+    return tuple(notes)
 
 
 def _tied(config: Mapping[str, Any], text: Mapping[str, Any], has_head: bool) -> tuple[bool, tuple[str, ...]]:

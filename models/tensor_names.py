@@ -60,6 +60,26 @@ APPLE_ENCODER_PREFIX = f"{PREFIXES[0]['apple']}."
 HF_ENCODER_PREFIX = f"{PREFIXES[0]['hf']}."
 MLX_ENCODER_PREFIX = f"{PREFIXES[0]['mlx']}."
 
+WRAPPERS = (
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "base_model.model.",
+    "base_model.",
+    "model.",
+    "llava.",
+    "vlm.",
+)
+"""The prefixes that training wrappers (DDP, torch.compile, FSDP, PEFT, a parent module) put before every name."""
+INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+"""The words that such wrappers put inside a name."""
+
+UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)image_newline$|position_ids$")
+"""The tensors that no computation of FastVLM reads: buffers that old versions of transformers saved, and the row of
+LLaVA's tiles, which are not used with one square per image."""
+UNMERGED_FACTOR = re.compile(r"\.lora_[AB]\.")
+"""The sign of a LoRA whose factors were saved together with the checkpoint."""
+
 UNUSED_ENCODER_TENSORS = ("head.",)
 """The prefixes of encoder tensors that FastVLM does not use."""
 HEAD_PROJECTION = "head.proj"
@@ -81,6 +101,21 @@ def rename(names: Iterable[str], source: Layout, target: Layout) -> dict[str, st
 def renamed(name: str, source: Layout, target: Layout) -> str:
     """Returns one name in `target`. An unknown name stays unchanged. Encoder names in `hf` need `rename`."""
     return _renamed(name, source, target, ())
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Returns each name of a checkpoint without the prefixes of training wrappers, if all have them.
+
+    The names stay as they are if no prefix makes them those of a FastVLM, or if two names would be the same.
+    """
+    plain = {name: INNER_WRAPPERS.sub("", name) for name in names}
+    known = tuple(f"{prefix}." for prefix in PREFIXES[0].values() if prefix != PREFIXES[0]["tiny"])
+    while plain and not any(name.startswith(known) for name in plain.values()):
+        prefix = next((one for one in WRAPPERS if all(name.startswith(one) for name in plain.values())), None)
+        if prefix is None:
+            return {name: name for name in plain}
+        plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
 
 
 def saved_name(apple_name: str) -> str:

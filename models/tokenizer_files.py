@@ -52,10 +52,11 @@ BEFORE_ANSWER = f"{END}\n{ANSWER_START}"
 """The parts of the training prompt with one image, in front of the image, the question and the answer."""
 
 
-def training_prompt(messages: Sequence[Mapping[str, str]]) -> str:
+def training_prompt(messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
     """Returns the training prompt for `messages` with `role` and `content`, up to the answer."""
     system = "" if messages[0]["role"] == "system" else SYSTEM_TURN
-    return "".join([system, *(turn(message["role"], message["content"]) for message in messages), ANSWER_START])
+    turns = (turn(message["role"], message["content"]) for message in messages)
+    return "".join([system, *turns, ANSWER_START if add_generation_prompt else ""])
 
 
 def _chat_template(one_turn: str) -> str:
@@ -171,6 +172,14 @@ def image_token_id(tokenizer: Mapping[str, Any]) -> int | None:
         if isinstance(token, Mapping) and token.get("content") == IMAGE_TOKEN and isinstance(token.get("id"), int):
             return token["id"]
     return None
+
+
+def largest_token_id(files: Mapping[str, bytes]) -> int:
+    """Returns the largest id in the `tokenizer.json` of tokenizer files, or -1 without one. Raises ConfigError."""
+    if "tokenizer.json" not in files:
+        return -1
+    tokenizer = load_tokenizer(files["tokenizer.json"], "tokenizer.json")
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def load_tokenizer(content: bytes, name: str) -> Tokenizer:

@@ -28,14 +28,19 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: Engine, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None
+        self,
+        engine: Engine,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        system: str | None = None,
+        background: str = "white",
     ) -> None:
         if not isinstance(system, str | None):
             raise UsageError(f"system must be a string (got {type(system).__name__})", "system")
         check_unicode("the system prompt", system)
         self._engine = engine
         self._system = () if system is None else (Message("system", system),)
-        self._next_images = opened(image)
+        self._background = background
+        self._next_images = opened(image, background)
         self._cached = CachedPrompt()
         self._images: tuple[ImageItem, ...] = ()
         self._open: Stream | None = None
@@ -130,6 +135,7 @@ class Conversation:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            background=self._background,
             schema=schema,
             regex=regex,
             choice=choice,
@@ -149,7 +155,7 @@ class Conversation:
         Raises:
             ImageError: an image cannot be opened.
         """
-        self._next_images = opened(image)
+        self._next_images = opened(image, self._background)
 
     def reset(self) -> None:
         """Clears the history and its images, but keeps the system prompt."""

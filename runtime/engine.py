@@ -140,7 +140,8 @@ class Engine:
         self.lock = threading.Lock()
         self.mlx_stream = SharedStream()
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        self.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *own)))
+        end = () if prompts.turn_end_id is None else (prompts.turn_end_id,)
+        self.eos_token_ids = tuple(dict.fromkeys((*config.eos_token_ids, *own, *end)))
         self._pending: weakref.WeakValueDictionary[bytes, PendingFeatures] = weakref.WeakValueDictionary()
         """The images in the encoder process by digest. The requests that submitted them own the pending features."""
         self.vocabulary = Vocabulary(tokenizer, language.vocabulary_rows, self.eos_token_ids)

@@ -163,6 +163,7 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        background: str = "white",
         schema: Schema | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
@@ -187,6 +188,8 @@ class FastVLM:
             stop: one or more strings that end the answer. They are not part of it.
             ignore_eos: continue after the end token, for measurements.
             fit: `pad` or `crop` the image to a square. The default is how the model was trained.
+            background: the color under transparent pixels, `white` or `black`. `none` drops the alpha channel, as
+                LLaVA does.
             schema: a JSON schema (a mapping or JSON text) or a Pydantic model class. The answer is JSON that satisfies
                 it, and `Generation.parsed` has its content.
             regex: a regular expression that the whole answer matches.
@@ -216,6 +219,7 @@ class FastVLM:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            background=background,
             schema=schema,
             regex=regex,
             choice=choice,
@@ -242,6 +246,7 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        background: str = "white",
         schema: Schema | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
@@ -269,6 +274,7 @@ class FastVLM:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
+            background=background,
             schema=schema,
             regex=regex,
             choice=choice,
@@ -293,6 +299,7 @@ class FastVLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fit: str | None = None,
+        background: str = "white",
         schema: Schema | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
@@ -325,6 +332,7 @@ class FastVLM:
                 "stop": stop,
                 "ignore_eos": ignore_eos,
                 "fit": fit,
+                "background": background,
                 "schema": schema,
                 "regex": regex,
                 "choice": choice,
@@ -336,14 +344,19 @@ class FastVLM:
         )
         return [_generation(outcome) for outcome in Batch(self.engine, batch_size).outcomes(requests)]
 
-    def chat(self, image: ImageSource | Sequence[ImageSource] | None = None, system: str | None = None) -> Conversation:
-        """Returns a new conversation, whose first question is about `image`.
+    def chat(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        system: str | None = None,
+        background: str = "white",
+    ) -> Conversation:
+        """Returns a new conversation, whose first question is about `image`. `background` is that of `generate`.
 
         Raises:
             ImageError: an image cannot be opened.
-            UsageError: `system` is not a string.
+            UsageError: `system` is not a string, or `background` is unknown.
         """
-        return Conversation(self.engine, image, system)
+        return Conversation(self.engine, image, system, background)
 
 
 load = FastVLM.load

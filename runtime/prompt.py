@@ -7,12 +7,13 @@ are looked up only in the template's own output. The users' text is inserted aft
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..models.chat_template import TEMPLATE_FILE, check_family, renderer, template_text, turn_end
 from ..models.errors import ConfigError, PromptError
-from ..models.tokenizer_files import IMAGE_TOKEN, training_prompt
+from ..models.tokenizer_files import IMAGE_TOKEN
 from .tokenizer import Tokenizer
 
 RAW = "raw"
@@ -62,22 +63,23 @@ Content = str | tuple[int, ...]
 Part = int | Content
 """A control token or an image mark as its id, or content."""
 
-Render = Callable[[Sequence[dict[str, str]]], str]
-"""Messages with `role` and `content` -> the text of the prompt."""
-
 
 class PromptEncoder:
     """Chat messages -> ids, with the template in the folder, or else Apple's training prompt `qwen_2`.
 
+    Attributes:
+        turn_end_id: the id that the template writes after an answer, which ends it, or None.
+
     Raises:
-        ConfigError: the folder's template is malformed.
+        ConfigError: the folder's template is malformed, or another model family's.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, image_token_index: int) -> None:
         self._tokenizer = tokenizer
         self._image_token_index = image_token_index
-        template = _template_text(folder, tokenizer)
-        self._render: Render = training_prompt if template is None else _jinja_render(template, tokenizer)
+        self._render = renderer(template_text(_own_template(folder), tokenizer.settings), tokenizer.settings)
+        check_family(self._render, tokenizer.control_tokens)
+        self.turn_end_id = turn_end(self._render, tokenizer.control_tokens)
         self._pattern = _split_pattern(tokenizer)
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
@@ -176,32 +178,12 @@ def _split_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(["\ue000(?P<content>[0-9]{1,6})\ue001", *written]))
 
 
-def _template_text(folder: Path, tokenizer: Tokenizer) -> str | None:
-    """Returns the folder's template, from its own file or from tokenizer_config.json (a string or a list of them)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as reason:
-            raise ConfigError(f"{file} cannot be read: {reason}") from None
-    template = tokenizer.settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-        if template is None:
-            raise ConfigError(
-                f"tokenizer_config.json must have a chat template named 'default' (got {sorted(map(str, named))})"
-            )
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"tokenizer_config.json: chat_template must be a string (got {template!r:.80})")
-    return template
-
-
-def _jinja_render(template: str, tokenizer: Tokenizer) -> Render:
-    """Returns a function that renders an untrusted template as Hugging Face does, within bounds."""
-    from .template import ChatTemplate  # imports jinja2, which the built-in prompt does not need
-
-    compiled = ChatTemplate(template)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {name: text for name in names if (text := tokenizer.special_token_text(name)) is not None}
-    return lambda messages: compiled.render(messages=messages, add_generation_prompt=True, tools=None, **tokens)
+def _own_template(folder: Path) -> str | None:
+    """Returns the content of the template's own file, if the folder has it."""
+    file = folder / TEMPLATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as reason:
+        raise ConfigError(f"{file} cannot be read: {reason}") from None

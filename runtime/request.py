@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from ..models.errors import UsageError
-from ..models.images import Fit, ImageSource, open_images
+from ..models.images import Fit, ImageSource, background_color, open_images
 from .beam_search import BeamOptions
 from .generate import GenerationOptions, options_from
 from .prompt import Message
@@ -40,6 +40,7 @@ def prepare(
     *,
     system: str | None = None,
     fit: str | None = None,
+    background: str = "white",
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -61,8 +62,9 @@ def prepare(
 
     `image` is a path, bytes, a PIL image, a uint8 array (H, W, 3), several of these, or None. `<image>` in `prompt`
     marks the place of an image. Without a mark the images precede the text. `fit` (`pad` or `crop`) and `system`
-    default to what the model was trained with. `schema`, `regex`, `choice` or `grammar` constrains the answer, see
-    `constraint_from`. `num_beams` above 1 searches for the likeliest answer, see `BeamOptions`.
+    default to what the model was trained with. `background` is drawn under transparent pixels. `schema`, `regex`,
+    `choice` or `grammar` constrains the answer, see `constraint_from`. `num_beams` above 1 searches for the likeliest
+    answer, see `BeamOptions`.
 
     Raises:
         UsageError: an option is out of range.
@@ -77,15 +79,16 @@ def prepare(
         check_unicode(f"the {name}", text)
     if fit not in (None, "pad", "crop"):
         raise UsageError(f"fit must be 'pad' or 'crop', got {fit!r:.40}", "fit")
+    background_color(background)
     clock = LapClock()
-    images = opened(image)
+    images = opened(image, background)
     messages = _messages(prompt, system, len(images))
     return Request(images, messages, cast("Fit | None", fit), options, image_open_ms=clock.lap_ms())
 
 
-def opened(image: ImageSource | Sequence[ImageSource] | None) -> tuple[Image.Image, ...]:
+def opened(image: ImageSource | Sequence[ImageSource] | None, background: str = "white") -> tuple[Image.Image, ...]:
     """Returns the decoded images. Raises ImageError."""
-    return open_images(as_list(image))
+    return open_images(as_list(image), background=background)
 
 
 def as_list(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

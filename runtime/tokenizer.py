@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.chat_template import special_token_text
 from ..models.errors import ConfigError, PromptError
 from ..models.files import read_bounded, read_json_object
 from ..models.tokenizer_files import MAX_TOKENIZER_BYTES, byte_symbols, library_error, load_tokenizer
@@ -68,14 +69,7 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """The id of `eos_token` in tokenizer_config.json."""
-        return self.control_tokens.get(self.special_token_text("eos_token") or "")
-
-    def special_token_text(self, name: str) -> str | None:
-        """Returns the text of `eos_token` and its like in tokenizer_config.json: a string, or an object's `content`."""
-        value = self.settings.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        return value if isinstance(value, str) else None
+        return self.control_tokens.get(special_token_text(self.settings, "eos_token") or "")
 
 
 def check_unicode(subject: str, text: object) -> None:

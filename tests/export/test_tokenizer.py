@@ -143,3 +143,34 @@ def test_damaged_tokenizers_are_one_line(files: dict[str, bytes], message: str) 
     with pytest.raises(ConfigError, match=message) as caught:
         export_tokenizer(files)
     assert "\n" not in str(caught.value)
+
+
+def with_template(template: str | None, **settings: object) -> dict[str, bytes]:
+    files = dict(RandomCheckpoint("tiny").tokenizer_files())
+    config = json.loads(files["tokenizer_config.json"]) | settings
+    config = {key: value for key, value in config.items() if key != "chat_template" or template is not None}
+    files["tokenizer_config.json"] = json.dumps(
+        config if template is None else {**config, "chat_template": template}
+    ).encode()
+    return files
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("<start_of_turn>user {{ messages[0].content }}<end_of_turn>", "that of Gemma: it writes <start_of_turn>"),
+        ("{% unknown %}", "malformed at line 1"),
+        ("{{ messages[0].content.nothing() }}", "cannot take a question|calls"),
+        ("{{ messages[0].role }}", "leaves out the question"),
+    ],
+)
+def test_template_that_makes_no_prompt_fails_at_export(template: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_tokenizer(with_template(template))
+
+
+def test_ends_of_an_answer_are_those_of_template_and_config() -> None:
+    exported = export_tokenizer(with_template(None, eos_token="<|endoftext|>"))
+    tokens = {token["content"]: token["id"] for token in json.loads(exported.files["tokenizer.json"])["added_tokens"]}
+    assert exported.turn_end_id == tokens["<|im_end|>"]
+    assert exported.eos_token_id == tokens["<|endoftext|>"]

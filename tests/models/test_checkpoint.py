@@ -15,6 +15,7 @@ from fastvlm.models.checkpoint import FolderCheckpoint, check_tensors
 from fastvlm.models.errors import CheckpointError, ConfigError, WeightsError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.random_checkpoint import RandomCheckpoint
+from fastvlm.quant.decoder import check_language_tensors
 
 WriteCheckpoint = Callable[..., Path]
 
@@ -174,4 +175,98 @@ def test_head_that_should_be_there_is_missed(write_checkpoint: WriteCheckpoint) 
     folder = write_checkpoint()
     edit_config(folder, tie_word_embeddings=False)
     with pytest.raises(WeightsError, match=r"1 missing: lm_head.weight"):
+        FolderCheckpoint(folder)
+
+
+def renamed(before: str, after: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(before, after, 1) if before else after + name] = tensors.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "module."),
+        ("", "base_model.model."),
+        ("", "module.base_model.model."),
+        ("", "_orig_mod."),
+        ("", "model."),
+        ("self_attn.", "_fsdp_wrapped_module.self_attn."),
+        ("mlp.", "_orig_mod.mlp."),
+        ("_proj.weight", "_proj.base_layer.weight"),
+    ],
+)
+def test_names_of_training_wrappers_are_understood(write_checkpoint: WriteCheckpoint, before: str, after: str) -> None:
+    source, checkpoint = RandomCheckpoint("tiny"), FolderCheckpoint(write_checkpoint(renamed(before, after)))
+    assert checkpoint.tensors == source.tensors
+    assert "the names of" in checkpoint.notes[0]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for framework in ("pt", "mlx"):
+        assert np.array_equal(np.array(checkpoint.read(name, framework)), source.read(name, "pt"))
+
+
+def test_prefix_of_some_tensors_alone_is_refused(write_checkpoint: WriteCheckpoint) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if "vision_tower" in name:
+                tensors[f"module.{name}"] = tensors.pop(name)
+
+    with pytest.raises(CheckpointError, match="has a decoder and a projector without|no tensor has the name"):
+        FolderCheckpoint(write_checkpoint(change))
+
+
+def test_lora_that_is_not_merged_is_refused(write_checkpoint: WriteCheckpoint) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.lora_A.default.weight"] = torch.zeros(4, 128)
+
+    with pytest.raises(WeightsError, match="contain a LoRA that is not merged.*merge_and_unload"):
+        FolderCheckpoint(write_checkpoint(change))
+
+
+def test_buffers_of_older_libraries_are_not_needed(write_checkpoint: WriteCheckpoint) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
+        tensors["model.image_newline"] = torch.zeros(128)
+
+    assert FolderCheckpoint(write_checkpoint(change)).tensors == RandomCheckpoint("tiny").tensors
+
+
+def test_float64_is_read_as_float32(write_checkpoint: WriteCheckpoint) -> None:
+    source, checkpoint = RandomCheckpoint("tiny"), FolderCheckpoint(write_checkpoint(dtype=torch.float64))
+    assert checkpoint.tensors.keys() == source.tensors.keys()
+    check_language_tensors(checkpoint)
+    for name in ("model.norm.weight", "model.mm_projector.0.weight"):
+        assert checkpoint.tensors[name].dtype == "F32"
+        assert checkpoint.read(name, "pt").dtype == torch.float32
+        assert np.array_equal(np.array(checkpoint.read(name, "mlx")), source.read(name, "pt"))
+
+
+def test_tensors_next_to_a_float64_one_are_read_by_mlx(write_checkpoint: WriteCheckpoint) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+        tensors["model.mm_projector.0.bias"] = tensors["model.mm_projector.0.bias"].bfloat16()
+
+    checkpoint = FolderCheckpoint(write_checkpoint(change))
+    bias = torch.from_numpy(RandomCheckpoint("tiny").read("model.mm_projector.0.bias", "pt")).bfloat16()
+    assert np.array_equal(np.array(checkpoint.read("model.mm_projector.0.bias", "mlx")), bias.float().numpy())
+
+
+def test_template_of_a_processor_is_used_without_another(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template + "{# own #}"}))
+    assert "own" not in str(FolderCheckpoint(folder).tokenizer_files().get("chat_template.jinja"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert FolderCheckpoint(folder).tokenizer_files()["chat_template.jinja"] == f"{template}{{# own #}}".encode()
+
+
+def test_pickles_are_read_only_if_allowed(tmp_path: Path, write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(CheckpointError, match="found the pickle pytorch_model.bin.*allow_pickle=True"):
         FolderCheckpoint(folder)

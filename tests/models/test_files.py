@@ -23,7 +23,14 @@ def test_values_of_real_files_are_read() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not valid JSON"),
+        (b"", "f is an empty file.*Download it again"),
+        (b"\0" * 99, "f is a file of zeros"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n",
+            "f is a git-lfs pointer.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html></html>", "f is a web page"),
+        (b"Entry not found", "f is a text, not the file itself .it begins with 'Entry not found'"),
         (b"[1]", "must be a JSON object, got list"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
@@ -34,7 +41,7 @@ def test_values_of_real_files_are_read() -> None:
         (b'{"a": "\\ud800"}', "contains a lone surrogate"),
         (b'{"\\uDFFF": 1}', "contains a lone surrogate"),
         (b'{"a": "\xff"}', "not valid JSON"),
-        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        (b"\xef\xbb\xbf{", "not valid JSON"),
         (b'{"a": {"a": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}}", "nested more than"),
         (b'{"a": ' * 100_000 + b"}" * 100_000, "not valid JSON"),
     ],
@@ -42,6 +49,11 @@ def test_values_of_real_files_are_read() -> None:
 def test_config_error_when_json_cannot_be_trusted(content: bytes, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_json_object(content, "f")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_byte_order_marks_are_read(encoding: str) -> None:
+    assert parse_json_object('{"a": "ä"}'.encode(encoding), "f") == {"a": "ä"}
 
 
 def test_many_repeated_keys_are_read_fast() -> None:

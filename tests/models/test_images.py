@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import pillow_heif
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fastvlm.models import images
-from fastvlm.models.errors import ImageError
+from fastvlm.models.errors import ImageError, UsageError
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
 
 GOLDEN = sorted(
@@ -50,7 +51,7 @@ def test_pixels_equal_the_reference_bit_for_bit(golden: Path, key: str) -> None:
     name, fit = key.rsplit(".", 1)
     file = next((golden / "preprocess").glob(f"{name}.*"))
     expected = np.load(golden / "preprocess" / "expected_uint8.npz")[key]
-    found = preprocess(open_image(file), 256, fit)
+    found = preprocess(open_image(file, background="none"), 256, fit)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 
@@ -143,6 +144,86 @@ def test_sixteen_bit_gray_keeps_its_upper_bits() -> None:
     np.testing.assert_array_equal(found[..., 0], (values >> 8).astype(np.uint8))
 
 
+def tiff(values: np.ndarray, bits: int, tags: dict[int, int], samples: int = 1) -> bytes:
+    """An uncompressed little-endian TIFF of a square, with `tags` in addition to the required ones."""
+    data, side = values.tobytes(), len(values)
+    fields = {256: side, 257: side, 258: bits, 259: 1, 262: 1 if samples == 1 else 2, 273: 8, 277: samples, 278: side,
+              279: len(data), **tags}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, fields[tag]) for tag in sorted(fields))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("tag", [281, 341])
+def test_twelve_bits_in_sixteen_fill_the_range(tag: int) -> None:
+    values = np.linspace(0, 4095, 64 * 64).astype("<u2").reshape(64, 64)
+    found = np.asarray(open_image(tiff(values, 16, {tag: 4095})))[..., 0]
+    np.testing.assert_array_equal(found, (values.astype(np.uint32) * 255 // 4095).astype(np.uint8))
+    unmarked = np.asarray(open_image(tiff(values, 16, {})))[..., 0]
+    np.testing.assert_array_equal(unmarked, (values >> 8).astype(np.uint8))
+
+
+def test_packed_samples_of_twelve_bits_fill_the_range() -> None:
+    values = np.linspace(0, 4095, 64 * 64).astype(np.uint32).reshape(64, 32, 2)
+    first, second = values[..., 0], values[..., 1]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
+    found = np.asarray(open_image(tiff(packed.reshape(64, -1), 12, {})))[..., 0]
+    np.testing.assert_array_equal(found, (values.reshape(64, 64) * 255 // 4095).astype(np.uint8))
+
+
+@pytest.mark.parametrize("largest", [4095, 65535])
+def test_portable_gray_map_of_deep_samples_is_read(largest: int) -> None:
+    values = np.linspace(0, largest, 64).astype(">u2").reshape(8, 8)
+    found = np.asarray(open_image(b"P5 8 8 %d\n" % largest + values.tobytes()))[..., 0]
+    assert np.abs(found - values.astype(float) * 255 / largest).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_read_upright_as_a_jpeg_is(orientation: int) -> None:
+    pillow_heif.register_heif_opener()
+    picture = noise(64, 48).resize((128, 96), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = np.asarray(open_image(encoded(picture, "PNG", exif=exif)), np.int16)
+    heic = encoded(picture, "HEIF", quality=-1, chroma=444, exif=exif.tobytes())  # as bytes it sets HEIF's rotation too
+    found = np.asarray(open_image(heic), np.int16)
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).max() <= 2  # lossless but for YCbCr
+
+
+def transparent_logo(hidden: tuple[int, int, int]) -> Image.Image:
+    """Returns a black bar on transparent ground, whose invisible color is `hidden`."""
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[..., :3] = hidden
+    rgba[6:10] = (0, 0, 0, 255)
+    rgba[2] = (200, 0, 0, 128)
+    return Image.fromarray(rgba)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF", "HEIF", "GIF", "array"])
+def test_hidden_colors_never_show_by_default(kind: str) -> None:
+    pillow_heif.register_heif_opener()
+    options = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 100}, "HEIF": {"quality": -1}}
+    found = []
+    for hidden in ((0, 0, 0), (9, 120, 250)):
+        logo = transparent_logo(hidden)
+        source = np.asarray(logo) if kind == "array" else encoded(logo, kind, **options.get(kind, {}))
+        found.append(np.asarray(open_image(source), np.int16))
+    if kind not in ("AVIF", "HEIF"):  # their blocks mix neighbors
+        assert np.array_equal(found[0], found[1])
+    assert found[0][14, 14].min() >= 250  # white
+    assert found[0][8, 8].max() <= 5  # the bar
+
+
+def test_half_transparent_pixels_are_mixed_with_the_ground() -> None:
+    logo = encoded(transparent_logo((0, 0, 0)))
+    white, black, none = (np.asarray(open_image(logo, background=name))[2, 0] for name in ("white", "black", "none"))
+    assert white.tolist() == [227, 127, 127]
+    assert black.tolist() == [100, 0, 0]
+    assert none.tolist() == [200, 0, 0]
+    with pytest.raises(UsageError, match="background must be one of white, black, none, got 'pink'"):
+        open_image(logo, background="pink")
+
+
 def test_first_frame_counts_when_an_image_moves() -> None:
     first, second = noise(8, 8, "P", 1), noise(8, 8, "P", 2)
     data = encoded(first, "GIF", save_all=True, append_images=[second])
@@ -163,7 +244,18 @@ def png_header(width: int, height: int) -> bytes:
     ("source", "message"),
     [
         (b"", "0 bytes"),
-        (b"hello, this is text", "not an image in a format"),
+        (b"hello, this is text", "the image is a text, not the file itself .it begins with 'hello, this is text'"),
+        (b"\x01\x02\x03", "not an image in a format"),
+        (b"\xff\x0a\x00\x00", "is a JPEG XL image.*Convert it"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "is a JPEG XL image"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "is a camera's raw file"),
+        (b"\0\0\0\x18ftypqt  \0\0\0\1", "is a video"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "cannot be|damaged HEIF"),
+        (b"8BPS\0\1", "is a Photoshop file"),
+        (b"%PDF-1.7", "is a PDF document"),
+        (b'<?xml version="1.0"?><svg/>', "perhaps an SVG"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (b"\x00\x05\x16\x07\x00\x02", "is an AppleDouble file"),
         (encoded(noise(64, 64))[:300], "cannot be (read|decoded)"),
         (encoded(noise(64, 64), "JPEG")[:300], "cannot be (read|decoded)"),
         (png_header(30000, 30000), "too large: .*900000000 pixels"),

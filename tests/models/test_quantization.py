@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastvlm.models.errors import ConfigError
-from fastvlm.models.quantization import Affine, Quantization
+from fastvlm.models.errors import ConfigError, WeightsError
+from fastvlm.models.quantization import Affine, Quantization, check_not_foreign
+from fastvlm.models.safetensors_files import TensorInfo
 
 HEAD = "language_model.lm_head"
 
@@ -41,3 +42,31 @@ def test_bits_per_weight_count_scales_and_biases() -> None:
 def test_others_are_one_line(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Quantization.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "method", "message"),
+    [
+        ("a.weight.absmax", "U8", None, "by bitsandbytes .got a.weight.absmax.. Load it with transformers"),
+        ("a.weight.absmax", "U8", "bitsandbytes", "by bitsandbytes"),
+        ("a.qweight", "I32", "awq", "by awq .got a.qweight.. Pass the checkpoint that it was quantized from"),
+        ("a.qweight", "I32", None, "by gptq"),
+        ("a.weight_packed", "I32", "compressed-tensors", "by compressed-tensors"),
+        ("a.weight", "F8_E4M3", None, "by fp8"),
+        ("a.weight", "F8_E4M3", "new-method", "by new-method .*Pass the checkpoint that it was quantized from"),
+    ],
+)
+def test_weights_of_other_quantizers_are_named(name: str, dtype: str, method: str | None, message: str) -> None:
+    config = {} if method is None else {"quantization_config": {"quant_method": method}}
+    with pytest.raises(WeightsError, match=f"the weights are quantized {message}"):
+        check_not_foreign(config, {name: TensorInfo((4,), dtype)})
+
+
+def test_settings_of_a_quantizer_without_its_weights_are_noted() -> None:
+    tensors = {"a.weight": TensorInfo((4,), "BF16")}
+    found = check_not_foreign({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, tensors)
+    assert found == (
+        "config.json has quantization_config of bitsandbytes, but the weights are floating-point: it is ignored",
+    )
+    assert check_not_foreign({}, tensors) == ()
+    assert check_not_foreign({"quantization_config": {"group_size": 64, "bits": 4}}, tensors) == ()

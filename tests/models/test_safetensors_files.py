@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.errors import CheckpointError, WeightsError
-from fastvlm.models.safetensors_files import MAX_HEADER_BYTES, TensorInfo, read_header
+from fastvlm.models.safetensors_files import MAX_HEADER_BYTES, TensorInfo, read_header, tensor_files
 
 WriteCheckpoint = Callable[..., Path]
 
@@ -141,7 +141,7 @@ def test_shard_outside_the_folder_is_refused(write_checkpoint: WriteCheckpoint, 
 def test_missing_shard_is_named(write_checkpoint: WriteCheckpoint) -> None:
     folder = write_checkpoint(shards=2)
     next(folder.glob("model-00002*")).unlink()
-    with pytest.raises(WeightsError, match=r"model-00002-of-00002.safetensors does not exist"):
+    with pytest.raises(WeightsError, match=r"1 of 2 shards are missing: model-00002-of-00002.safetensors"):
         FolderCheckpoint(folder)
 
 
@@ -150,8 +150,137 @@ def test_truncated_weights_are_refused(write_checkpoint: WriteCheckpoint, keep: 
     folder = write_checkpoint()
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="not a whole safetensors file|is an empty file"):
         FolderCheckpoint(folder)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5133048\n"
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, "is a git-lfs pointer, not the file itself. Run `git lfs install` and `git lfs pull`"),
+        (APPLE_DOUBLE, "is an AppleDouble file"),
+        (bytes(5000), "is a file of zeros: a download or a copy did not finish"),
+        (b"<!DOCTYPE html><html>Not Found</html>", "is a web page"),
+        (b"Invalid username or password.", "is a text, not the file itself .it begins with 'Invalid username"),
+        (b"GGUF\3\0\0\0" + bytes(99), "is a GGUF file of llama.cpp"),
+        (b"PK\x03\x04" + bytes(99), "is a pickle of PyTorch with another name"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file of Keras"),
+    ],
+)
+def test_other_files_under_the_name_of_weights_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=f"model.safetensors {message}"):
+        tensor_files(tmp_path)
+
+
+def save(folder: Path, **files: list[str]) -> Path:
+    """Writes weight files, each with the named tensors."""
+    for name, tensors in files.items():
+        file = name.replace("_of_", "-of-").replace("model_0", "model-0")
+        save_file({tensor: np.zeros(1, np.float32) for tensor in tensors}, folder / f"{file}.safetensors")
+    return folder
+
+
+def test_files_that_macos_adds_are_ignored(tmp_path: Path) -> None:
+    save(tmp_path, model=["a"])
+    for name in ("._model.safetensors", ".DS_Store", "._config.json"):
+        (tmp_path / name).write_bytes(APPLE_DOUBLE)
+    assert tensor_files(tmp_path).files == {"a": tmp_path / "model.safetensors"}
+
+
+def test_shards_without_an_index_are_read_by_their_names(tmp_path: Path) -> None:
+    save(tmp_path, model_00001_of_00002=["a"], model_00002_of_00002=["b", "c"])
+    found = tensor_files(tmp_path).files
+    assert {name: file.name[6:11] for name, file in found.items()} == {"a": "00001", "b": "00002", "c": "00002"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"model_00001_of_00003": ["a"], "model_00003_of_00003": ["b"]}, "1 of 3 shards are missing: model-00002-of"),
+        ({"model_00001_of_00002": ["a"]}, "1 of 2 shards are missing"),
+        ({"model_00001_of_00002": ["a"], "model_00002_of_00002": ["a"]}, "two shards have a "),
+        ({"model_00001_of_00002": ["a"], "other_00002_of_00002": ["b"]}, "2 .*files and no model.safetensors.index"),
+        ({"one": ["a"], "two": ["b"]}, "2 .*files and no model.safetensors.index.json: one.safetensors, two"),
+    ],
+)
+def test_incomplete_or_mixed_shards_are_refused(tmp_path: Path, files: dict[str, list[str]], message: str) -> None:
+    save(tmp_path, **files)
+    with pytest.raises(CheckpointError, match=message):
+        tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "extra", ["adapter_model", "adapters", "0000100_adapters", "non_lora_trainables", "mm_projector"]
+)
+def test_adapter_in_the_folder_of_its_base_is_not_read(tmp_path: Path, extra: str) -> None:
+    save(tmp_path, model=["a"], **{extra: ["b"]})
+    found = tensor_files(tmp_path)
+    assert list(found.files) == ["a"]
+    assert found.notes == (f"{extra}.safetensors is not merged into the checkpoint (adapter=FOLDER merges it)",)
+
+
+def test_other_weights_than_the_named_ones_are_noted(tmp_path: Path) -> None:
+    save(tmp_path, model=["a"], model_ema=["a"])
+    found = tensor_files(tmp_path)
+    assert found.files == {"a": tmp_path / "model.safetensors"}
+    assert found.notes == ("model_ema.safetensors is not read: model.safetensors has the weights",)
+
+
+def index(folder: Path, **weight_map: str) -> Path:
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name.replace("__", "."): file for name, file in weight_map.items()}})
+    )
+    return folder
+
+
+def test_head_that_no_shard_has_may_be_in_the_index(tmp_path: Path) -> None:
+    save(tmp_path, part=["a"])
+    index(tmp_path, a="part.safetensors", lm_head__weight="part.safetensors")
+    assert list(tensor_files(tmp_path).files) == ["a"]
+    index(tmp_path, a="part.safetensors", b="part.safetensors")
+    with pytest.raises(WeightsError, match="disagree on 1 tensors: b"):
+        tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["m.gguf", "mmproj.gguf"], "It is for llama.cpp .GGUF. .got m.gguf, mmproj.gguf.. Pass a checkpoint"),
+        (["onnx/decoder_model_merged_q4.onnx"], "It is for ONNX Runtime"),
+        (["global_step100/x", "zero_to_fp32.py", "latest"], "It is a DeepSpeed checkpoint.*zero_to_fp32.py"),
+        (["pytorch_model_fsdp_0/__0_0.distcp"], "PyTorch's FSDP.*accelerate merge-weights"),
+        (["FastVLM.litertlm"], "It is for LiteRT"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "a LoRA fine-tune without its base.*Pass the base as model",
+        ),
+        (["mm_projector.safetensors"], "LLaVA's first stage, which has only the projector.*base=MODEL"),
+        (["mm_projector.bin"], "LLaVA's first stage, which has only the projector.*base=MODEL"),
+        (["model.safetensors.incomplete"], "It is an unfinished download"),
+        (["llava-fastvithd_0.5b_stage3.zip"], "It is the folder of an archive.*Unpack it"),
+        (["fastvithd.mlpackage/x"], "It is a Core ML model without the decoder's weights"),
+        (["pytorch_model.bin", "onnx/m.onnx"], "found the pickle pytorch_model.bin.*allow_pickle=True"),
+        (
+            ["checkpoint-500/x", "llava-fastvithd_0.5b_stage3/x"],
+            "Pass a checkpoint inside it .got checkpoint-500, llava",
+        ),
+        (["snapshots/abc/config.json", "refs/main"], "Pass a checkpoint inside it .got snapshots/abc."),
+        (["training_args.bin", "optimizer.pt", "._m.gguf"], "found optimizer.pt, training_args.bin"),
+        (["._m.gguf"], "the folder is empty"),
+    ],
+)
+def test_folder_without_weights_is_named_for_what_it_is(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"it has no \*.safetensors.*{message}") as caught:
+        tensor_files(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

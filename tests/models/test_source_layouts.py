@@ -228,10 +228,49 @@ def test_image_size_is_read_from_the_preprocessor(written: Callable[..., Path]) 
     assert FolderCheckpoint(folder).config.image_size == 256  # from image_seq_length 16
 
 
+def test_image_processor_is_read_in_its_nested_form(written: Callable[..., Path]) -> None:
+    folder = written("hf")
+    processor = {"crop_size": {"height": 512, "width": 512}, "rescale_factor": 1 / 255, "do_center_crop": False}
+    nested = {"processor_class": "FastVlmProcessor", "image_processor": processor}
+    (folder / "processor_config.json").write_text(json.dumps(nested))
+    checkpoint = FolderCheckpoint(folder)
+    assert checkpoint.config.image_size == 512  # preprocessor_config.json has 256
+    assert "processor_config.json has do_center_crop=false" in checkpoint.notes[0]
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "FastVlmProcessor"}))
+    assert FolderCheckpoint(folder).config.image_size == 256
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"image_mean": [0.5, 0.5, 0.5]},
+            r"image_mean must be 0, got \[0.5, 0.5, 0.5\]. FastVLM's encoder takes pixels",
+        ),
+        ({"image_std": 0.5}, "image_std must be 1"),
+        ({"rescale_factor": 1 / 127.5}, "must be scaled by 1/255, got 0.0078"),
+        ({"do_rescale": False}, "must be scaled by 1/255, got 1"),
+        ({"image_mean": [0.5, 0.5, 0.5], "do_normalize": False}, None),
+        ({"image_mean": [0, 0, 0], "image_std": [1.0, 1.0, 1.0]}, None),
+    ],
+)
+def test_pixels_of_another_range_are_refused(
+    written: Callable[..., Path], fields: dict[str, Any], message: str | None
+) -> None:
+    folder = written("hf")
+    square = {"size": {"shortest_edge": 256}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**square, **fields}))
+    if message is None:
+        assert FolderCheckpoint(folder).notes == ()
+        return
+    with pytest.raises(ConfigError, match=f"preprocessor_config.json: .*{message}"):
+        FolderCheckpoint(folder)
+
+
 def test_default_of_llava_says_nothing_about_the_image_size(golden: Path) -> None:
     checkpoint = FolderCheckpoint(golden / "hf_fast_vlm_small")
     assert checkpoint.config.image_size == 1024
-    assert "no preprocessor_config.json: images of 1024 px are assumed" in checkpoint.notes[0]
+    assert "no image size in processor_config.json or preprocessor_config.json" in checkpoint.notes[0]
 
 
 def test_contradictory_ties_are_decided_by_the_weights(written: Callable[..., Path]) -> None:

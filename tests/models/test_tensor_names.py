@@ -17,6 +17,7 @@ from fastvlm.models.tensor_names import (
     saved_name,
     to_apple_axes,
     to_mlx_axes,
+    unwrapped,
 )
 
 ENCODER = APPLE_ENCODER_PREFIX
@@ -103,3 +104,18 @@ def test_language_shapes_follow_the_table_of_embeddings() -> None:
     assert shapes["model.embed_tokens.weight"] == (1000, 128)
     assert "lm_head.weight" not in shapes
     assert language_shapes(config.with_tied_embeddings(False))["lm_head.weight"] == (1024, 128)
+
+
+@pytest.mark.parametrize("layout", ["apple", "hf", "mlx"])
+@pytest.mark.parametrize("wrapper", ["module.", "base_model.model.", "_orig_mod.module."])
+def test_uniform_wrappers_are_removed_in_every_layout(layout: Layout, wrapper: str) -> None:
+    names = list(rename(RandomCheckpoint("tiny").tensors, "apple", layout).values())
+    assert list(unwrapped(wrapper + name for name in names).values()) == names
+    assert unwrapped(names) == {name: name for name in names}
+
+
+def test_names_that_would_collide_stay_as_they_are() -> None:
+    names = [f"{ENCODER}a.weight", f"{ENCODER}a.base_layer.weight"]
+    assert unwrapped(names) == {name: name for name in names}
+    assert unwrapped(["x.a", "y.a"]) == {"x.a": "x.a", "y.a": "y.a"}
+    assert unwrapped([]) == {}

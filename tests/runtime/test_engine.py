@@ -162,6 +162,17 @@ def test_tokenizers_eos_ends_an_answer_too(write_folder: Write, open_vlm: Open) 
     assert vlm.engine.eos_token_ids == (1020, 1022)
 
 
+def test_end_of_the_templates_turn_ends_an_answer_too(write_folder: Write, open_vlm: Open) -> None:
+    folder = write_folder(eos_token_id=1020)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    content = json.dumps({**settings, "eos_token": "<|endoftext|>"}).encode()
+    (folder / "tokenizer_config.json").write_bytes(content)
+    (folder / "fastvlm.json").unlink()
+    vlm = open_vlm(folder)
+    tokens = vlm.engine.tokenizer.control_tokens
+    assert vlm.engine.eos_token_ids == (tokens["<|endoftext|>"], tokens["<|im_end|>"])
+
+
 def test_context_bounds_prompt_and_answer_together(write_folder: Write, open_vlm: Open) -> None:
     vlm = open_vlm(write_folder(tokenizer_model_max_length=60))
     found = vlm.generate(PICTURE, "Hi", max_tokens=1000, ignore_eos=True)
@@ -306,6 +317,22 @@ def test_weights_error_when_logits_are_not_finite(vlm: FastVLM, value: float) ->
     vlm.engine.language.language_model.model.norm.weight = mx.full((128,), value)
     with pytest.raises(WeightsError, match=r"not finite: .* overflow float32"):
         vlm.generate(PICTURE, "Hi")
+
+
+def test_single_features_beyond_float16_give_finite_logits(vlm: FastVLM) -> None:
+    encode = vlm.engine.encoder.encode
+
+    def with_outliers(pixel_values: np.ndarray) -> np.ndarray:
+        features = encode(pixel_values).copy()
+        features[0, 3, 5], features[0, 7, 1] = 7e4, -7e4
+        return features
+
+    vlm.engine.encoder.encode = with_outliers  # type: ignore[method-assign]
+    expected = vlm.engine.prefill(prepare(PICTURE, "Hi"), CachedPrompt()).first_token
+    vlm.engine.feature_cache.clear()
+    vlm.engine.language.multi_modal_projector.set_dtype(mx.float16)
+    found = vlm.engine.prefill(prepare(PICTURE, "Hi"), CachedPrompt()).first_token
+    assert found.item() == expected.item()
 
 
 def test_projected_features_are_not_projected_again(vlm: FastVLM) -> None:

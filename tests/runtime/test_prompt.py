@@ -227,3 +227,22 @@ def test_config_error_when_the_template_file_is_not_utf8(write_tokenizer: Write)
 def test_prompt_error_when_a_template_fails(write_tokenizer: Write, template: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         ask(write_tokenizer(chat_template=template), "why")
+
+
+def test_template_of_another_family_is_refused(write_tokenizer: Write) -> None:
+    gemma = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    with pytest.raises(ConfigError, match="the chat template is that of Gemma: it writes <start_of_turn>"):
+        encoder(write_tokenizer(chat_template=gemma))
+
+
+def test_turn_ends_with_the_templates_own_token(write_tokenizer: Write) -> None:
+    folder = write_tokenizer(chat_template="{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    assert encoder(folder).turn_end_id == Tokenizer(folder).control_tokens["<|endoftext|>"]
+    assert encoder(write_tokenizer(chat_template=None)).turn_end_id == Tokenizer(folder).control_tokens["<|im_end|>"]
+
+
+def test_template_file_may_have_a_byte_order_mark(write_tokenizer: Write) -> None:
+    folder = write_tokenizer(chat_template=None)
+    expected = ask(folder, "Hi")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8-sig")
+    assert ask(folder, "Hi") == expected

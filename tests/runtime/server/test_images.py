@@ -114,7 +114,7 @@ def test_animated_and_hidden_formats_are_what_pillow_opens() -> None:
     file = io.BytesIO()
     Image.new("RGB", (9, 9)).save(file, "GIF")
     assert len(reader_for().squares([file.getvalue()], "pad")[0]) == 1
-    with pytest.raises(ImageError, match="not an image"):
+    with pytest.raises(ImageError, match="is a PostScript document"):
         reader_for().squares([b"%!PS-Adobe-3.0 EPSF-3.0"], "pad")
 
 

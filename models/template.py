@@ -20,12 +20,14 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from ..models.errors import ConfigError, PromptError
+from .errors import ConfigError, PromptError
 
 MAX_TEMPLATE_CHARACTERS = 64 * 1024
 """The longest template that is accepted, in characters. The longest of well-known models have about 20,000."""
@@ -125,7 +127,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", _Generation],
             optimized=False,
             finalize=_finalize,
         )
@@ -235,6 +237,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         for value in values:
             self.spend(STEP + literals)
             yield value
+
+
+class _Generation(Extension):
+    """The tags `{% generation %}` and `{% endgeneration %}`, with which transformers marks what a model is trained on.
+
+    They change nothing in the text.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares a set)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Returns the statements between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Bounds(NodeTransformer):

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from fastvlm.models.errors import ConfigError, PromptError
+from fastvlm.models.template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 from fastvlm.models.tokenizer_files import CHAT_TEMPLATE
-from fastvlm.runtime.template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
 
@@ -139,3 +139,18 @@ def test_errors_name_the_excess_of_a_template() -> None:
 def test_each_rendering_has_a_budget_of_its_own() -> None:
     template = ChatTemplate("{% for i in range(99) %}{{ 'x' * 5000 }}{% endfor %}")
     assert len({template.render() for _ in range(4)}) == 1
+
+
+def test_generation_tags_change_nothing() -> None:
+    plain = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}!{% endfor %}"
+    tagged = plain.replace("{{ m.content }}", "{% generation %}{{ m.content }}{%- endgeneration %}")
+    assert ChatTemplate(tagged).render(messages=MESSAGES) == ChatTemplate(plain).render(messages=MESSAGES) == "!U!"
+    with pytest.raises(ConfigError, match="malformed at line 1"):
+        ChatTemplate("{% generation %}")
+
+
+def test_generation_tags_are_charged_as_their_content() -> None:
+    inner = "{% generation %}{% for b in range(9999) %}x{% endfor %}{% endgeneration %}"
+    endless = "{% for a in range(9999) %}" + inner + "{% endfor %}"
+    with pytest.raises(PromptError, match="broken or hostile"):
+        ChatTemplate(endless).render()
