@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .export.bundle.write import bundle as bundle
     from .export.exporter import export as export
     from .export.verify import verify as verify
+    from .models import mlprogram as mlprogram
     from .models.errors import FastVLMError as FastVLMError
     from .runtime.benchmark.run import benchmark as benchmark
     from .runtime.conversation import Conversation as Conversation
@@ -37,9 +38,13 @@ PUBLIC = {
     "evaluate": ".runtime.evaluation.run",
     "export": ".export",
     "load": ".runtime.fastvlm",
+    "mlprogram": ".models.mlprogram",
     "verify": ".export.verify",
 }
 """Public name -> the module that holds it. `fastvlm.export` is a package that can be called."""
+
+MODULES = frozenset(("export", "mlprogram"))
+"""The public names that are modules themselves."""
 
 __all__ = ["__version__", *PUBLIC]
 
@@ -48,7 +53,7 @@ def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'fastvlm' has no attribute {name!r}")
     module = import_module(PUBLIC[name], __name__)
-    return module if name == "export" else getattr(module, name)
+    return module if name in MODULES else getattr(module, name)
 
 
 def __dir__() -> list[str]:

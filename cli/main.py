@@ -25,6 +25,7 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .interrupt import Interrupted, asked_to_stop, listen, stop_listening
 from .progress import one_line
+from .run import run_command
 from .serve import serve_command
 from .verify import verify_command
 
@@ -91,6 +92,7 @@ for command in (
     eval_command,
     bench_command,
     inspect_command,
+    run_command,
     verify_command,
     bundle_command,
     download_command,

@@ -15,6 +15,7 @@ from ..models.folder_layout import MANIFEST_NAME
 REPORT = re.compile(rb'\{\s*"schema":\s*"fastvlm\.')
 TABLES = re.compile(rb"\*\*.*\n\n\| ms *\| *median run|An estimate from peak rates")
 PICTURE = re.compile(rb"\x89PNG\r\n")
+ARRAYS = re.compile(rb"\x93NUMPY|PK\x03\x04")
 """The first bytes of the files that these commands write."""
 HEAD_BYTES = 4096
 """The bytes that are read to recognize a file: the title and first table row of a Markdown report fit."""
@@ -53,6 +54,14 @@ def check_pictures(*paths: Path | None) -> None:
         if path is not None and path.suffix.lower() != ".png":
             raise UsageError(f"{path.name:.60}: images are written as PNG. Choose a name that ends in .png")
     _check_replaced(paths, PICTURE, "a PNG")
+
+
+def check_arrays(path: Path | None) -> None:
+    """Raises UsageError unless the file is a .npy or .npz that can be written, and overwrites only such a file."""
+    check_outputs(path)
+    if path is not None and path.suffix not in (".npy", ".npz"):
+        raise UsageError(f"{path.name:.60}: arrays are written as .npy or .npz. Choose a name that ends in one of them")
+    _check_replaced([path], ARRAYS, "an array file")
 
 
 def _check_replaced(paths: Iterable[Path | None], begin: re.Pattern[bytes], kind: str) -> None:

@@ -27,6 +27,7 @@ GROUPS = {
     "Models": ("load", "FastVLM", "Conversation", "Generation"),
     "Export": ("export", "verify", "bundle"),
     "Measure": ("benchmark", "evaluate"),
+    "Any Core ML package": ("mlprogram.load", "mlprogram.Model", "mlprogram.State"),
     "Errors": ("FastVLMError",),
 }
 """The headings of the API page. A public name that is missing here is listed under Others."""
@@ -89,7 +90,7 @@ def api() -> str:
     """Returns the API page: every public name with its signature and its docstring."""
     import fastvlm
 
-    named = {name for names in GROUPS.values() for name in names}
+    named = {name.split(".")[0] for names in GROUPS.values() for name in names}
     others = tuple(name for name in fastvlm.__all__ if name not in named and not name.startswith("__"))
     groups = {**GROUPS, **({"Others": others} if others else {})}
     lines = [
@@ -101,14 +102,17 @@ def api() -> str:
     for heading, names in groups.items():
         lines += ["", f"## {heading}"]
         for name in names:
-            if name in fastvlm.__all__:
+            if name.split(".")[0] in fastvlm.__all__:
                 lines += ["", *_entry(f"fastvlm.{name}", _object(fastvlm, name))]
     return "\n".join(lines) + "\n"
 
 
 def _object(package: ModuleType, name: str) -> Any:
     """Returns a public object. `fastvlm.export` is a package, so its function is looked up."""
-    found = getattr(package, name)
+    first, _, rest = name.partition(".")
+    found = getattr(package, first)
+    if rest:
+        return getattr(found, rest)
     if isinstance(found, ModuleType):
         return importlib.import_module("fastvlm.export.exporter").export
     return found

@@ -327,11 +327,14 @@ def _feature(message: Any) -> Feature:
 def _image_feature(image: Any) -> Feature:
     color = image.DESCRIPTOR.fields_by_name["colorSpace"].enum_type.values_by_number[image.colorSpace].name
     flexibility = image.WhichOneof("SizeFlexibility")
+    default = (image.height, image.width)
     if flexibility == "enumeratedSizes":
-        return Feature(color, shapes=tuple((size.height, size.width) for size in image.enumeratedSizes.sizes))
+        sizes = tuple((size.height, size.width) for size in image.enumeratedSizes.sizes)
+        return Feature(color, shapes=sizes, shape=default)
     if flexibility == "imageSizeRange":
-        return Feature(color, (_bounds(image.imageSizeRange.heightRange), _bounds(image.imageSizeRange.widthRange)))
-    return Feature(color, tuple((size, size) for size in (image.height, image.width)))
+        bounds = (_bounds(image.imageSizeRange.heightRange), _bounds(image.imageSizeRange.widthRange))
+        return Feature(color, bounds, shape=default)
+    return Feature(color, tuple((size, size) for size in default), shape=default)
 
 
 def _bounds(limits: Any) -> tuple[int, int]:

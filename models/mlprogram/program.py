@@ -136,7 +136,7 @@ class Feature:
             are height and width.
         shapes: the allowed shapes, if they are listed, or empty. For an image each is (height, width).
         default: the value of an optional input that is left out, else None.
-        shape: the shape of an array that is left out.
+        shape: the default shape, where several are allowed.
     """
 
     color: str = ""
