@@ -39,6 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_metal_graph.py
 	$(BIN)/fastvlm export tiny --quant int8 --force --out bench/tiny
 	$(BIN)/python tests/bench/bench_encoder_process.py bench/tiny
+	$(BIN)/python tests/bench/bench_scheduler.py bench/tiny
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/build.py

@@ -160,7 +160,7 @@ class Scheduler:
         self.close()
 
     def submit(self, request: Request, listener: Listener | None = None) -> Answer:
-        """Queues a request, whose prompt and images are prepared in the calling thread.
+        """Queues a request, whose prompt and images are prepared in the calling thread. This takes milliseconds.
 
         The listener is called on the engine thread with pieces, and then with one Generation or FastVLMError. An
         exception of a listener cancels its answer.
