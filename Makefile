@@ -36,6 +36,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
 	$(BIN)/fastvlm export random:0.5b --quant int8 --force --out bench/model
 	$(BIN)/python tests/bench/bench_reuse.py bench/model
+	$(BIN)/python tests/bench/bench_structured.py bench/model
 	$(BIN)/python tests/bench/bench_metal_graph.py
 	$(BIN)/fastvlm export tiny --quant int8 --force --out bench/tiny
 	$(BIN)/python tests/bench/bench_encoder_process.py bench/tiny

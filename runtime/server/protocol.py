@@ -134,6 +134,10 @@ class JsonSchemaFormat(Part):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+MAX_REQUEST_BEAMS = 8
+"""The most beams of one request. Each takes as much memory as an answer, and no place in the batch."""
+
+
 class Options(Part):
     """The options that both kinds of completions share."""
 
@@ -145,6 +149,11 @@ class Options(Part):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="An extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="An extension.")
     seed: Seed | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MAX_REQUEST_BEAMS)] | None = Field(
+        None, description="An extension: beam search, without sampling, a stream or a constraint."
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(None, description="An extension, for beams.")
+    early_stopping: bool | Literal["never"] | None = Field(None, description="An extension, for beams.")
     regex: str | None = Field(None, description="An extension: a regular expression for the whole answer.")
     choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = Field(
         None, description="An extension: the answers to choose from."

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from ...models.images import Fit
 from ...models.tokenizer_files import IMAGE_TOKEN
+from ..beam_search import BeamOptions
 from ..generate import Generation, GenerationOptions, options_from
 from ..prompt import RAW, Message
 from ..request import Request
@@ -167,8 +168,17 @@ def _options(
         seed=None if body.seed is None else body.seed % 2**64,
     )
     constraint = constraint_from(schema, body.regex, body.choice, body.grammar)
+    beams = BeamOptions(
+        num_beams=body.num_beams or 1,
+        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+        early_stopping=body.early_stopping or False,
+    )
+    if beams.num_beams > 1 and body.stream:
+        raise ApiError(
+            400, "num_beams above 1 gives a whole answer. Leave stream out.", param="num_beams", code="invalid_value"
+        )
     count = min(max_tokens or settings.max_tokens, settings.max_tokens)
-    return options_from(body.stop or (), count, False, sampling, constraint)
+    return options_from(body.stop or (), count, False, sampling, constraint, beams)
 
 
 class Reply:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastvlm.models.errors import ImageError, UsageError
+from fastvlm.runtime.beam_search import BeamOptions
 from fastvlm.runtime.prompt import RAW
 from fastvlm.runtime.server.errors import ApiError
 from fastvlm.runtime.server.images import ImageReader
@@ -131,3 +132,13 @@ def test_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
             refused()
         assert raised.value.code == "context_length_exceeded"
     assert chat("x" * 6400).request.messages
+
+
+def test_beam_search_is_an_extension_without_a_stream() -> None:
+    sent = {"num_beams": 3, "length_penalty": 0.5, "early_stopping": "never"}
+    assert chat("Hi", **sent).request.options.beams == BeamOptions(3, 0.5, "never")
+    assert chat("Hi").request.options.beams == BeamOptions()
+    with pytest.raises(ApiError, match="whole answer"):
+        chat("Hi", num_beams=2, stream=True)
+    with pytest.raises(UsageError, match="num_beams above 1 cannot be combined with temperature"):
+        chat("Hi", num_beams=2, temperature=1)
