@@ -1,6 +1,6 @@
 """Many clients at once compared with one after the other, and a second question about an image with the first.
 
-    python tests/bench/bench_scheduler.py FOLDER [--clients 1 4 16] [--answers N] [--tokens N] [--runs N]
+    python tests/bench/bench_scheduler.py FOLDER [--clients 1 4 16] [--answers N] [--tokens N] [--runs N] [--images N]
 
 Each client asks its questions one after the other, about its own image, and a third of them about no image. The same
 questions are asked one by one in the same run, in turn with the clients, since machines are shared and noisy. Each side
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=2, help="questions of each client")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=9, help="images that are asked about twice")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--encoder-process", action="store_true")
     arguments = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
     with fastvlm.load(arguments.folder, encoder_process=arguments.encoder_process) as vlm:
         figures = {
             "clients": {count: client_figures(vlm, count, arguments) for count in arguments.clients},
-            "second_question": second_question(vlm, arguments.runs),
+            "second_question": second_question(vlm, arguments.images),
         }
     print(json.dumps(figures, indent=2))
 
@@ -114,14 +115,14 @@ def with_scheduler(vlm: Any, requests: list[Any], clients: int, batch_size: int)
     return found
 
 
-def second_question(vlm: Any, runs: int) -> dict[str, Any]:
+def second_question(vlm: Any, images: int) -> dict[str, Any]:
     """The time to first token of a question about a new image, and of another question about it from another client."""
     from fastvlm.runtime.request import prepare
     from fastvlm.runtime.scheduler import Scheduler
 
     first, second = [], []
     with Scheduler(vlm.engine) as scheduler:
-        for n in range(runs + 1):
+        for n in range(images + 1):
             image = picture(10_000 + n)
             for question, into in (("Describe the image.", first), ("What colour is it?", second)):
                 into.append(scheduler.submit(prepare(image, question, max_tokens=4)).result().timings)
