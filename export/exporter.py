@@ -194,7 +194,7 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
             trained=is_trained(checkpoint),
             notes=(
                 *checkpoint.notes,
-                *stop_notes(checkpoint, tokenizer),
+                *tokenizer_notes(checkpoint, tokenizer),
                 *encoder.notes,
                 *broken_rules,
                 *verification.encoder.notes,
@@ -232,7 +232,7 @@ def write_decoder(
 def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenizer: ExportedTokenizer) -> None:
     """Writes the JSON files, the tokenizer, and the licences of the checkpoint."""
     config = exported_config(checkpoint, tokenizer.image_token_index, recipe.image_size, recipe.decoder)
-    if stop_notes(checkpoint, tokenizer):
+    if lacks_turn_end(checkpoint, tokenizer):
         config["eos_token_id"] = [*checkpoint.config.eos_token_ids, tokenizer.turn_end_id]
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / "preprocessor_config.json", preprocessor_config(recipe.image_size))
@@ -242,15 +242,27 @@ def write_configs(folder: Path, checkpoint: Checkpoint, recipe: Recipe, tokenize
     copy_licences(checkpoint, folder)
 
 
-def stop_notes(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> tuple[str, ...]:
-    """Returns a note if no config names the token with which the chat template ends an answer."""
+def tokenizer_notes(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> tuple[str, ...]:
+    """Returns notes on an end of answers that no config names, and on tokens without an embedding."""
+    notes = []
+    if lacks_turn_end(checkpoint, tokenizer):
+        notes.append(
+            f"no config names token {tokenizer.turn_end_id} as an end, but the chat template ends an answer with it: "
+            "answers end there too"
+        )
+    rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
+    if tokenizer.largest_id >= rows:
+        notes.append(
+            f"tokenizer.json has ids up to {tokenizer.largest_id}, but embed_tokens has {rows} rows: text with the "
+            "tokens past them is refused"
+        )
+    return tuple(notes)
+
+
+def lacks_turn_end(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> bool:
+    """Returns True if no config names the token with which the chat template ends an answer."""
     named = (*checkpoint.config.eos_token_ids, tokenizer.eos_token_id)
-    if tokenizer.turn_end_id is None or tokenizer.turn_end_id in named:
-        return ()
-    return (
-        f"no config names token {tokenizer.turn_end_id} as an end, but the chat template ends an answer with it: "
-        "answers end there too",
-    )
+    return tokenizer.turn_end_id is not None and tokenizer.turn_end_id not in named
 
 
 def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, result: Export) -> dict[str, Any]:

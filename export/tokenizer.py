@@ -32,6 +32,8 @@ class ExportedTokenizer:
 
     files: Mapping[str, bytes]
     image_token_index: int
+    largest_id: int
+    """The largest id of a token but `<image>`, which needs no embedding."""
     turn_end_id: int | None
     """The id that the chat template writes after an answer, or None."""
     eos_token_id: int | None
@@ -67,6 +69,7 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     return ExportedTokenizer(
         files,
         image_token_index,
+        largest_id=max({*tokenizer["model"]["vocab"].values(), *tokens.values()} - {image_token_index}, default=-1),
         turn_end_id=_checked_turn_end(files, config, tokens),
         eos_token_id=tokens.get(special_token_text(config, "eos_token") or ""),
     )

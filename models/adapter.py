@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_files import CONFIG, TABLE, AdapterFiles, open_adapter, part_of
-from .checkpoint import FLOAT_DTYPES, HEAD, WIDE, Checkpoint, settle_tied_embeddings
+from .checkpoint import FLOAT_DTYPES, HEAD, WIDE, Checkpoint, check_not_empty, settle_tied_embeddings
 from .config import FastVLMConfig
 from .errors import AdapterError, listed
 from .files import combined_sha256
@@ -143,7 +143,9 @@ def _changes(base: Checkpoint, folder: Path, adapter: AdapterFiles) -> dict[str,
     changes: dict[str, Change] = {}
     unused = []
     for file in adapter.files:
-        for name, info in read_header(file).items():
+        header = read_header(file)
+        check_not_empty(str(folder), header)
+        for name, info in header.items():
             part = part_of(name, info, targets)
             if part is None or info.dtype not in (*FLOAT_DTYPES, WIDE):
                 unused.append(name)

@@ -63,6 +63,11 @@ FACTOR_NAME = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB])(\.(?!(weight|bias)$)\w+)?(\.weight)?$"
 )
 """The name of a factor, perhaps with the adapter's own (`default`) inside."""
+SAFE_PATTERN = re.compile(r"\^?(\\\.|\.\*|\w|\.|\||\((\?:)?\w+(\|\w+)*\))*\$?")
+"""The keys of `rank_pattern` and `alpha_pattern` that are matched: names, `.*`, and groups of names. Other regular
+expressions of an untrusted file could take forever."""
+MAX_PATTERN, MAX_WILDCARDS = 200, 2
+"""The longest such key, in characters, and the most `.*` in it. A match takes milliseconds at most."""
 MLX_FACTOR_NAME = re.compile(r"^(?P<module>.+)\.(?P<part>lora_a|lora_b|A|B)$")
 
 
@@ -122,7 +127,9 @@ def _part_of_checkpoint(folder: Path, allow_pickle: bool) -> AdapterFiles:
         return _with_pickles(folder, (PROJECTOR,), {}, (), allow_pickle)
     if any(name.endswith(".safetensors") for name in names):
         return AdapterFiles(tuple(sorted(set(tensor_files(folder).files.values()))), {})
-    raise AdapterError(f"{folder} is not a LoRA adapter: it has no {CONFIG}. Pass the folder that the trainer wrote.")
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    wanted = f"an adapter inside it (got {listed(inside)})" if inside else "the folder that the trainer wrote"
+    raise AdapterError(f"{folder} is not a LoRA adapter: it has no {CONFIG}. Pass {wanted}.")
 
 
 def _with_pickles(
@@ -216,16 +223,19 @@ def _check_rank(key: str, written: float, module: str, rank: int) -> None:
 
 
 def _of_module(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """Returns the entry of `rank_pattern` or `alpha_pattern` whose key ends the module's name, as in PEFT."""
+    """Returns the value in `rank_pattern` or `alpha_pattern` whose key ends the name of a module, as in PEFT."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise AdapterError(f"{CONFIG}: {key} must be an object, got {patterns!r:.40}")
     for pattern, value in patterns.items():
-        plain = pattern.lstrip("^").rstrip("$").replace("\\.", ".")
-        if module == plain or module.endswith(f".{plain}"):
+        simple = len(pattern) <= MAX_PATTERN and pattern.count(".*") <= MAX_WILDCARDS
+        if not simple or not SAFE_PATTERN.fullmatch(pattern):
+            raise AdapterError(
+                f"{CONFIG}: {key} must have names or simple patterns such as '.*\\.q_proj' (got {pattern!r:.60}). "
+                "Merge the adapter with PEFT's merge_and_unload first."
+            )
+        if re.match(rf"(.*\.)?({pattern})$", module):
             return value
-        if re.search(r"[\\^$*+?{}\[\]|()]", plain):
-            raise AdapterError(f"{CONFIG}: {key} must have ends of module names, got the regex {pattern!r:.60}")
     return default
 
 
@@ -251,9 +261,10 @@ def part_of(name: str, info: TensorInfo, tensors: Collection[str]) -> Part | Non
 def _target(name: str, tensors: Collection[str]) -> str | None:
     """Returns the checkpoint's tensor that `name` is, with wrappers or in another layout, or None."""
     while name not in tensors:
-        for apple in (renamed(name, "hf", "apple"), renamed(name, "mlx", "apple"), f"model.{name}"):
-            if apple in tensors:
-                return apple
+        for written in (name, f"model.{name}"):
+            for apple in (written, renamed(written, "hf", "apple"), renamed(written, "mlx", "apple")):
+                if apple in tensors:
+                    return apple
         prefix = next((prefix for prefix in OUTER_PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             return None

@@ -147,6 +147,7 @@ class FolderCheckpoint:
                 f"{self.folder}: the weights contain a LoRA that is not merged (got {listed(factors, 2)}). Merge it "
                 "with PEFT's merge_and_unload first."
             )
+        check_not_empty(str(self.folder), headers)
         used = {plain: headers[name] for plain, name in self._names.items() if not UNUSED_TENSORS.search(plain)}
         return {
             name: TensorInfo(info.shape, "F32") if info.dtype == WIDE else info for name, info in used.items()
@@ -156,8 +157,8 @@ class FolderCheckpoint:
         changed = [(name, plain) for plain, name in self._names.items() if name != plain]
         if not changed:
             return ()
-        return (f"the names of {len(changed)} tensors are those of a training wrapper: {changed[0][0]} is read as "
-                f"{changed[0][1]}",)  # fmt: skip
+        return (f"the names of {len(changed)} tensors are those of a training wrapper or an older version: "
+                f"{changed[0][0]} is read as {changed[0][1]}",)  # fmt: skip
 
     def _read_raw(self, plain_name: str, framework: Framework) -> Any:
         name = self._names[plain_name]
@@ -286,6 +287,17 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape], par
     ]
     if faults:
         raise WeightsError(f"the {part}'s tensors do not match its architecture: {'; '.join(faults)}")
+
+
+def check_not_empty(subject: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises WeightsError for tensors without elements, which DeepSpeed's ZeRO-3 leaves unless it gathers them."""
+    empty = sorted(name for name, info in tensors.items() if 0 in info.shape)
+    if empty:
+        raise WeightsError(
+            f"{subject}: {len(empty)} tensors are empty, as DeepSpeed's ZeRO-3 saves them (got {listed(empty, 2)}). "
+            "Run zero_to_fp32.py on the folder of the training, or save with "
+            "stage3_gather_16bit_weights_on_model_save."
+        )
 
 
 def tensors_under(tensors: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:

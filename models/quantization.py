@@ -128,6 +128,7 @@ def check_not_foreign(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
     method = method if isinstance(method, str) else None
     found = {name: by for name in tensors for suffix, by in FOREIGN_SUFFIXES.items() if name.endswith(suffix)}
     found |= {name: "fp8" for name, info in tensors.items() if info.dtype in FLOAT8}
+    found |= {name: "bitsandbytes" for name, info in tensors.items() if info.dtype == "U8" and info.shape[1:] == (1,)}
     if not found:
         if method is None:
             return ()

@@ -145,6 +145,7 @@ def open_source(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> So
 
 def _read_apple(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Source:
     own = {key: value for key, value in config.items() if key != "quantization_config"}  # its weights are refused
+    own["model_type"] = "llava_qwen2"
     return Source("Apple LLaVA", own, {name: View(name, info) for name, info in tensors.items()})
 
 
@@ -162,17 +163,29 @@ def _read_mlx(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Sour
 
 
 LAYOUTS = (
-    SourceLayout("Apple LLaVA", APPLE_ENCODER_PREFIX, ("llava_qwen2",), _read_apple),
+    SourceLayout("Apple LLaVA", APPLE_ENCODER_PREFIX, ("llava_qwen2", "llava_qwen"), _read_apple),  # LLaVA-NeXT's name
     SourceLayout("Hugging Face native", HF_ENCODER_PREFIX, ("fast_vlm",), _read_hf),
     SourceLayout("mlx-vlm", MLX_ENCODER_PREFIX, ("llava_qwen2", "fastvlm"), _read_mlx),
 )
 
+
+TOWERS = {
+    "vision_model.encoder.layers.": "CLIP or SigLIP",
+    "vision_model.embeddings.": "CLIP or SigLIP",
+    "visual.blocks.": "Qwen-VL",
+    "vision_model.radio_model.": "RADIO",
+    "convnext": "ConvNeXt",
+}
+"""The vision encoders of other models, by a sign in the names of their tensors."""
 
 PART_SIGNS = {"a decoder": "layers.0.self_attn.", "a projector": "projector."}
 """The parts that trainers save alone, by a sign in the names of their tensors."""
 
 
 def _unknown_layout(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> str:
+    tower = next((tower for sign, tower in TOWERS.items() if any(sign in name for name in tensors)), None)
+    if tower is not None:
+        return f"{folder} is another model: its vision encoder is that of {tower}. FastVLM's is FastViTHD."
     missing = [
         part
         for part, signs in (("a vision encoder", ("vision_tower.",)), ("a decoder", ("embed_tokens.", "layers.0.")))

@@ -71,8 +71,24 @@ WRAPPERS = (
     "vlm.",
 )
 """The prefixes that training wrappers (DDP, torch.compile, FSDP, PEFT, a parent module) put before every name."""
-INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|base_model\.model)\."
+)
 """The words that such wrappers put inside a name."""
+
+OLDER_NAMES: tuple[tuple[str, str, str], ...] = (
+    # a name that occurs with them      older                             today's
+    ("vision_tower.timm_model.",        "vision_tower.",                  "model.vision_tower."),
+    ("vision_tower.timm_model.",        "multi_modal_projector.",         "model.multi_modal_projector."),
+    ("vision_tower.timm_model.",        "language_model.model.",          "model.language_model."),
+    ("vision_tower.timm_model.",        "language_model.lm_head.",        "lm_head."),
+    ("vision_tower.vision_model.",      "language_model.model.model.",    "language_model.model."),
+    ("vision_tower.vision_model.",      "multi_modal_projector.linear_1", "mm_projector.0"),
+    ("vision_tower.vision_model.",      "multi_modal_projector.linear_2", "mm_projector.2"),
+    ("vision_tower.vision_model.",      "mm_projector.layers.",           "mm_projector."),
+)  # fmt: skip
+"""The beginnings of names that older versions of transformers (before 4.52) and of mlx-vlm wrote, with today's. They
+apply if a name in the checkpoint begins with the first."""
 
 UNUSED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)image_newline$|position_ids$")
 """The tensors that no computation of FastVLM reads: buffers that old versions of transformers saved, and the row of
@@ -108,14 +124,24 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 
     The names stay as they are if no prefix makes them those of a FastVLM, or if two names would be the same.
     """
-    plain = {name: INNER_WRAPPERS.sub("", name) for name in names}
+    plain = _renewed({name: INNER_WRAPPERS.sub("", name) for name in names})
     known = tuple(f"{prefix}." for prefix in PREFIXES[0].values() if prefix != PREFIXES[0]["tiny"])
     while plain and not any(name.startswith(known) for name in plain.values()):
         prefix = next((one for one in WRAPPERS if all(name.startswith(one) for name in plain.values())), None)
         if prefix is None:
             return {name: name for name in plain}
-        plain = {name: short.removeprefix(prefix) for name, short in plain.items()}
+        plain = _renewed({name: short.removeprefix(prefix) for name, short in plain.items()})
     return plain if len(set(plain.values())) == len(plain) else {name: name for name in plain}
+
+
+def _renewed(plain: Mapping[str, str]) -> dict[str, str]:
+    """Returns today's name for each name that an older version wrote."""
+    rows = [row for row in OLDER_NAMES if any(short.startswith(row[0]) for short in plain.values())]
+    renewed = {}
+    for name, short in plain.items():
+        row = next((row for row in rows if short.startswith(row[1])), None)
+        renewed[name] = short if row is None else row[2] + short.removeprefix(row[1])
+    return renewed
 
 
 def saved_name(apple_name: str) -> str:

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 import fastvlm
 from fastvlm.export import atomic_folder, exporter, write_encoder
-from fastvlm.export.exporter import export
+from fastvlm.export.exporter import export, tokenizer_notes
 from fastvlm.export.inspect_package import inspect
+from fastvlm.export.tokenizer import export_tokenizer
 from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
 from fastvlm.models import safetensors_files
 from fastvlm.models.checkpoint import FolderCheckpoint
@@ -415,3 +416,21 @@ def test_adapter_is_in_the_exported_weights_and_verified(tmp_path: Path, adapter
     assert verify(tmp_path / "model", "random:tiny", adapter=adapter).passed
     unmerged = verify(tmp_path / "model", "random:tiny")
     assert "down_proj" in " ".join(unmerged.failures)
+
+
+def test_notes_on_the_tokenizer_name_ends_and_rows(write_checkpoint: Callable) -> None:
+    folder = write_checkpoint()
+    whole = FolderCheckpoint(folder)
+    assert tokenizer_notes(whole, export_tokenizer(whole.tokenizer_files())) == ()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    last = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"] += [{**last, "id": last["id"] + 1 + k, "content": f"<new{k}>"} for k in range(9)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
+    changed = FolderCheckpoint(folder)
+    end, rows = tokenizer_notes(changed, export_tokenizer(changed.tokenizer_files()))
+    assert "no config names token 1022 as an end" in end
+    assert f"ids up to {last['id'] + 9}, but embed_tokens has 1024 rows" in rows

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastvlm.models.adapter import AdaptedCheckpoint
-from fastvlm.models.adapter_files import open_adapter, part_of
-from fastvlm.models.errors import AdapterError, CheckpointError
+from fastvlm.models.adapter_files import MAX_WILDCARDS, SAFE_PATTERN, open_adapter, part_of
+from fastvlm.models.errors import AdapterError, CheckpointError, WeightsError
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
 from fastvlm.models.safetensors_files import TensorInfo
@@ -47,6 +51,7 @@ def merged(folder: Path, module: str) -> np.ndarray:
     return AdaptedCheckpoint(RandomCheckpoint("tiny"), folder).read(f"{module}.weight", "pt")
 
 
+@pytest.mark.slow  # imports mlx-lm
 @pytest.mark.parametrize("module", [QUERY, TABLE])
 def test_mlx_adapter_is_merged_as_mlx_fuses_it(tmp_path: Path, module: str) -> None:
     import mlx.core as mx
@@ -172,6 +177,10 @@ def test_resized_vocabulary_that_does_not_fit_is_refused(
         ("model.layers.1.self_attn.q_proj.B", ("B", True)),
         ("model.layers.1.self_attn.q_proj.weight", ("whole", False)),
         ("module.model.layers.1.self_attn.q_proj.modules_to_save.default.weight", ("whole", False)),
+        ("base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight", ("A", False)),
+        ("base_model.model.language_model.model.layers.1.self_attn.q_proj.lora_B.weight", ("B", False)),
+        ("language_model.layers.1.self_attn.q_proj.lora_a", ("A", True)),
+        ("model.layers.1.self_attn.qkv_proj.lora_A.weight", None),
         ("model.layers.1.self_attn.q_proj.m", None),
     ],
 )
@@ -179,6 +188,52 @@ def test_names_of_every_layout_are_understood(name: str, part: tuple[str, bool] 
     found = part_of(name, TensorInfo((4, 128), "F32"), {f"{QUERY}.weight"})
     assert (None if found is None else (found.kind, found.transposed)) == part
     assert found is None or found.target == f"{QUERY}.weight"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("q_proj", True),
+        ("self_attn.q_proj", True),
+        ("^model.layers.1.self_attn.q_proj$", True),
+        (r".*\.layers\.1\..*(q_proj|k_proj|v_proj|o_proj)$", True),
+        (r"layers\.1\.self_attn\.(?:q_proj|o_proj)", True),
+        (r".*\.layers\.2\..*q_proj", False),
+        ("_proj", False),
+        ("layers.1", False),
+    ],
+)
+def test_patterns_match_as_in_peft(tmp_path: Path, pattern: str, matches: bool) -> None:
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {pattern: 128}}
+    assert open_adapter(write(tmp_path, settings), allow_pickle=False).scale(QUERY, 4) == (32 if matches else 2)
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+q", "[a-z]*q_proj", "(a|b)*", ".*.*.*q", "q{9}", "x" * 201, "(a|(b|c))"])
+def test_patterns_that_could_take_forever_are_refused(tmp_path: Path, pattern: str) -> None:
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {pattern: 4}}
+    with pytest.raises(AdapterError, match="rank_pattern must have names or simple patterns"):
+        open_adapter(write(tmp_path, settings), allow_pickle=False).scale(QUERY, 4)
+
+
+@given(st.text("q_proj.*|()?:^$\\", max_size=200))
+def test_accepted_patterns_are_matched_in_no_time(pattern: str) -> None:
+    if SAFE_PATTERN.fullmatch(pattern) and pattern.count(".*") <= MAX_WILDCARDS:
+        start = time.thread_time()
+        re.match(rf"(.*\.)?({pattern})$", "q_proj." * 12)
+        assert time.thread_time() - start < 0.5
+
+
+def test_adapter_of_zero_3_names_its_cause(tmp_path: Path) -> None:
+    tensors = {f"base_model.model.{QUERY}.lora_{part}.weight": torch.zeros(0) for part in "AB"}
+    folder = write(tmp_path, {"peft_type": "LORA", "r": 4, "lora_alpha": 8}, adapter_model=tensors)
+    with pytest.raises(WeightsError, match="2 tensors are empty, as DeepSpeed's ZeRO-3 saves them"):
+        AdaptedCheckpoint(RandomCheckpoint("tiny"), folder)
+
+
+def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "default", {"peft_type": "LORA"})
+    with pytest.raises(AdapterError, match="Pass an adapter inside it .got default"):
+        open_adapter(tmp_path, allow_pickle=False)
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -189,14 +189,8 @@ def renamed(before: str, after: str) -> Callable[[dict[str, torch.Tensor]], None
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("", "module."),
-        ("", "base_model.model."),
         ("", "module.base_model.model."),
-        ("", "_orig_mod."),
-        ("", "model."),
         ("self_attn.", "_fsdp_wrapped_module.self_attn."),
-        ("mlp.", "_orig_mod.mlp."),
-        ("_proj.weight", "_proj.base_layer.weight"),
     ],
 )
 def test_names_of_training_wrappers_are_understood(write_checkpoint: WriteCheckpoint, before: str, after: str) -> None:
@@ -204,8 +198,8 @@ def test_names_of_training_wrappers_are_understood(write_checkpoint: WriteCheckp
     assert checkpoint.tensors == source.tensors
     assert "the names of" in checkpoint.notes[0]
     name = "model.layers.1.self_attn.q_proj.weight"
-    for framework in ("pt", "mlx"):
-        assert np.array_equal(np.array(checkpoint.read(name, framework)), source.read(name, "pt"))
+    assert np.array_equal(checkpoint.read(name, "pt").numpy(), source.read(name, "pt"))
+    assert np.array_equal(np.array(checkpoint.read(name, "mlx")), source.read(name, "pt"))
 
 
 def test_prefix_of_some_tensors_alone_is_refused(write_checkpoint: WriteCheckpoint) -> None:
@@ -270,3 +264,50 @@ def test_pickles_are_read_only_if_allowed(tmp_path: Path, write_checkpoint: Writ
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(CheckpointError, match="found the pickle pytorch_model.bin.*allow_pickle=True"):
         FolderCheckpoint(folder)
+
+
+def test_empty_tensors_of_zero_3_name_their_cause(write_checkpoint: WriteCheckpoint) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "layers." in name:
+                tensors[name] = torch.zeros(0)
+
+    with pytest.raises(WeightsError, match="36 tensors are empty, as DeepSpeed's ZeRO-3 saves them.*zero_to_fp32.py"):
+        FolderCheckpoint(write_checkpoint(change))
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "CLIP or SigLIP"),
+        ("visual.blocks.0.attn.qkv.weight", "Qwen-VL"),
+    ],
+)
+def test_vision_encoder_of_another_model_is_named(write_checkpoint: WriteCheckpoint, name: str, tower: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for found in [found for found in tensors if "vision_tower" in found]:
+            del tensors[found]
+        tensors[name] = torch.zeros(4, 4)
+
+    with pytest.raises(CheckpointError, match=f"is another model: its vision encoder is that of {tower}"):
+        FolderCheckpoint(write_checkpoint(change))
+
+
+def test_model_type_of_llava_next_is_read_as_apples(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    edit_config(folder, model_type="llava_qwen", architectures=["LlavaQwenForCausalLM"])
+    assert FolderCheckpoint(folder).config_dict["model_type"] == "llava_qwen2"
+
+
+def test_config_of_newer_transformers_is_read(write_checkpoint: WriteCheckpoint) -> None:
+    folder = write_checkpoint()
+    before = FolderCheckpoint(folder).config
+    edit_config(
+        folder,
+        torch_dtype=...,
+        dtype="bfloat16",
+        rope_theta=...,
+        rope_parameters={"rope_theta": before.decoder.rope_theta, "rope_type": "default"},
+        layer_types=["full_attention"] * before.decoder.num_hidden_layers,
+    )
+    assert FolderCheckpoint(folder).config == before

@@ -70,3 +70,8 @@ def test_settings_of_a_quantizer_without_its_weights_are_noted() -> None:
     )
     assert check_not_foreign({}, tensors) == ()
     assert check_not_foreign({"quantization_config": {"group_size": 64, "bits": 4}}, tensors) == ()
+
+
+def test_packed_column_without_settings_is_bitsandbytes() -> None:
+    with pytest.raises(WeightsError, match="quantized by bitsandbytes .got a.weight"):
+        check_not_foreign({}, {"a.weight": TensorInfo((32768, 1), "U8")})

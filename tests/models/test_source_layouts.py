@@ -362,3 +362,58 @@ def test_error_when_the_encoder_is_missing_or_exported(written: Callable[..., Pa
     save_file({**language, **exported}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="exported model folder. Use it with `fastvlm generate`"):
         FolderCheckpoint(folder)
+
+
+OLDER_HF = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("hf", OLDER_HF),
+        ("hf", (("model.language_model.", "model."),)),
+        ("mlx", (("language_model.model.", "language_model.model.model."),)),
+        ("mlx", (("mm_projector.", "mm_projector.layers."),)),
+        (
+            "mlx",
+            (
+                ("mm_projector.0", "multi_modal_projector.linear_1"),
+                ("mm_projector.2", "multi_modal_projector.linear_2"),
+            ),
+        ),
+    ],
+)
+def test_names_of_older_versions_are_read(
+    written: Callable[..., Path], layout: str, changes: tuple[tuple[str, str], ...]
+) -> None:
+    folder, names = written(layout), ("model.mm_projector.2.weight", "model.layers.0.mlp.up_proj.weight")
+    before = FolderCheckpoint(folder)
+    expected = {name: before.read(name, "pt") for name in names}
+    tensors = load_file(folder / "model.safetensors")
+    for today, older in changes:
+        tensors = {older + n.removeprefix(today) if n.startswith(today) else n: t for n, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = FolderCheckpoint(folder)
+    assert checkpoint.tensors == before.tensors
+    for name in names:
+        assert torch.equal(checkpoint.read(name, "pt"), expected[name])
+
+
+@pytest.mark.parametrize("projector", ["mm_projector.layers.", "mm_projector."])
+def test_quantized_projector_is_expanded_under_each_name(written: Callable[..., Path], projector: str) -> None:
+    folder = written("mlx", lambda config: config.update(quantization={"group_size": 64, "bits": 4}))
+    tensors = mx.load(str(folder / "model.safetensors"))
+    weight = tensors.pop("mm_projector.2.weight")
+    packed, scales, biases = mx.quantize(weight, group_size=64, bits=4)
+    tensors = {name.replace("mm_projector.", projector): tensor for name, tensor in tensors.items()}
+    for part, tensor in (("weight", packed), ("scales", scales), ("biases", biases)):
+        tensors[f"{projector}2.{part}"] = tensor
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    found = FolderCheckpoint(folder).read("model.mm_projector.2.weight", "mlx")
+    expected = mx.dequantize(packed, scales, biases, group_size=64, bits=4)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-6)

@@ -114,6 +114,21 @@ def test_uniform_wrappers_are_removed_in_every_layout(layout: Layout, wrapper: s
     assert unwrapped(names) == {name: name for name in names}
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("model.", "model.model."),
+        ("self_attn.", "_fsdp_wrapped_module.self_attn."),
+        ("mlp.", "_orig_mod.mlp."),
+        ("_proj.weight", "_proj.base_layer.weight"),
+        ("model.layers.", "model.base_model.model.layers."),
+    ],
+)
+def test_wrappers_inside_names_are_removed(before: str, after: str) -> None:
+    names = [name for name in RandomCheckpoint("tiny").tensors if name != "lm_head.weight"]
+    assert list(unwrapped(name.replace(before, after, 1) for name in names).values()) == names
+
+
 def test_names_that_would_collide_stay_as_they_are() -> None:
     names = [f"{ENCODER}a.weight", f"{ENCODER}a.base_layer.weight"]
     assert unwrapped(names) == {name: name for name in names}
