@@ -248,6 +248,7 @@ class Service:
             created=self._created,
             context_length=config.max_context,
             image_tokens=config.tokens_per_image,
+            image_size=self.model.engine.encoder.image_size,
         )
 
 

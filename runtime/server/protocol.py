@@ -319,6 +319,8 @@ class ModelCard(BaseModel):
     owned_by: Literal["fastvlm"] = "fastvlm"
     context_length: int
     image_tokens: int
+    image_size: int
+    """The sides of the encoder's input in px. Larger images are scaled down to it."""
 
 
 class ModelList(BaseModel):
