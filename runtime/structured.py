@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,12 @@ JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separato
 
 MAX_BYTES = 2**20
 """The largest specification in bytes. Larger ones exceed llguidance's own limits, but only after seconds of work."""
+
+MAX_NUMBER = 2**53
+"""The largest number in a schema. llguidance computes with doubles, which have the whole numbers up to it."""
+
+LARGE_NUMBER = re.compile(r"\d{16}|\d[eE]\+?\d\d")
+"""The form of a number that may be larger, in the text of a grammar."""
 
 LIMITS: dict[str, Any] = {"verbose_errors": False}
 """The limits of the parser, llguidance's own: 50,000 items for a mask, a million steps to prepare a grammar ..."""
@@ -100,7 +107,10 @@ def constraint_from(
         source = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in _choices(choice)))
     else:
         make = LLMatcher.grammar_from_regex if name == "regex" else LLMatcher.grammar_from_lark
-        source = make(_checked_text(name, arguments[name]))
+        text = _checked_text(name, arguments[name])
+        if name == "grammar" and "%json" in text and LARGE_NUMBER.search(text):
+            raise UsageError(f"grammar: numbers in %json must be at most {MAX_NUMBER:,}. Use a string.", "grammar")
+        source = make(text)
     if reason := LLMatcher.validate_grammar(source):
         raise _refusal(name, reason)
     return Constraint(name, source, model)
@@ -118,8 +128,25 @@ def _schema_text(schema: Schema) -> str:
         found = _library_result(lambda: json.loads(text))
     if not isinstance(found, Mapping):
         raise UsageError(f"schema must be a JSON object (got {type(found).__name__}).", "schema")
-    closed = _library_result(lambda: _closed(found))
-    return _checked_text("schema", _library_result(lambda: json.dumps(closed, ensure_ascii=False)))
+    found = _library_result(lambda: json.loads(json.dumps(dict(found))))  # plain values, without cycles
+    _check_numbers(found)
+    return _checked_text("schema", json.dumps(_closed(found), ensure_ascii=False))
+
+
+def _check_numbers(part: Any) -> None:
+    """Raises UsageError for a number that llguidance rounds. Some of them crash its process too."""
+    waiting = [part]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, list | tuple):
+            waiting += part
+        elif isinstance(part, int | float) and not abs(part) <= MAX_NUMBER:
+            raise UsageError(
+                f"schema: numbers must be from -{MAX_NUMBER:,} to {MAX_NUMBER:,} (got {part!r:.60}). Use a string.",
+                "schema",
+            )
 
 
 def _closed(schema: Mapping[str, Any]) -> Any:
@@ -254,13 +281,17 @@ class _Wrapper:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, rows: int, eos_token_id: int) -> None:
-        self._encode = tokenizer.encode
+        self._tokenizer = tokenizer
         self.eos_token_id = eos_token_id
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(rows)]
         self.special_token_ids = [token_id for token_id in tokenizer.control_tokens.values() if token_id < rows]
+        self._single = {token: token_id for token_id, token in enumerate(self.tokens) if len(token) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """Returns ids whose bytes are those of `text`: an id per byte if the tokenizer would normalize it to others."""
+        ids, wanted = self._tokenizer.encode(text), text.encode()
+        same = b"".join(map(self._tokenizer.token_bytes, ids)) == wanted
+        return ids if same else [self._single[bytes([byte])] for byte in wanted]
 
 
 class AllowedTokens:

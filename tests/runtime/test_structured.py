@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import jsonschema
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models.checkpoint import FolderCheckpoint
@@ -40,7 +41,7 @@ SHAPE = {
     "additionalProperties": False,
 }
 
-words = st.text('aB é漢"\\\n{}[],:0😀', max_size=6)
+words = st.text('aB é漢"\\\n{}[],:0😀\u0300\U0002f800', max_size=6)  # the last two are normalized
 bounds = st.tuples(st.integers(-2000, 2000), st.integers(0, 3000)).map(lambda pair: (pair[0], sum(pair)))
 leaves = st.one_of(
     st.just({"type": "boolean"}),
@@ -48,7 +49,7 @@ leaves = st.one_of(
     bounds.map(lambda pair: {"type": "integer", "minimum": pair[0], "maximum": pair[1]}),
     st.integers(0, 6).map(lambda length: {"type": "string", "minLength": length // 2, "maxLength": length}),
     st.just({"type": "string", "pattern": "^[a-c]{1,3}(-[0-9]{2})?$"}),
-    st.lists(st.one_of(words, st.integers(), st.none()), min_size=1, max_size=3, unique=True).map(
+    st.lists(st.one_of(words, st.integers(-(2**53), 2**53), st.none()), min_size=1, max_size=3, unique=True).map(
         lambda values: {"enum": values}
     ),
     words.map(lambda value: {"const": value}),
@@ -161,6 +162,8 @@ def test_images_of_a_prompt_leave_the_constraint_alone(vlm: FastVLM, images: Any
 
 
 @given(choice=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4), seed=st.integers(0, 9))
+@example(choice=["a\u0300 \u1100\u1161"], seed=0)  # the tokenizer would compose these
+@example(choice=["\U0002f800b"], seed=0)  # ... and replace this one by another character
 @brief
 def test_choice_is_one_of_the_strings(vlm: FastVLM, choice: list[str], seed: int) -> None:
     answer = vlm.generate(None, "Which?", choice=choice, temperature=3.0, seed=seed)
@@ -303,6 +306,10 @@ def test_usage_error_when_validators_refuse_the_answer(vlm: FastVLM) -> None:
         answer.parsed  # noqa: B018
 
 
+CIRCLE: dict[str, Any] = {"type": "array"}
+CIRCLE["items"] = CIRCLE
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -315,9 +322,14 @@ def test_usage_error_when_validators_refuse_the_answer(vlm: FastVLM) -> None:
         ({"schema": "[" * 100_000}, "schema: "),
         ({"schema": 3}, "must be a JSON object .got int"),
         ({"schema": int}, "Pydantic model .got int"),
+        ({"schema": CIRCLE}, "Circular reference"),
         ({"schema": {"const": object()}}, "not JSON serializable"),
         ({"schema": {"const": "\ud800"}}, "schema is not valid Unicode"),
         ({"schema": {"enum": ["x" * 2**20]}}, "at most 1,048,576 bytes"),
+        ({"schema": {"enum": [-(2**63)]}}, "numbers must be from -9,007,199,254,740,992"),  # crashes llguidance 1.9
+        ({"schema": {"items": [{"minimum": 2**53 + 1}]}}, "numbers must be"),
+        ({"schema": {"maximum": math.nan}}, "numbers must be"),
+        ({"grammar": 'start: %json {"enum": [-9223372036854775808]}'}, "numbers in %json"),
         ({"regex": "(a"}, "regex: .*unclosed group"),
         ({"regex": ""}, "regex must be a string of at least one character"),
         ({"regex": "\ud800"}, "regex is not valid Unicode"),
