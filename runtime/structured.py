@@ -130,7 +130,7 @@ def _schema_text(schema: Schema) -> str:
         raise UsageError(f"schema must be a JSON object (got {type(found).__name__}).", "schema")
     found = _library_result(lambda: json.loads(json.dumps(dict(found))))  # plain values, without cycles
     _check_numbers(found)
-    return _checked_text("schema", json.dumps(_closed(found), ensure_ascii=False))
+    return _checked_text("schema", _library_result(lambda: json.dumps(_closed(found), ensure_ascii=False)))
 
 
 def _check_numbers(part: Any) -> None:

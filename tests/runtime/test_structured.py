@@ -322,6 +322,7 @@ CIRCLE["items"] = CIRCLE
         ({"schema": "[" * 100_000}, "schema: "),
         ({"schema": 3}, "must be a JSON object .got int"),
         ({"schema": int}, "Pydantic model .got int"),
+        ({"schema": '{"items": ' * 600 + "{}" + "}" * 600}, "recursion"),
         ({"schema": CIRCLE}, "Circular reference"),
         ({"schema": {"const": object()}}, "not JSON serializable"),
         ({"schema": {"const": "\ud800"}}, "schema is not valid Unicode"),
