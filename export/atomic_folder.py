@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..models.errors import OutputError
 from ..models.folder_layout import MANIFEST_NAME
+from ..models.foreign_files import has_content
 
 FULL_BELOW_BYTES = 8 * 2**20
 """The free space below which a failed write is reported as a full disk. Native writers fail before the last byte."""
@@ -77,7 +78,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
     """Raises OutputError if `destination` is in the way, before any work is done."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise OutputError(f"{destination} exists and is not a folder. Choose another output folder.")
-    if destination.is_dir() and any(destination.iterdir()):
+    if destination.is_dir() and has_content(destination):
         if not force:
             raise OutputError(
                 f"{destination} exists. Pass force=True to overwrite it, or choose another output folder.", "force"

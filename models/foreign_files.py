@@ -167,9 +167,18 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-\d+|(llava-)?fastv(lm|ithd)[\w.-]*", r
 """The names of folders that trainers and downloads give to checkpoints."""
 
 
+SYSTEM_FILES = ("._*", ".DS_Store")
+"""The files that macOS adds to folders: attributes (AppleDouble), and the Finder's view."""
+
+
 def is_system_file(path: Path) -> bool:
-    """Returns True for the files that macOS adds to folders: `._*` (AppleDouble) and `.DS_Store`."""
-    return path.name.startswith("._") or path.name == ".DS_Store"
+    """Returns True for a file that macOS added to its folder."""
+    return matches(path.name, SYSTEM_FILES)
+
+
+def has_content(folder: Path) -> bool:
+    """Returns True if a folder has a file or a folder that macOS did not add."""
+    return any(not is_system_file(path) for path in folder.iterdir())
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

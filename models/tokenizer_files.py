@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, FastVLMError
 from .files import parse_json_object
+from .foreign_files import foreign_bytes, foreign_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -194,6 +195,8 @@ def load_tokenizer(content: bytes, name: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except BaseException as reason:
+        if foreign := foreign_bytes(content) or foreign_text(content):
+            raise ConfigError(f"{name} is {foreign}", "allow_pickle") from None
         raise library_error(reason, ConfigError, f"{name} is not a tokenizer") from None
     if not isinstance(tokenizer.model, models.BPE):
         raise ConfigError(f"{name} must be a BPE tokenizer, got {type(tokenizer.model).__name__}")

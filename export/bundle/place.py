@@ -22,6 +22,7 @@ from typing import Any
 from ...models.errors import OutputError
 from ...models.files import is_file, read_json_object, sha256
 from ...models.folder_layout import PACKAGE_NAME
+from ...models.foreign_files import is_system_file
 from ..atomic_folder import publish
 from .contracts import Contract
 
@@ -102,6 +103,8 @@ def other_files(folder: Path, earlier: Mapping[str, str]) -> list[Path]:
     found = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
+        if is_system_file(path):
+            continue
         if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in {*earlier, BUNDLE_MANIFEST}:
             found.append(name)
         if len(found) > MAX_OTHERS:

@@ -24,6 +24,7 @@ from ...models.folder_layout import (
     has_mlx_encoder,
     weight_files,
 )
+from ...models.foreign_files import SYSTEM_FILES
 from ...models.safetensors_files import INDEX_NAME
 from ...models.tensor_names import HEAD_PROJECTION, MLX_ENCODER_PREFIX, apple_encoder_shapes
 from ...models.tokenizer_files import PARTS_CHAT_TEMPLATE
@@ -280,7 +281,7 @@ def write_files(source: Path, folder: Path, contract: Contract) -> None:
     settings = tokenizer_settings(source, templated=contract.encoder == "mlx")
     size = FastVLMConfig.from_dict(config).image_size
     if contract.encoder == "coreml":
-        shutil.copytree(source / PACKAGE_NAME, folder / PACKAGE_NAME)
+        shutil.copytree(source / PACKAGE_NAME, folder / PACKAGE_NAME, ignore=shutil.ignore_patterns(*SYSTEM_FILES))
         processor = PROCESSOR_CONFIG
         config = {key: value for key, value in config.items() if key not in LEFT_OUT}
     else:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from ..errors import DownloadError, OutputError
 from ..files import read_json_object
+from ..foreign_files import has_content, is_system_file
 
 RECORD = "fastvlm-download.json"
 """The name of the file in a downloaded folder that records its source."""
@@ -64,7 +65,7 @@ def check_free(destination: Path) -> None:
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise OutputError(f"{destination}: exists and is not a folder. Choose another folder.")
-    if destination.is_dir() and any(destination.iterdir()):
+    if destination.is_dir() and has_content(destination):
         raise OutputError(f"{destination}: exists and is not empty. Remove it or choose another folder.")
 
 
@@ -80,8 +81,10 @@ def check_checkpoint(names: list[str], source: str) -> None:
 
 
 def publish(folder: Path, destination: Path) -> None:
-    """Renames the complete `folder` to `destination`, which is missing or an empty folder."""
+    """Renames the complete `folder` to `destination`, which is missing or an empty folder but for macOS's files."""
     if destination.exists():
+        for path in filter(is_system_file, list(destination.iterdir())):
+            path.unlink()
         destination.rmdir()
     folder.replace(destination)
 

@@ -37,6 +37,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import MachineError, PackageError
 from ..files import is_file
+from ..foreign_files import foreign_file
 from .program import BITS, FLEXIBLE, NUMPY_TYPES, Argument, Feature, Operation, Program, TensorType, Value
 
 MAX_MANIFEST_BYTES = 1 << 20
@@ -138,7 +139,14 @@ def _read_manifest(path: Path) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
+        _refuse_foreign(path)
         raise PackageError(f"{path}: must be JSON, got invalid text ({str(error)[:80]})") from error
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises PackageError if a file of a package is a git-lfs pointer, a web page or the like."""
+    if foreign := foreign_file(path):
+        raise PackageError(f"{path} is {foreign}")
 
 
 def _parse(path: Path) -> Any:
@@ -148,6 +156,7 @@ def _parse(path: Path) -> Any:
     try:
         message.ParseFromString(_read_bytes(path, MAX_MODEL_BYTES))
     except DecodeError as error:
+        _refuse_foreign(path)
         raise PackageError(f"{path}: is truncated or not a Core ML model") from error
     found = message.WhichOneof("Type")
     if found != "mlProgram":
@@ -463,9 +472,11 @@ class BlobFile:
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise PackageError(f"{path}: cannot be memory-mapped ({error})") from error
         if self._bytes.size < _HEADER.size:
+            _refuse_foreign(path)
             raise self._error(f"must have a header of {_HEADER.size} bytes, got {self._bytes.size} bytes in total")
         _, version = _HEADER.unpack_from(self._bytes.data)
         if version != _VERSION:
+            _refuse_foreign(path)
             raise self._error(f"blob storage version must be {_VERSION}, got {version}")
 
     def value(self, type: TensorType, offset: int) -> Value:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm.export import atomic_folder
-from fastvlm.export.atomic_folder import new_folder
+from fastvlm.export.atomic_folder import check_destination, new_folder
 from fastvlm.models.errors import OutputError
 
 
@@ -117,3 +117,14 @@ def test_second_of_two_writers_says_so(tmp_path: Path) -> None:
     with new_folder(tmp_path / "other", force=False), pytest.raises(OutputError, match="written by this process"):
         second.__enter__()
     assert atomic_folder._being_written == set()
+
+
+def test_folder_with_the_finders_file_counts_as_empty(tmp_path: Path) -> None:
+    (destination := tmp_path / "model").mkdir()
+    (destination / ".DS_Store").write_bytes(b"x")
+    check_destination(destination, force=False)
+    with new_folder(destination, force=False) as folder:
+        (folder / "fastvlm.json").write_text("{}")
+    assert [path.name for path in destination.iterdir()] == ["fastvlm.json"]
+    with pytest.raises(OutputError, match="exists. Pass force=True"):
+        check_destination(destination, force=False)

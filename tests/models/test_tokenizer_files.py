@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fastvlm.models.errors import ConfigError
+from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import TINY_FOLDER
-from fastvlm.models.tokenizer_files import load_tokenizer
+from fastvlm.models.tokenizer_files import largest_token_id, load_tokenizer
 
 CONTENT = json.loads((TINY_FOLDER / "tokenizer.json").read_text())
 
@@ -59,7 +60,7 @@ def test_config_error_when_a_tokenizer_is_not_qwen2s(change: Callable, message: 
         load_tokenizer(changed(change), "f")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[" * 100_000, b"\xff\xfe", b"null"])
 def test_config_error_when_a_tokenizer_is_malformed(content: bytes) -> None:
     with pytest.raises(ConfigError, match="f is not a tokenizer"):
         load_tokenizer(content, "f")
@@ -70,3 +71,24 @@ def test_golden_tokenizers_are_loaded(golden: Path) -> None:
     assert files
     for file in files:
         load_tokenizer(file.read_bytes(), str(file))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7031645\n", "a git-lfs pointer"),
+        (b"", "an empty file"),
+        (b"Entry not found", "a text, not the file itself"),
+    ],
+)
+def test_other_files_in_place_of_a_tokenizer_are_named(content: bytes, what: str) -> None:
+    with pytest.raises(ConfigError, match=f"^tokenizer.json is {what}"):
+        load_tokenizer(content, "tokenizer.json")
+
+
+def test_largest_id_counts_vocabulary_and_added_tokens() -> None:
+    files = RandomCheckpoint("tiny").tokenizer_files()
+    tokenizer = json.loads(files["tokenizer.json"])
+    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    assert largest_token_id(files) == max(ids)
+    assert largest_token_id({}) == -1

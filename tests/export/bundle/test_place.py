@@ -20,6 +20,7 @@ from fastvlm.export.bundle.place import (
     MAX_OTHERS,
     RESOLVED,
     VERSIONS_NOTE,
+    other_files,
     package_resolved,
     pin_packages,
     publish_with_others,
@@ -167,6 +168,17 @@ def test_file_that_turns_up_meanwhile_stops_the_bundle(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="in the way"):
         publish_with_others(partial, folder)
     assert (folder / "config.json").read_text() == "somebody else's"
+
+
+def test_finders_files_in_a_bundle_are_not_in_the_way(tmp_path: Path) -> None:
+    (partial := tmp_path / ".b.partial-1" / "fastvithd.mlpackage").mkdir(parents=True)
+    (partial / "Manifest.json").write_text("new")
+    (package := tmp_path / "b" / "fastvithd.mlpackage").mkdir(parents=True)
+    for name in (".DS_Store", "._Manifest.json"):
+        (package / name).write_bytes(b"x")
+    assert other_files(tmp_path / "b", {}) == []
+    publish_with_others(partial.parent, tmp_path / "b")
+    assert [path.name for path in package.iterdir()] == ["Manifest.json"]
 
 
 @pytest.fixture

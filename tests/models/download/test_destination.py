@@ -10,6 +10,7 @@ from typing import TextIO
 import pytest
 
 from fastvlm.models.download.apple import work_folder
+from fastvlm.models.download.destination import check_free, publish
 from fastvlm.models.errors import OutputError
 
 
@@ -36,3 +37,15 @@ def test_folder_removed_before_locking_is_reported(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
     with pytest.raises(OutputError, match="another process is downloading"), work_folder(tmp_path / "model"):
         pass
+
+
+def test_folder_with_the_finders_file_counts_as_empty(tmp_path: Path) -> None:
+    (destination := tmp_path / "model").mkdir()
+    (destination / ".DS_Store").write_bytes(b"x")
+    (work := tmp_path / "work").mkdir()
+    (work / "config.json").write_text("{}")
+    check_free(destination)
+    publish(work, destination)
+    assert [path.name for path in destination.iterdir()] == ["config.json"]
+    with pytest.raises(OutputError, match="is not empty"):
+        check_free(destination)

@@ -88,6 +88,27 @@ def test_bad_manifest_is_refused(copy: Path, content: str) -> None:
         read_package(copy)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1500000\n"
+
+
+@pytest.mark.parametrize("file", [Path("Manifest.json"), MODEL, WEIGHTS])
+@pytest.mark.parametrize(("content", "what"), [(LFS, "a git-lfs pointer, not the file itself"), (b"", "an empty file")])
+def test_files_of_a_clone_without_lfs_are_named(copy: Path, file: Path, content: bytes, what: str) -> None:
+    if file == MODEL and not content:
+        return  # an empty message is a valid one, of another type
+    (copy / file).write_bytes(content)
+    with pytest.raises(PackageError, match=rf"{file.name}( is {what}|: cannot be memory-mapped)"):
+        read_package(copy)
+
+
+def test_system_files_in_a_package_change_nothing(copy: Path) -> None:
+    before = census(read_package(copy))
+    for folder in (copy, (copy / MODEL).parent, (copy / WEIGHTS).parent):
+        for name in (".DS_Store", "._weight.bin", "._model.mlmodel"):
+            (folder / name).write_bytes(b"\0\5\x16\7" + bytes(99))
+    assert census(read_package(copy)) == before
+
+
 def test_too_large_manifest_is_not_read(copy: Path) -> None:
     with (copy / "Manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # a sparse file, which takes no disk space
