@@ -36,7 +36,11 @@ PICTURE = np.indices((90, 120)).sum(0).astype(np.uint8)[..., None] * np.array([1
 COLOR = {"enum": ["red", "green", "blue"]}
 SHAPE = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "color": COLOR, "corners": {"type": "integer"}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "color": COLOR,
+        "corners": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["name", "color"],
     "additionalProperties": False,
 }
