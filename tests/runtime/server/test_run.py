@@ -88,6 +88,13 @@ def test_nonsense_on_a_connection_is_refused(server: Server, sent: bytes) -> Non
     assert httpx.get(server.url + "/health").status_code == 200
 
 
+def test_large_body_is_refused_before_it_is_sent(server: Server) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(server) as connection:
+        connection.sendall(f"{head}Content-Length: {2**30}\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(4096)
+
+
 def test_running_answer_ends_before_the_server(start_server: Start) -> None:
     body = question(max_tokens=200, stream=True)
     with start_server() as server, httpx.stream("POST", server.url + CHAT, json=body) as response:
