@@ -41,8 +41,8 @@ log = logging.getLogger("fastvlm.server")
 BODY_SECONDS = 60.0
 """The time that a client has to send its body: 32 MiB at 5 Mbit/s."""
 
-READERS = 4
-"""Threads that parse bodies and open images. Each may hold one request's decoded images."""
+MAX_BODIES = 8
+"""Bodies of the largest size that may be in memory at once. Others are refused until they have been read."""
 
 PAGE = Path(__file__).with_name("page")
 """The files of the page at `/`."""
@@ -59,6 +59,7 @@ class Service:
     Attributes:
         stopping: True once no more requests are taken.
         in_flight: requests that are read, wait or run.
+        body_bytes: bytes of the bodies that are in memory.
     """
 
     def __init__(self, model: FastVLM, scheduler: Scheduler, settings: Settings) -> None:
@@ -70,9 +71,11 @@ class Service:
         self.stopping = False
         self._images = ImageReader(settings, model.engine.encoder.image_size)
         self._created = int(time.time())
-        self._readers = ThreadPoolExecutor(READERS, "fastvlm-reader")
+        # A thread for each request, because some wait for a host with an image. `ImageReader` bounds the work.
+        self._readers = ThreadPoolExecutor(settings.max_in_flight, "fastvlm-reader")
         self._exchanges: set[Exchange] = set()
         self.in_flight = 0
+        self.body_bytes = 0
 
     def app(self) -> ASGIApp:
         """Returns the application."""
@@ -161,10 +164,11 @@ class Service:
         """
         self._admit()
         exchange = Exchange(timeout_s=self.settings.timeout_s)
+        content = bytearray()
         try:
-            content = await self._content(request)
+            await self._read(request, content)
             body = await asyncio.get_running_loop().run_in_executor(
-                self._readers, self._submit, content, kind, translate, exchange
+                self._readers, self._submit, bytes(content), kind, translate, exchange
             )
         except BaseException as error:
             exchange.stop(error if isinstance(error, Exception) else _stopping())
@@ -172,6 +176,8 @@ class Service:
             if isinstance(error, FastVLMError):
                 raise from_library(error) from error
             raise
+        finally:
+            self.body_bytes -= len(content)
         self._exchanges.add(exchange)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         reply = Reply(self.name, isinstance(body, ChatRequest), include_usage, lambda: exchange.queue_ms)
@@ -194,25 +200,26 @@ class Service:
         if generation is not None:
             self.metrics.answer(generation, exchange.queue_ms)
 
-    async def _content(self, request: Request) -> bytes:
-        """Returns the body of a request. Raises ApiError."""
+    async def _read(self, request: Request, content: bytearray) -> None:
+        """Appends the body of a request to `content`, and counts it. Raises ApiError."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the Content-Type must be application/json. Set it.", code="unsupported_media_type")
         limit = self.settings.max_body_bytes
         length = request.headers.get("content-length", "0")
-        content = bytearray()
         if length.isdecimal() and int(length) > limit:
             raise _too_large(limit)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     content += chunk
+                    self.body_bytes += len(chunk)
                     if len(content) > limit:
                         raise _too_large(limit)
+                    if self.body_bytes > MAX_BODIES * limit:
+                        raise ApiError(429, "too many large requests at once. Try again later.", code="queue_full")
         except TimeoutError:
             raise ApiError(408, f"the body must come within {BODY_SECONDS:g} s", code="timeout") from None
-        return bytes(content)
 
     def _submit(
         self, content: bytes, kind: type[Body], translate: Callable[[Body], Translated], exchange: Exchange

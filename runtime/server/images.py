@@ -36,6 +36,9 @@ FETCH_SECONDS = 10.0
 MAX_REDIRECTS = 3
 """Redirects that are followed. A file's download needs one or two."""
 
+MAX_DECODING = 4
+"""Requests whose images are decoded at once, 150 MB each at most by default."""
+
 MAX_CACHED = 16
 """Images that are kept as squares of pixels, 3 MB each at 1024 px. A chat sends its images with every question."""
 
@@ -48,6 +51,7 @@ class ImageReader:
         self._image_size = image_size
         self._squares: collections.OrderedDict[tuple[bytes, Fit], Image.Image] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._decoding = threading.BoundedSemaphore(MAX_DECODING)
 
     def read(self, url: str) -> bytes:
         """Returns the bytes of an image. Raises ImageError."""
@@ -75,14 +79,15 @@ class ImageReader:
             for key in known:
                 self._squares.move_to_end(key)
         unknown = {key: content for key, content in zip(keys, images, strict=True) if key not in known}
-        clock = LapClock()
-        opened = open_images(list(unknown.values()), self._settings.max_pixels)
-        decode_ms = clock.lap_ms()
-        made = {
-            key: Image.fromarray(preprocess(image, self._image_size, fit).transpose(1, 2, 0))  # (S, S, 3)
-            for key, image in zip(unknown, opened, strict=True)
-        }
-        preprocess_ms = clock.lap_ms()
+        with self._decoding:
+            clock = LapClock()
+            opened = open_images(list(unknown.values()), self._settings.max_pixels)
+            decode_ms = clock.lap_ms()
+            made = {
+                key: Image.fromarray(preprocess(image, self._image_size, fit).transpose(1, 2, 0))  # (S, S, 3)
+                for key, image in zip(unknown, opened, strict=True)
+            }
+            preprocess_ms = clock.lap_ms()
         with self._lock:
             self._squares.update(made)
             while len(self._squares) > MAX_CACHED:

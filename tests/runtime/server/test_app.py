@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +15,7 @@ import httpx
 import pytest
 
 from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.server import app, images
 from fastvlm.runtime.server.run import Server
 
 from ..processes import until
@@ -204,6 +207,43 @@ def test_body_over_the_limit_is_refused(start_server: Start, announced: bool) ->
         parts = content if announced else (content[n : n + 65536] for n in range(0, len(content), 65536))
         response = httpx.post(server.url + CHAT, content=parts, headers={"Content-Type": "application/json"})
     assert response.status_code == 413
+
+
+def test_bodies_in_memory_are_bounded(start_server: Start) -> None:
+    content = json.dumps(question("x" * (2**20 - 200))).encode()
+    with start_server(max_body_mb=1) as server, contextlib.ExitStack() as stack:
+        host, port = server.url.removeprefix("http://").split(":")
+        for _ in range(app.MAX_BODIES):  # each sends all but the end
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection = stack.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:-1])
+        assert until(lambda: server.service.body_bytes == app.MAX_BODIES * (len(content) - 1))
+        refused = httpx.post(server.url + CHAT, content=content, headers={"Content-Type": "application/json"})
+        stack.close()
+        assert until(lambda: server.service.body_bytes == server.service.in_flight == 0)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+
+
+def test_slow_host_of_an_image_does_not_hold_up_others(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FETCH_SECONDS", 5.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:
+        place = f"127.0.0.1:{silent.getsockname()[1]}"
+        slow = question("What?", png())
+        slow["messages"][0]["content"][0]["image_url"]["url"] = f"http://{place}/a.png"
+        with start_server(allow_url=(place,)) as server:
+            threads = [
+                threading.Thread(target=httpx.post, args=(server.url + CHAT,), kwargs={"json": slow, "timeout": 30})
+                for _ in range(10)
+            ]
+            for thread in threads:
+                thread.start()
+            assert until(lambda: server.service.in_flight == 10)
+            start = time.monotonic()
+            assert httpx.post(server.url + CHAT, json=question()).status_code == 200
+            assert time.monotonic() - start < 4
+            silent.close()
+            for thread in threads:
+                thread.join()
 
 
 def test_limits_of_images_hold(start_server: Start) -> None:
