@@ -40,6 +40,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_metal_graph.py
 	$(BIN)/fastvlm export tiny --quant int8 --force --out bench/tiny
 	$(BIN)/python tests/bench/bench_encoder_process.py bench/tiny
+	$(BIN)/python tests/bench/bench_server.py bench/tiny
 	$(BIN)/python tests/bench/bench_scheduler.py bench/tiny
 
 docs: $(INSTALLED)
@@ -49,6 +50,8 @@ soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_parsers.py --minutes $(MINUTES) --cases 6000
 	$(BIN)/python tests/soak/soak_kills.py --minutes $(MINUTES) --kills 100
 	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
+	$(BIN)/python tests/soak/soak_server.py --requests 10000
+	$(BIN)/python tests/soak/fuzz_server.py --calls 6500
 
 # Half an hour on a Mac; ARGS="--quick" takes two minutes. Writes mac-check/mac-check.md and .json, to attach to an issue.
 mac-check: $(INSTALLED)

@@ -24,6 +24,15 @@ from .conftest import CHAT, COMPLETE, events, png, question, text_of
 Start = Callable[..., AbstractContextManager[Server]]
 
 
+def sent(server: Server, body: bytes, all_but: int = 0) -> socket.socket:
+    """Returns a connection with a chat request, of which the last `all_but` bytes are missing."""
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) - all_but])
+    return connection
+
+
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_answer_has_the_ids_of_generate(client: httpx.Client, model: FastVLM, images: int) -> None:
     pictures = [png(n) for n in range(images)]
@@ -212,11 +221,8 @@ def test_body_over_the_limit_is_refused(start_server: Start, announced: bool) ->
 def test_bodies_in_memory_are_bounded(start_server: Start) -> None:
     content = json.dumps(question("x" * (2**20 - 200))).encode()
     with start_server(max_body_mb=1) as server, contextlib.ExitStack() as stack:
-        host, port = server.url.removeprefix("http://").split(":")
-        for _ in range(app.MAX_BODIES):  # each sends all but the end
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            connection = stack.enter_context(socket.create_connection((host, int(port))))
-            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:-1])
+        for _ in range(app.MAX_BODIES):
+            stack.enter_context(sent(server, content, all_but=1))
         assert until(lambda: server.service.body_bytes == app.MAX_BODIES * (len(content) - 1))
         refused = httpx.post(server.url + CHAT, content=content, headers={"Content-Type": "application/json"})
         stack.close()
@@ -265,15 +271,11 @@ def test_limit_of_tokens_ends_answers(start_server: Start) -> None:
 
 
 def test_full_queue_is_refused_at_once(start_server: Start) -> None:
-    long = question(max_tokens=1000, stream=True)
-    with start_server(batch_size=1, max_queue=1) as server, contextlib.ExitStack() as clients:
-        for _ in range(2):
-            threading.Thread(
-                target=lambda: clients.enter_context(httpx.stream("POST", server.url + CHAT, json=long))
-            ).start()
-        assert until(lambda: server.service.in_flight == 2)  # also if both come at once
-        refused = httpx.post(server.url + CHAT, json=question())
-        clients.close()
+    long = json.dumps(question(max_tokens=1000, stream=True)).encode()
+    with start_server(batch_size=1, max_queue=1) as server:
+        with sent(server, long), sent(server, long):
+            assert until(lambda: server.service.in_flight == 2)
+            refused = httpx.post(server.url + CHAT, json=question())
         assert until(lambda: server.service.in_flight == 0)
         accepted = httpx.post(server.url + CHAT, json=question())
     assert (refused.status_code, accepted.status_code) == (429, 200)
