@@ -29,7 +29,7 @@ def _gather(p: Parameters) -> Step:
         at = axis % x.ndim
         chosen = _wrapped(indices, x.shape[at])
         if not batch_dims:
-            return x.index_select(at, chosen.reshape(-1)).reshape(*x.shape[:at], *chosen.shape, *x.shape[at + 1 :])
+            return x.index_select(at, chosen.reshape(-1)).reshape((*x.shape[:at], *chosen.shape, *x.shape[at + 1 :]))
         batch = x.shape[:batch_dims]
         parts = zip(x.reshape(-1, *x.shape[batch_dims:]), chosen.reshape(-1, *chosen.shape[batch_dims:]), strict=True)
         inner = at - batch_dims

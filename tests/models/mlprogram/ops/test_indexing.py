@@ -46,6 +46,7 @@ def test_negative_indices_count_from_the_end(agree: Agree) -> None:
     x = numbered((4, 2))
     agree("gather", x[[-1, 1]], "iOS16", x=x, indices=np.array([-1, 1], np.int32), axis=0)
     agree("gather", x[2], x=x, indices=np.int32(2), axis=0)
+    agree("gather", x[2, 1], x=x[2], indices=np.int32(1), axis=0)
 
 
 def test_index_outside_the_axis_is_one_error(evaluate: Callable[..., Any]) -> None:
