@@ -250,6 +250,10 @@ def tokenizer_notes(checkpoint: Checkpoint, tokenizer: ExportedTokenizer) -> tup
             f"no config names token {tokenizer.turn_end_id} as an end, but the chat template ends an answer with it: "
             "answers end there too"
         )
+    if not tokenizer.begins_answer:
+        notes.append(
+            "the chat template ignores add_generation_prompt: a prompt ends with the question, not an answer's start"
+        )
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
     if tokenizer.largest_id >= rows:
         notes.append(

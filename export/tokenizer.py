@@ -9,6 +9,8 @@ from typing import Any
 
 from ..models.chat_template import (
     TEMPLATE_FILE,
+    Render,
+    begins_answer,
     check_family,
     check_renders,
     renderer,
@@ -38,6 +40,8 @@ class ExportedTokenizer:
     """The id that the chat template writes after an answer, or None."""
     eos_token_id: int | None
     """The id of `eos_token` in tokenizer_config.json, or None."""
+    begins_answer: bool = True
+    """False for a chat template that ends with the question."""
 
 
 def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
@@ -66,22 +70,24 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
     files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     tokens = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    render = _checked_template(files, config, tokens)
     return ExportedTokenizer(
         files,
         image_token_index,
         largest_id=max({*tokenizer["model"]["vocab"].values(), *tokens.values()} - {image_token_index}, default=-1),
-        turn_end_id=_checked_turn_end(files, config, tokens),
+        turn_end_id=turn_end(render, tokens),
         eos_token_id=tokens.get(special_token_text(config, "eos_token") or ""),
+        begins_answer=begins_answer(render),
     )
 
 
-def _checked_turn_end(files: Mapping[str, bytes], config: Mapping[str, Any], tokens: Mapping[str, int]) -> int | None:
-    """Returns the id after an answer. Raises ConfigError for a template that makes no prompt, or another family's."""
+def _checked_template(files: Mapping[str, bytes], config: Mapping[str, Any], tokens: Mapping[str, int]) -> Render:
+    """Returns the chat template. Raises ConfigError for one that makes no prompt, or another family's."""
     own = files[TEMPLATE_FILE].decode("utf-8-sig", "replace") if TEMPLATE_FILE in files else None
     render = renderer(template_text(own, config), config)
     check_renders(render)
     check_family(render, tokens)
-    return turn_end(render, tokens)
+    return render
 
 
 def add_image_token(tokenizer: dict[str, Any], config: dict[str, Any]) -> int:

@@ -131,6 +131,23 @@ def check_family(render: Render, tokens: Collection[str]) -> None:
             )
 
 
+def begins_answer(render: Render) -> bool:
+    """Returns True if the template begins an answer where it is asked to, as `add_generation_prompt` does.
+
+    Without a beginning a model often continues the question, or ends at once.
+    """
+    question = [{"role": "user", "content": QUESTION}]
+    try:
+        return render(question) != render(question, add_generation_prompt=False) or not _ends_turn(render(question))
+    except Exception:  # reported by `check_renders`, or by the first prompt
+        return True
+
+
+def _ends_turn(rendered: str) -> bool:
+    """Returns True if nothing but a mark follows the question."""
+    return re.fullmatch(r"(<[^<>]*>)?\s*", rendered.rpartition(QUESTION)[2]) is not None
+
+
 def turn_end(render: Render, tokens: Mapping[str, int]) -> int | None:
     """Returns the id of the token that the template writes directly after an answer, or None.
 

@@ -429,8 +429,11 @@ def test_notes_on_the_tokenizer_name_ends_and_rows(write_checkpoint: Callable) -
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
+    template = settings["chat_template"].replace("add_generation_prompt", "false")
+    settings |= {"eos_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     changed = FolderCheckpoint(folder)
-    end, rows = tokenizer_notes(changed, export_tokenizer(changed.tokenizer_files()))
+    end, answer, rows = tokenizer_notes(changed, export_tokenizer(changed.tokenizer_files()))
     assert "no config names token 1022 as an end" in end
+    assert "ignores add_generation_prompt" in answer
     assert f"ids up to {last['id'] + 9}, but embed_tokens has 1024 rows" in rows

@@ -8,6 +8,7 @@ import pytest
 
 from fastvlm.models.chat_template import (
     FAMILIES,
+    begins_answer,
     check_family,
     check_renders,
     renderer,
@@ -87,6 +88,21 @@ def test_template_that_makes_no_prompt_is_refused(template: str, message: str) -
 def test_end_of_a_turn_is_the_token_after_an_answer(template: str | None, end: str | None) -> None:
     render = renderer(template, {"eos_token": "<|endoftext|>"})
     assert turn_end(render, TOKENS) == (None if end is None else TOKENS[end])
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (None, True),
+        (CHAT_TEMPLATE, True),
+        (CHAT_TEMPLATE.replace("add_generation_prompt", "false"), False),
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", False),
+        (VICUNA, True),
+        ("{{ messages[0].content + 1 }}", True),
+    ],
+)
+def test_template_that_ends_with_the_question_is_noticed(template: str | None, begins: bool) -> None:
+    assert begins_answer(renderer(template, {})) == begins
 
 
 def test_longest_token_that_fits_ends_a_turn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,12 @@ def test_safetensors_and_json_are_not_foreign(sizes: dict[str, int]) -> None:
     assert foreign_bytes(content) is None
     assert foreign_text(content) is None
     assert foreign_text(b'{"a": 1, "b": [2, 3]}') is None
+
+
+def test_length_of_a_header_may_look_like_a_pickle() -> None:
+    header = json.dumps({"a" * 560: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    assert foreign_bytes(b"\x80\x02" + content[2:]) is None
 
 
 @given(st.binary(max_size=80))

@@ -328,7 +328,8 @@ def test_libtiff_says_nothing_itself_of_a_damaged_file(capfd: pytest.CaptureFixt
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged_files_give_a_picture_or_an_image_error(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]))
+    pillow_heif.register_heif_opener()
+    kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "HEIF"]))
     content = bytearray(encoded(noise(16, 16), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

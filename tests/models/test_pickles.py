@@ -55,7 +55,7 @@ class Hostile:
         return (Path.write_text, (self.file, "ran"))
 
 
-@pytest.mark.parametrize("content", ["hostile", "damaged", "empty", "no tensors"])
+@pytest.mark.parametrize("content", ["hostile", "hostile archive", "damaged", "empty", "no tensors"])
 def test_what_is_not_tensors_is_an_error_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
@@ -63,6 +63,8 @@ def test_what_is_not_tensors_is_an_error_in_one_line(
     data = {"hostile": pickle.dumps(Hostile(tmp_path / "ran")), "damaged": b"\x80\x02garbage", "empty": b""}
     if content == "no tensors":
         torch.save({"epoch": 3}, file)
+    elif content == "hostile archive":
+        torch.save({"a": torch.zeros(1), "b": Hostile(tmp_path / "ran")}, file)
     else:
         file.write_bytes(data[content])
     answer = converted(file, tmp_path / "x.safetensors", capsys)
@@ -141,6 +143,7 @@ def test_slow_process_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_ambiguous_or_missing_pickles_are_refused(
     tmp_path: Path, names: list[str], index: dict[str, object] | None, message: str
 ) -> None:
+    (tmp_path.parent / "x.bin").write_bytes(b"")
     for name in names:
         (tmp_path / name).write_bytes(b"")
     if index is not None:
