@@ -31,6 +31,9 @@ MAX_BYTES = 2**20
 MAX_NUMBER = 2**53
 """The largest number in a schema. llguidance computes with doubles, which have the whole numbers up to it."""
 
+MAX_STEP = 1000
+"""The largest `multipleOf` in a schema. llguidance has a state per remainder, and takes minutes for 2**31."""
+
 LARGE_NUMBER = re.compile(r"\d{16}|\d[eE]\+?\d\d")
 """The form of a number that may be larger, in the text of a grammar."""
 
@@ -140,6 +143,9 @@ def _check_numbers(part: Any) -> None:
         part = waiting.pop()
         if isinstance(part, Mapping):
             waiting += part.values()
+            step = part.get("multipleOf")
+            if isinstance(step, int | float) and not isinstance(step, bool) and not 1e-6 <= step <= MAX_STEP:
+                raise UsageError(f"schema: multipleOf must be from 1e-6 to {MAX_STEP:,} (got {step!r:.60}).", "schema")
         elif isinstance(part, list | tuple):
             waiting += part
         elif isinstance(part, int | float) and not abs(part) <= MAX_NUMBER:

@@ -47,9 +47,7 @@ def main() -> None:
     programs = [row for row in rows if row["operations"]]
     straight = [row for row in programs if INNER not in row["result"]]
     running = sum(row["result"].startswith("runs") for row in straight)
-    print(
-        f"{len(rows)} packages, {len(programs)} ML Programs, {running} of {len(straight)} without {INNER} run"
-    )
+    print(f"{len(rows)} packages, {len(programs)} ML Programs, {running} of {len(straight)} without {INNER} run")
 
 
 def measure(path: Path, random_weights: bool) -> dict[str, Any]:

@@ -333,6 +333,7 @@ CIRCLE["items"] = CIRCLE
         ({"schema": {"enum": ["x" * 2**20]}}, "at most 1,048,576 bytes"),
         ({"schema": {"enum": [-(2**63)]}}, "numbers must be from -9,007,199,254,740,992"),  # crashes llguidance 1.9
         ({"schema": {"items": [{"minimum": 2**53 + 1}]}}, "numbers must be"),
+        ({"schema": {"type": "number", "multipleOf": 2**31}}, "multipleOf must be"),
         ({"schema": {"maximum": math.nan}}, "numbers must be"),
         ({"grammar": 'start: %json {"enum": [-9223372036854775808]}'}, "numbers in %json"),
         ({"regex": "(a"}, "regex: .*unclosed group"),
