@@ -59,6 +59,14 @@ def serve_command(
         list[str] | None,
         typer.Option(metavar="HOST", help="Fetch images from this host. Repeat for several.", rich_help_panel=ACCESS),
     ] = None,
+    allow_grammar: Annotated[
+        bool,
+        typer.Option(
+            "--allow-grammar",
+            help="Accept grammars, of which some never end, from clients that you trust.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Decode N answers at once.", rich_help_panel=LIMITS)] = 8,
     max_queue: Annotated[
         int, typer.Option(metavar="N", help="Let N further requests wait.", rich_help_panel=LIMITS)
@@ -104,6 +112,7 @@ def serve_command(
         allow_host=tuple(allow_host or ()),
         allow_origin=tuple(allow_origin or ()),
         allow_url=tuple(allow_url or ()),
+        allow_grammar=allow_grammar,
         batch_size=batch_size,
         max_queue=max_queue,
         max_tokens=max_tokens,

@@ -44,6 +44,8 @@ class Settings:
     """Origins of web pages that may read answers. `*` allows every page."""
     allow_url: tuple[str, ...] = ()
     """Hosts, with a port or without, that images may be fetched from."""
+    allow_grammar: bool = False
+    """True if clients may send grammars. llguidance never ends on some of them, which holds the server up."""
     batch_size: int = 8
     """Answers that are decoded at once."""
     max_queue: int = 64

@@ -167,6 +167,14 @@ def _options(
         repetition_penalty=body.repetition_penalty or 1.0,
         seed=None if body.seed is None else body.seed % 2**64,
     )
+    if body.grammar is not None and not settings.allow_grammar:
+        raise ApiError(
+            400,
+            "grammars are refused, since some never end. Start the server with --allow-grammar, or send a regex or a "
+            "schema.",
+            param="grammar",
+            code="grammar_not_allowed",
+        )
     constraint = constraint_from(schema, body.regex, body.choice, body.grammar)
     beams = BeamOptions(
         num_beams=body.num_beams or 1,

@@ -19,7 +19,7 @@ from fastvlm.runtime.server.translate import Translated, chat_request, completio
 from .conftest import data_url, png
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_url(png())}}
-LIMITS = Settings(max_tokens=100, max_images=3)
+LIMITS = Settings(allow_grammar=True, max_tokens=100, max_images=3)
 
 
 def text(words: str) -> dict[str, str]:
