@@ -53,8 +53,9 @@ def bind(settings: Settings) -> socket.socket:
     address = f"{settings.host}:{settings.port}"
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, place = found[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, place = found[0]
+        # asyncio sends small packets at once (TCP_NODELAY) only for sockets that name their protocol.
+        listener = socket.socket(family, kind, protocol)
     except OSError as reason:
         raise MachineError(f"cannot listen on {address}: {reason.strerror or reason}") from None
     try:

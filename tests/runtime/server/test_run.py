@@ -95,6 +95,16 @@ def test_large_body_is_refused_before_it_is_sent(server: Server) -> None:
         assert b" 413 " in connection.recv(4096)
 
 
+def test_pieces_are_sent_at_once(server: Server) -> None:
+    times = []
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(10):
+            start = time.perf_counter()
+            client.get("/health")
+            times.append(time.perf_counter() - start)
+    assert sorted(times)[5] < 0.035  # a packet that waits for the acknowledgement of the last one takes 40 ms
+
+
 def test_running_answer_ends_before_the_server(start_server: Start) -> None:
     body = question(max_tokens=200, stream=True)
     with start_server() as server, httpx.stream("POST", server.url + CHAT, json=body) as response:
