@@ -39,7 +39,7 @@ class ExportedTokenizer:
     turn_end_id: int | None
     """The id that the chat template writes after an answer, or None."""
     eos_token_id: int | None
-    """The id of `eos_token` in tokenizer_config.json, or None."""
+    """The id of `eos_token` in the checkpoint's tokenizer_config.json, or None."""
     begins_answer: bool = True
     """False for a chat template that ends with the question."""
 
@@ -68,23 +68,27 @@ def export_tokenizer(source: Mapping[str, bytes]) -> ExportedTokenizer:
     check_loadable(tokenizer)
     files = {name: source[name] for name in COPIED_FILES if name in source}
     files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False, indent=1).encode()
-    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     tokens = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    render = _checked_template(files, config, tokens)
+    own = files[TEMPLATE_FILE].decode("utf-8-sig", "replace") if TEMPLATE_FILE in files else None
+    template = template_text(own, config)
+    render, written_eos = _checked_template(template, config, tokens), special_token_text(config, "eos_token")
+    end = turn_end(render, tokens)
+    if end is not None and "eos_token" not in (template or ""):  # clients end an answer at this token alone
+        config["eos_token"] = next(text for text, token_id in tokens.items() if token_id == end)
+    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
     return ExportedTokenizer(
         files,
         image_token_index,
         largest_id=max({*tokenizer["model"]["vocab"].values(), *tokens.values()} - {image_token_index}, default=-1),
-        turn_end_id=turn_end(render, tokens),
-        eos_token_id=tokens.get(special_token_text(config, "eos_token") or ""),
+        turn_end_id=end,
+        eos_token_id=tokens.get(written_eos or ""),
         begins_answer=begins_answer(render),
     )
 
 
-def _checked_template(files: Mapping[str, bytes], config: Mapping[str, Any], tokens: Mapping[str, int]) -> Render:
+def _checked_template(template: str | None, config: Mapping[str, Any], tokens: Mapping[str, int]) -> Render:
     """Returns the chat template. Raises ConfigError for one that makes no prompt, or another family's."""
-    own = files[TEMPLATE_FILE].decode("utf-8-sig", "replace") if TEMPLATE_FILE in files else None
-    render = renderer(template_text(own, config), config)
+    render = renderer(template, config)
     check_renders(render)
     check_family(render, tokens)
     return render

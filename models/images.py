@@ -241,7 +241,7 @@ def _formats(head: bytes) -> list[str]:
     if head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS:
         import pillow_heif
 
-        pillow_heif.register_heif_opener(thumbnails=False)
+        pillow_heif.register_heif_opener()
         return ["HEIF"]
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

@@ -20,6 +20,7 @@ TESTED_VERSIONS: dict[str, tuple[Release, Release]] = {
     "safetensors": ((0, 5), (1, 0)),
     "jinja2": ((3, 1), (4, 0)),
     "pillow": ((10, 1), (14, 0)),
+    "pillow-heif": ((0, 21), (2, 0)),
 }
 """The first tested version of each dependency, and the first that is not. The torch frontend of coremltools 9.0 fails
 on numpy 2.4. MLX has `device_info` for Metal since 0.30.4."""

@@ -174,3 +174,10 @@ def test_ends_of_an_answer_are_those_of_template_and_config() -> None:
     tokens = {token["content"]: token["id"] for token in json.loads(exported.files["tokenizer.json"])["added_tokens"]}
     assert exported.turn_end_id == tokens["<|im_end|>"]
     assert exported.eos_token_id == tokens["<|endoftext|>"]
+    assert json.loads(exported.files["tokenizer_config.json"])["eos_token"] == "<|im_end|>"  # for clients
+
+
+def test_eos_token_that_the_template_writes_is_kept() -> None:
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}"
+    exported = export_tokenizer(with_template(template, eos_token="<|endoftext|>"))
+    assert json.loads(exported.files["tokenizer_config.json"])["eos_token"] == "<|endoftext|>"
