@@ -45,7 +45,7 @@ def export_command(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Measure on the images in DIR.", show_default="embedded drawings"),
+        typer.Option(metavar="DIR", help="Measure on the images in DIR.", show_default="embedded images"),
     ] = None,
     encoder: Annotated[
         Literal["coreml", "mlx"],

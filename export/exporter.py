@@ -122,7 +122,7 @@ def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **o
             arbitrary code, so use it only for files that you trust.
         recipe: an exported folder, its `fastvlm.json`, or a file with only a recipe. Its decisions are repeated, and
             arguments that would decide the same are refused.
-        calibrate: a folder of images to measure on, in place of the embedded drawings.
+        calibrate: a folder of images to measure on, in place of the embedded drawings and photographs.
         encoder: `coreml` for a Core ML package, or `mlx` for weights in the decoder's file, for clients that run the
             encoder in MLX. Arguments about the package are then refused.
         quant: the format of the encoder's weights: `int8` (default), `fp16`, `pal8`, `pal6`, `pal4`, `int4`, `w8a8`,

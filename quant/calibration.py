@@ -1,8 +1,9 @@
 """The images for calibrating and verifying exports: embedded sets, or a folder of the user.
 
-The embedded images are drawn with fixed seeds and equal on every machine. Each set has a scene like those that `tiny`
-was trained on, and a busier image. They are not photographs, but have the same content: smooth shading, hard edges,
-fine texture, dark and bright areas, and print.
+Each embedded set has drawings and photographs. The drawings are made with fixed seeds: a scene like those that `tiny`
+was trained on, and a busier image with shading, hard edges and fine texture. The photographs are in the public domain
+(`photographs/README.md`). Standard-normal noise shows the ranges of an encoder far from what it was trained on. Its
+values are not those of an image.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, overload
+from typing import Literal, cast, overload
 
 import numpy as np
 
@@ -22,6 +23,21 @@ from ..models.tiny.scenes import draw_scene, scene_seeds
 SEEDS = {"calibration": 0, "trial": 50, "verification": 100}
 """The seeds of the embedded sets, which share no image."""
 
+NOISE_SEED, CALIBRATION_NOISE_SEED = 200, 201
+"""The seeds of the noise for verification and for measuring ranges."""
+
+PHOTOGRAPHS = {
+    "calibration": ("coffee.jpg", "rocket.jpg"),
+    "trial": ("camera.jpg",),
+    "verification": ("astronaut.jpg", "cat.jpg"),
+}
+"""The photographs of the embedded sets, in the folder `photographs`."""
+
+Kind = Literal["drawings", "photographs", "noise", "images"]
+"""The kind of an image. `images` are those of the user's folder."""
+
+NOISE: Kind = "noise"
+
 MAX_FOLDER_IMAGES = 32
 """The most images read from a folder. Each is run two or three times, and FastViTHD at 1024 px takes seconds."""
 
@@ -31,12 +47,14 @@ MAX_LISTED = 4
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Sequence[np.ndarray]):
-    """Images as `pixel_values` (1, 3, S, S) float32 RGB in 0..1, NCHW. They are kept as bytes."""
+    """Images as `pixel_values` (1, 3, S, S) float32 RGB in 0..1, NCHW. They are kept as multiples of 1/255."""
 
     pixels: tuple[np.ndarray, ...]
-    """(3, S, S) uint8 each."""
+    """(3, S, S) each: uint8, and int16 for noise."""
     source: str
     """`embedded` or `folder`."""
+    kinds: tuple[Kind, ...]
+    """The kind of each image."""
     notes: tuple[str, ...] = ()
     """Remarks for the user about skipped files."""
     scale: float = 1.0
@@ -53,6 +71,12 @@ class ImageSet(Sequence[np.ndarray]):
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
         return to_pixel_values(self.pixels[index]) * np.float32(self.scale)
+
+    def with_noise(self, seed: int) -> ImageSet:
+        """Returns the same images and one of standard-normal noise, of the same size."""
+        draw = np.random.Generator(np.random.PCG64(seed))
+        noise = np.rint(255 * draw.standard_normal(self.pixels[0].shape, dtype=np.float32)).astype(np.int16)
+        return replace(self, pixels=(*self.pixels, noise), kinds=(*self.kinds, NOISE))
 
     def scaled(self, scale: float) -> ImageSet:
         """Returns the same images with pixel values times `scale`."""
@@ -75,14 +99,19 @@ def trial_images(image_size: int) -> ImageSet:
 
 
 def verification_images(image_size: int) -> ImageSet:
-    """Returns the embedded images for verification, which no calibration uses."""
-    return _embedded("verification", image_size)
+    """Returns the embedded images for verification, which no calibration uses, with noise."""
+    return _embedded("verification", image_size).with_noise(NOISE_SEED)
 
 
 def _embedded(name: str, image_size: int) -> ImageSet:
     seed = SEEDS[name]
     scene = draw_scene(scene_seeds("calibration", 1, start=seed)[0]).image()
-    return ImageSet((preprocess(scene, image_size, "pad"), _busy_picture(image_size, seed)), "embedded")
+    drawings = (preprocess(scene, image_size, "pad"), _busy_picture(image_size, seed))
+    folder = Path(__file__).with_name("photographs")
+    photographs = [preprocess(open_image(folder / file), image_size, "crop") for file in PHOTOGRAPHS[name]]
+    kinds: list[Kind] = ["drawings"] * len(drawings)
+    kinds += ["photographs"] * len(photographs)
+    return ImageSet((*drawings, *photographs), "embedded", tuple(kinds))
 
 
 def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
@@ -112,7 +141,8 @@ def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
         raise ImageError(f"{folder} has no readable image ({found}).")
     more = [f"and {len(broken) - MAX_LISTED} more"] if len(broken) > MAX_LISTED else []
     notes = (f"images skipped: {', '.join(broken[:MAX_LISTED] + more)}",) if broken else ()
-    return ImageSet(tuple(pixels), "folder", notes)
+    kinds: list[Kind] = ["images"] * len(pixels)
+    return ImageSet(tuple(pixels), "folder", tuple(kinds), notes)
 
 
 def _busy_picture(size: int, seed: int) -> np.ndarray:

@@ -48,6 +48,7 @@ def test_wheel_holds_every_module(names: set[str]) -> None:
 def test_wheel_holds_what_the_package_reads(names: set[str]) -> None:
     read = [path for path in (ROOT / "models/tiny/checkpoint").iterdir() if path.suffix in (".json", ".safetensors")]
     read += (ROOT / "runtime/samples").glob("*.png")
+    read += (ROOT / "quant/photographs").iterdir()
     assert {f"fastvlm/{path.relative_to(ROOT).as_posix()}" for path in read} - names == set()
 
 
@@ -58,7 +59,7 @@ def test_wheel_is_marked_as_typed(names: set[str]) -> None:
 def test_wheel_holds_nothing_else(names: set[str]) -> None:
     own = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert {name.split("/")[0] for name in own} == {"fastvlm"}
-    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png", ".typed"}
+    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png", ".jpg", ".md", ".typed"}
     assert not any("/tests/" in name or "/docs/" in name for name in names)
 
 

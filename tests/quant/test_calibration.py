@@ -11,7 +11,14 @@ from PIL import Image
 from fastvlm.models.errors import ImageError
 from fastvlm.models.images import open_image, preprocess, to_pixel_values
 from fastvlm.quant import calibration
-from fastvlm.quant.calibration import calibration_images, folder_images, verification_images
+from fastvlm.quant.calibration import (
+    NOISE,
+    PHOTOGRAPHS,
+    calibration_images,
+    folder_images,
+    trial_images,
+    verification_images,
+)
 
 
 @pytest.fixture
@@ -20,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     draw = np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 256, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "b.JPG", format="JPEG")
     Image.fromarray(draw.integers(0, 256, (64, 64, 4), dtype=np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "c.png").write_bytes(b"no image")
+    (tmp_path / "c.png").write_bytes(b"\x01\x02\x03")
     (tmp_path / ".hidden.png").write_bytes(b"the Finder's")
     (tmp_path / "notes.txt").write_text("not looked at")
     (tmp_path / "sub").mkdir()
@@ -81,12 +88,32 @@ def test_slice_is_a_list_of_images(folder: Path) -> None:
 
 
 def test_embedded_sets_repeat_and_share_no_image() -> None:
-    for images in (calibration_images(128), verification_images(128)):
+    for images in (calibration_images(128), trial_images(128), verification_images(128)):
         for image in images:
             assert image.shape == (1, 3, 128, 128)
             assert image.dtype == np.float32
             assert image.std() > 0.05
-        assert 0 <= min(image.min() for image in images) < 0.2
-        assert 0.8 < max(image.max() for image in images) <= 1
+        pictures = [image for image, kind in zip(images, images.kinds, strict=True) if kind != NOISE]
+        assert 0 <= min(image.min() for image in pictures) < 0.2
+        assert 0.8 < max(image.max() for image in pictures) <= 1
+    assert calibration_images(128).kinds == ("drawings", "drawings", "photographs", "photographs")
+    assert verification_images(128).kinds == (*calibration_images(128).kinds, NOISE)
     assert all(np.array_equal(a, b) for a, b in zip(calibration_images(128), calibration_images(128), strict=True))
     assert not any(np.array_equal(a, b) for a in calibration_images(128) for b in verification_images(128))
+
+
+def test_noise_is_standard_normal_in_steps_of_a_byte() -> None:
+    noise = verification_images(128)[-1]
+    assert abs(float(noise.mean())) < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
+    np.testing.assert_array_equal(np.rint(noise * 255) / np.float32(255), noise)
+
+
+def test_photographs_have_a_licence_and_belong_to_one_set() -> None:
+    folder = Path(calibration.__file__).with_name("photographs")
+    used = [name for names in PHOTOGRAPHS.values() for name in names]
+    assert sorted(used) == sorted(path.name for path in folder.glob("*.jpg"))
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(used)
+    assert all("CC0" in row or "public domain" in row for row in rows)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 600_000
