@@ -1,8 +1,8 @@
 """Checkpoints of true size with seeded random weights, such as `random:0.5b`, and a tokenizer for them.
 
-They serve measurements of speed and size before a download. Their statistics resemble trained weights (non-trivial
-batch norms, layer scales and biases), so ranges and quantization errors are plausible. Their answers have no meaning.
-Each tensor is made when it is read.
+They serve measurements before a download. The encoders have the ranges of the published ones (`random_encoder`), so
+that float16 and few bits meet the same difficulties. Decoders and `tiny` have Gaussian weights with non-trivial norms
+and biases. Their answers have no meaning. Each tensor is made when it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, product
 from typing import Any
@@ -22,12 +22,13 @@ import numpy as np
 from .config import FastVLMConfig
 from .errors import ModelReferenceError
 from .fastvit_config import FastViTConfig
+from .random_encoder import PUBLISHED_RANGES, RandomEncoder
 from .safetensors_files import Shape, TensorInfo
 from .source_layouts import Framework
 from .tensor_names import APPLE_ENCODER_PREFIX, language_shapes
 from .tokenizer_files import CHAT_TEMPLATE, END, SPECIAL_TOKENS, added_token, byte_level_bpe, byte_symbols
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """The version in the digest. It changes whenever the same name and seed give other weights."""
 
 FOLDED_SKIP = re.compile(r"(token_mixer|network\.\d+)\.reparam_conv\.weight$")
@@ -52,6 +53,7 @@ TINY_ENCODER = FastViTConfig(
     se_channels=32,
     reparameterized=False,
 )
+SMALL_ENCODER = replace(TINY_ENCODER, reparameterized=True)
 
 DECODERS = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -65,21 +67,33 @@ DECODERS = {
 }  # fmt: skip
 """The dimensions of the decoders, from the published `config.json` files. `tiny` has no published counterpart."""
 
+SMALL = "small-"
+"""The prefix of a size whose encoder has few channels and the published ranges, with the decoder of `tiny`. They serve
+tests."""
+
+TRAINED_IMAGE_SIZE, SMALL_IMAGE_SIZE = 1024, 256
+"""The sides of the input image in pixels."""
+
 
 class RandomCheckpoint:
     """A checkpoint whose tensors are drawn from a generator. Implements `Checkpoint`."""
 
     def __init__(self, size: str, seed: int = 0) -> None:
-        if size not in DECODERS:
+        if size not in DECODERS and size not in PUBLISHED_RANGES:
             raise ModelReferenceError(
                 f"random:{size} is unknown. Available: {', '.join(f'random:{s}' for s in DECODERS)}."
             )
         self.name = f"random:{size}"
         self.seed = seed
-        self.encoder = TINY_ENCODER if size == "tiny" else FastViTConfig()
-        self._tokenizer = synthetic_tokenizer(DECODERS[size]["vocab_size"])
+        is_small = size == "tiny" or size.startswith(SMALL)
+        decoder = DECODERS["tiny" if is_small else size]
+        self.encoder = TINY_ENCODER if size == "tiny" else SMALL_ENCODER if is_small else FastViTConfig()
+        ranges = PUBLISHED_RANGES.get(size)
+        self._random_encoder = RandomEncoder(self.encoder, ranges, self._draw) if ranges else None
+        self._tokenizer = synthetic_tokenizer(decoder["vocab_size"])
+        image_size = SMALL_IMAGE_SIZE if is_small else TRAINED_IMAGE_SIZE
         self.config_dict: Mapping[str, Any] = apple_config(
-            DECODERS[size], self.encoder.out_channels, 256 if size == "tiny" else 1024, self._tokenizer.eos_token_id
+            decoder, self.encoder.out_channels, image_size, self._tokenizer.eos_token_id
         )
         self.config = FastVLMConfig.from_dict(self.config_dict)
         self.notes: tuple[str, ...] = (NOTE,)
@@ -92,9 +106,14 @@ class RandomCheckpoint:
 
     def read(self, name: str, framework: Framework) -> np.ndarray:
         """Returns the tensor as float32. The same name and seed give the same tensor on every machine."""
-        key = hashlib.sha256(f"{self.name}/{self.seed}/{name}".encode()).digest()
-        draw = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
-        return random_tensor(name, self.tensors[name].shape, draw)
+        shape = self.tensors[name].shape
+        if self._random_encoder and name.startswith(APPLE_ENCODER_PREFIX):
+            return self._random_encoder.tensor(name.removeprefix(APPLE_ENCODER_PREFIX), shape)
+        return random_tensor(name, shape, self._draw(name))
+
+    def _draw(self, key: str) -> np.random.Generator:
+        digest = hashlib.sha256(f"{self.name}/{self.seed}/{key}".encode()).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
     def digest(self) -> str:
         """Returns a sha256 of name, seed, version and config, in hex."""
