@@ -34,6 +34,9 @@ STREAM_LIMIT = 65504 / 4
 """The most that a residual stream reaches on calibration images: a quarter of float16's largest number, because other
 images reach more."""
 
+GELU_BOUND = 8.0
+"""The magnitude from which GELU equals ReLU in float16: it differs by less than 1e-14."""
+
 PROJECTOR_LAYERS = ("0", "2")
 """The places of the linear layers in Apple's `mm_projector`. A GELU is between them."""
 
@@ -50,6 +53,23 @@ class EngineFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.conv(x))))
+
+
+class ScaledGELU(nn.Module):
+    """The GELU of an input that is `scale` times the original, with `scale` times the original output.
+
+    GELU is not homogeneous. Near zero it is computed at the original scale, and beyond `GELU_BOUND` it is ReLU, so no
+    result is larger than the input.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = GELU_BOUND * self.scale
+        near = x.clamp(-bound, bound)
+        return F.relu(x - near) + F.gelu(near * (1 / self.scale)) * self.scale
 
 
 class EngineRepMixerBlock(nn.Module):
@@ -143,14 +163,16 @@ def rewrite(
     encoder.reparameterize()
     stage_scales = iter(scales or [1.0] * len(encoder.config.depths))
     first, *others = (folded(block) for block in encoder.patch_embed)
-    parts: list[nn.Module] = [conv_gelu(conv) for conv in (rescaled(first, pixel_scale, 1.0), *others)]
+    scale = next(stage_scales)
+    parts: list[nn.Module] = [conv_gelu(rescaled(first, pixel_scale, 1.0)), *map(conv_gelu, others)]
     grid = image_size // 4  # the stem's strides
-    scale_in, scale = 1.0, next(stage_scales)
+    scale_in = 1.0
     for part in encoder.network:
         if isinstance(part, Downsampling):
             grid //= 2
-            parts += [conv_gelu(rescaled(folded(part.proj[0]), scale_in, 1.0)), conv_gelu(folded(part.proj[1]))]
-            scale_in, scale = 1.0, next(stage_scales)
+            parts.append(conv_gelu(rescaled(folded(part.proj[0]), scale_in, 1.0)))
+            scale = scale_in = next(stage_scales)
+            parts.append(conv_gelu(folded(part.proj[1]), scale))
         elif isinstance(part, PositionConv):
             parts.append(rescaled(part.reparam_conv, scale_in, scale))
             scale_in = scale
@@ -181,15 +203,27 @@ def branch_convolutions(network: nn.Module) -> list[str]:
     ]
 
 
+def path_convolutions(network: nn.Module) -> list[str]:
+    """Returns the names of the dense convolutions between stages: the stem's and downsampling's, in order.
+
+    Every image passes them, without a skip connection, so their rounding errors reach the output undamped.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and name.endswith(".0") and name.count(".") == 1
+    ]
+
+
 def folded(block: nn.Module) -> nn.Conv2d:
     """Returns the convolution that a block's branches were folded into."""
     assert isinstance(block, MobileOneBlock | ReparamLargeKernelConv)
     return block.lkb_reparam if isinstance(block, ReparamLargeKernelConv) else block.reparam_conv
 
 
-def conv_gelu(conv: nn.Conv2d) -> nn.Sequential:
-    """Returns `conv` followed by a GELU."""
-    return nn.Sequential(conv, nn.GELU())
+def conv_gelu(conv: nn.Conv2d, scale: float = 1.0) -> nn.Sequential:
+    """Returns `conv` followed by a GELU, with `scale` times the original output."""
+    return nn.Sequential(rescaled(conv, 1.0, scale), nn.GELU() if scale == 1 else ScaledGELU(scale))
 
 
 def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
@@ -210,8 +244,7 @@ def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:
     for image in images:
         stage, x = 0, encoder.patch_embed(image)
         for part in encoder.network:
-            if isinstance(part, Downsampling):
-                stage, x = stage + 1, part(x)
+            stage += isinstance(part, Downsampling)
             for write in stream_writers(part):
                 x = write(x)
                 maxima[stage] = float(np.maximum(maxima[stage], float(x.abs().max())))  # keeps a NaN, unlike max()
@@ -223,8 +256,16 @@ def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:
 
 
 def stream_writers(part: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields the functions that write the stream of a stage: a position convolution, or the halves of blocks."""
-    if isinstance(part, PositionConv):
+    """Yields the functions that write a stage's stream: downsampling, position convolution, the halves of blocks.
+
+    Downsampling has two, since what its GELU reads can be larger than what it returns.
+    """
+    if isinstance(part, Downsampling):
+        first, second = part.proj
+        assert isinstance(second, MobileOneBlock)
+        yield lambda x: second.convolve(first(x))
+        yield F.gelu
+    elif isinstance(part, PositionConv):
         yield part
     elif isinstance(part, nn.Sequential):
         for block in part:

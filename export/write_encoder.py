@@ -26,7 +26,7 @@ from ..models.errors import PackageError
 from ..models.fastvit import FastViT
 from ..models.folder_layout import INPUT_NAME, PACKAGE_NAME
 from ..models.versions import import_coremltools
-from ..quant.calibration import ImageSet, calibration_images, trial_images, verification_images
+from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_images, trial_images, verification_images
 from ..quant.constexprs import with_stored_weights
 from ..quant.encoder import (
     convolutions,
@@ -48,6 +48,7 @@ from .rewrite import (
     ProjectorConvs,
     TokensLast,
     branch_convolutions,
+    path_convolutions,
     rewrite,
     stream_maxima,
     stream_scales,
@@ -117,7 +118,8 @@ def write_encoder(
     reference = encoder_reference(encoder, images)
     on_stage("calibrate")
     with torch.inference_mode():
-        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, calibration)))
+        measured_on = calibration.with_noise(CALIBRATION_NOISE_SEED)
+        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, measured_on)))
     network = rewritten(encoder, checkpoint, recipe.image_size, recipe.interface, scales)
     calibration_features = reference_features(encoder, calibration) if recipe.decoder.needs_calibration else []
     del encoder
@@ -175,7 +177,7 @@ def encoder_weights(
         return stored_by_plan(network, scheme.weights)
     if scheme.quant == MIXED:
         return stored_by_plan(network, searched(network, scheme, calibration, pixel_scale, on_stage).plan)
-    return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant)
+    return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant, path_convolutions(network))
 
 
 def searched(
@@ -190,7 +192,8 @@ def searched(
     probe_size = min(PROBE_SIZE, image_size)
     on_stage("measure what each weight's rounding costs")
     with resized_inputs(network, image_size, probe_size):
-        options = measured_options(network, [pixel_scale * image for image in calibration_images(probe_size)])
+        probes = calibration_images(probe_size)[::2]  # a drawing and a photograph
+        options = measured_options(network, [pixel_scale * image for image in probes])
     images = Images(calibration, [pixel_scale * image for image in trial_images(image_size)])
     fixed = fixed_bytes(network, options)
     if scheme.max_bytes is None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.errors import PackageError
 from .constexprs import conv_name
-from .schemes import StoredWeight, store, stored_if_kept
+from .schemes import PALETTE_BITS, StoredWeight, store, stored_if_kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,10 +39,22 @@ def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
-def stored_uniformly(network: nn.Module, scheme: str) -> dict[str, StoredWeight]:
-    """Returns the weights that `scheme` keeps well, stored in it. The others stay float16 and are left out."""
-    found = {name: stored_if_kept(conv.weight.numpy(), scheme) for name, conv in convolutions(network).items()}
-    return {name: stored for name, stored in found.items() if stored is not None}
+def stored_uniformly(network: nn.Module, scheme: str, spared: Collection[str] = ()) -> dict[str, StoredWeight]:
+    """Returns the weights that `scheme` keeps well, stored in it, without those of the convolutions `spared`.
+
+    A palette cannot keep rows of very unequal sizes, such as those of an unbounded residual stream. Such a weight is
+    stored in int8, with a scale per row. What int8 does not keep either stays float16, and is left out.
+    """
+    found = {}
+    for name, conv in convolutions(network).items():
+        if name in spared:
+            continue
+        stored = stored_if_kept(conv.weight.numpy(), scheme)
+        if stored is None and scheme in PALETTE_BITS:
+            stored = stored_if_kept(conv.weight.numpy(), "int8")
+        if stored is not None:
+            found[name] = stored
+    return found
 
 
 def stored_by_plan(network: nn.Module, plan: Plan) -> dict[str, StoredWeight]:

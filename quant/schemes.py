@@ -30,6 +30,10 @@ MIN_INPUTS = 16
 MIN_WEIGHT_SNR_DB = {"int8": 30.0, "pal8": 30.0, "pal6": 20.0, "int4": 12.0, "pal4": 12.0}
 """The least SNR of a stored weight, by scheme. Trained weights exceed it by 8 dB, and worse ones stay float16."""
 
+ROW_SNR_MARGIN_DB = 12.0
+"""The margin below `MIN_WEIGHT_SNR_DB` that a twentieth of a weight's rows may miss. Rows of unequal size miss it: the
+largest rows decide over a palette's values, and a weight's own SNR does not show the others."""
+
 PALETTE_BITS = {"pal8": 8, "pal6": 6, "pal4": 4}
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
@@ -115,13 +119,23 @@ def store(weight: np.ndarray, scheme: str) -> StoredWeight:
 def stored_if_kept(weight: np.ndarray, scheme: str) -> StoredWeight | None:
     """Stores `weight` in `scheme`, or returns None if it has to stay float16.
 
-    Small and depthwise weights stay float16, and so do weights with a low SNR in `scheme`. Folded layer scales can be
-    so small that int8's scales, which are float16, underflow.
+    Small and depthwise weights stay float16, and so do weights with a low SNR in `scheme`, or with many rows of low
+    SNR. Folded layer scales can be so small that int8's scales, which are float16, underflow.
     """
     if scheme == "fp16" or not is_candidate(weight):
         return None
     stored = store(weight, scheme)
-    return stored if weight_snr_db(weight, stored.dense()) > MIN_WEIGHT_SNR_DB[scheme] else None
+    kept, least = stored.dense(), MIN_WEIGHT_SNR_DB[scheme]
+    is_kept = weight_snr_db(weight, kept) > least and low_row_snr_db(weight, kept) > least - ROW_SNR_MARGIN_DB
+    return stored if is_kept else None
+
+
+def low_row_snr_db(weight: np.ndarray, kept: np.ndarray) -> float:
+    """Returns the SNR in dB that 95 % of the rows exceed. Rows of zeros count as kept."""
+    rows, noise = (values.reshape(len(weight), -1) for values in (weight, kept - weight))
+    signal = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
+    ratio = signal / np.maximum(np.einsum("ij,ij->i", noise, noise), 1e-20 * signal.max())
+    return float(np.quantile(10 * np.log10(np.maximum(ratio, 1e-20))[signal > 0], 0.05))
 
 
 def weight_snr_db(weight: np.ndarray, kept: np.ndarray) -> float:

@@ -8,8 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastvlm.export.rewrite import STREAM_LIMIT, EngineRepMixerBlock, rewrite, stream_maxima, stream_scales
+from fastvlm.export.rewrite import (
+    STREAM_LIMIT,
+    EngineRepMixerBlock,
+    ScaledGELU,
+    path_convolutions,
+    rewrite,
+    stream_maxima,
+    stream_scales,
+)
 from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import WeightsError
 from fastvlm.models.fastvit import FastViT
@@ -139,3 +149,37 @@ def test_program_of_fastvithd_has_the_target_operations(fastvithd_package: Path)
     }  # fmt: skip
     assert sum(census(program).values()) - census(program)["cast"] == 352
     assert max_rank(program) == 4
+
+
+@given(
+    values=st.lists(st.floats(-60_000, 60_000, width=32), min_size=1, max_size=50),
+    near=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=50),
+    exponent=st.integers(-10, 0),
+)
+def test_scaled_gelu_is_gelu_at_another_scale(values: list[float], near: list[float], exponent: int) -> None:
+    scale, x = 2.0**exponent, torch.tensor(values + near)
+    found, expected = ScaledGELU(scale)(x * scale) / scale, torch.nn.functional.gelu(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert ((found * scale).abs() <= (x * scale).abs()).all()
+
+
+def test_downsampling_with_a_huge_output_is_scaled_with_its_stage() -> None:
+    encoder = FastViT.from_checkpoint(RandomCheckpoint("small-0.5b"))
+    noise = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    expected, scales = encoder(noise), stream_scales(stream_maxima(encoder, [noise]))
+    assert scales[:4] == [1.0] * 4
+    assert scales[4] <= 1 / 8
+    network, x, largest = rewrite(encoder, 256, scales), noise, 0.0
+    for part in network:
+        x = part(x)
+        largest = max(largest, float(x.abs().max()))
+    assert relative_error(x, expected) <= 1e-5
+    assert largest <= STREAM_LIMIT
+
+
+def test_path_convolutions_are_those_between_stages() -> None:
+    with torch.device("meta"):
+        network = rewrite(FastViT(FastViTConfig()).eval(), 1024)
+    assert [network.get_submodule(name).out_channels for name in path_convolutions(network)] == [
+        96, 96, 192, 384, 768, 1536,
+    ]  # fmt: skip

@@ -86,3 +86,15 @@ def test_int8_reaches_the_largest_input(pair: nn.Sequential) -> None:
 
 def test_tiny_inputs_stay_float16(pair: nn.Sequential) -> None:
     assert int8_scales(pair, ["0", "1"], images(1e-5)) == {}
+
+
+def test_weight_with_rows_of_unequal_size_is_stored_per_row() -> None:
+    """The largest rows would take all values of a palette."""
+    draw = np.random.default_rng(0)
+    network = nn.Sequential(nn.Conv2d(64, 256, 1), nn.Conv2d(256, 64, 1)).requires_grad_(False)
+    for conv in network:
+        conv.weight.data = torch.from_numpy(draw.standard_normal(conv.weight.shape, dtype=np.float32))
+    network[0].weight.data *= torch.logspace(-3, 3, 256)[:, None, None, None]
+    stored = stored_uniformly(network, "pal8")
+    assert {name: weight.scheme for name, weight in stored.items()} == {"0": "int8", "1": "pal8"}
+    assert list(stored_uniformly(network, "int8", spared=["0"])) == ["1"]
