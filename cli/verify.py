@@ -40,7 +40,7 @@ def verify_command(
     images: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Compare with the checkpoint on the images in DIR.", show_default="embedded drawings"
+            metavar="DIR", help="Compare with the checkpoint on the images in DIR.", show_default="embedded images"
         ),
     ] = None,
     as_json: given.AsJson = False,
@@ -99,6 +99,7 @@ def summary(result: Verification) -> str:
         f"{agreement.cosine:10.6f}"
         for what, agreement, floor in rows
     ]
+    lines += by_kind(result)
     stages = ", ".join(f"{stage} {snr_db:.0f}" for stage, snr_db in result.encoder.stages.items())
     lines += [
         f"stages, dB: {stages}",
@@ -107,6 +108,16 @@ def summary(result: Verification) -> str:
         "passed" if result.passed else f"failed: {'; '.join(result.failures)}",
     ]
     return "\n".join(lines)
+
+
+def by_kind(result: Verification) -> list[str]:
+    """Returns the agreement by the kind of images, and the share of float16's range that each stage uses."""
+    kinds = ", ".join(f"{kind} {agreement.snr_db:.1f}" for kind, agreement in result.encoder.kinds.items())
+    lines = [f"image_features, dB: {kinds}"]
+    for kind, shares in result.encoder.load.items():
+        used = ", ".join(f"{stage} {share:.2%}" for stage, share in shares.items())
+        lines.append(f"largest of float16's range, {kind}: {used}")
+    return lines
 
 
 def answer(result: Verification) -> str:

@@ -5,7 +5,7 @@ The written encoder is verified in MLX, against the checkpoint's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,14 @@ from ..quant.calibration import ImageSet, verification_images
 from ..quant.metrics import WeightAudit, compare
 from .options import OnStage
 from .recipe import MLX_DTYPES, Recipe
-from .verify_encoder import EncoderReference, EncoderVerification, encoder_reference, reference_features
+from .verify_encoder import (
+    ALL,
+    EncoderReference,
+    EncoderVerification,
+    agreements,
+    encoder_reference,
+    reference_features,
+)
 from .write_encoder import WrittenEncoder
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ class MLXVerification(EncoderVerification):
 
 
 def verify_mlx_encoder(
-    folder: Path, images: Sequence[np.ndarray], reference: EncoderReference, encoder: FastViT, quant: str
+    folder: Path, images: ImageSet, reference: EncoderReference, encoder: FastViT, quant: str
 ) -> MLXVerification:
     """Runs the saved encoder in MLX, in float32, and compares it with the checkpoint's `encoder`.
 
@@ -136,8 +143,8 @@ def verify_mlx_encoder(
         }
         for name, result in found.items():
             ranges[name] = max(ranges.get(name, 0.0), float(np.abs(result).max()))
-    agreement = compare(np.concatenate(reference.features), np.concatenate(outputs), "image_features")
-    return MLXVerification(agreement, stages, audit, ranges)
+    kinds = agreements(images, reference.features, outputs, "image_features")
+    return MLXVerification(kinds.pop(ALL), stages, audit, ranges, kinds)
 
 
 def audit_tensors(saved: dict[str, mx.array], encoder: FastViT, quant: str) -> WeightAudit:

@@ -6,7 +6,7 @@ The checkpoint's encoder runs in float32, the package in the executor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,15 @@ from ..models.mlprogram.constexpr import Constants
 from ..models.mlprogram.executor import Executor
 from ..models.mlprogram.package import read_package
 from ..models.mlprogram.program import Operation, Program, inputs_for, scheme
+from ..quant.calibration import NOISE, ImageSet
 from ..quant.encoder import convolutions
 from ..quant.metrics import Agreement, WeightAudit, compare
 from .rewrite import STREAM_LIMIT
+
+FLOAT16_MAX = 65504.0
+
+ALL, HEAD = "all", "head"
+"""The names of the agreement over all images, and of the part behind the last stage."""
 
 IN_BETWEEN = ("quantize", "dequantize", "cast")
 """The operations that may come between a convolution and the one that reads its result."""
@@ -86,11 +92,17 @@ class EncoderVerification:
     """The agreement of an exported encoder with the checkpoint's."""
 
     output: Agreement
+    """The agreement over all images. Noise does not count, as it is far from what an encoder was trained on."""
     stages: dict[str, float]
     """The SNR in dB of the stem and of each stage on the way."""
     weights: WeightAudit
     ranges: dict[str, float]
     """The largest magnitude of every result inside over the images, by name: in float16 for a package."""
+    kinds: dict[str, Agreement] = field(default_factory=dict)
+    """The agreement by the kind of images, with noise unless it overflows."""
+    load: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The largest magnitude of each stage's results as a share of float16's largest number, by the kind of images. It
+    is below 1 unless float16 overflows, and is empty for an encoder in MLX."""
 
     @property
     def large(self) -> dict[str, float]:
@@ -101,18 +113,22 @@ class EncoderVerification:
     @property
     def notes(self) -> tuple[str, ...]:
         """Warnings for the user, one line each."""
-        if not self.large:
-            return ()
-        name, largest = next(iter(self.large.items()))
-        return (
-            f"{len(self.large)} results inside the package pass a quarter of float16's range, which ends at 65,504: "
-            f"{name} reaches {largest:,.0f}",
-        )
+        notes = []
+        if self.large:
+            name, largest = next(iter(self.large.items()))
+            notes.append(
+                f"{len(self.large)} results inside the package pass a quarter of float16's range, which ends at "
+                f"65,504: {name} reaches {largest:,.0f}"
+            )
+        overflowing = [stage for stage, share in self.load.get("noise", {}).items() if not share < 1]
+        if overflowing:
+            notes.append(f"standard-normal noise overflows float16 in {overflowing[0]}, but no image does")
+        return tuple(notes)
 
 
 def verify_encoder(
     package: Path,
-    images: Sequence[np.ndarray],
+    images: ImageSet,
     reference: EncoderReference,
     expected: Sequence[np.ndarray],
     network: nn.Module,
@@ -125,27 +141,73 @@ def verify_encoder(
         stream_scales: the power of two by which each stage's residual stream was scaled.
 
     Raises:
-        VerificationError: the package overflows float16, or has other convolutions than `network`.
+        VerificationError: the package overflows float16 on an image, or has other convolutions than `network`.
     """
     program = read_package(package)
     audit = audit_program(program, network)
     names = stage_results(program, reference.last_convolutions)
     (output,) = program.outputs
     executor = Executor(program, precision="float16", record_ranges=True, outputs=[output.name, *names.values()])
-    outputs, stages = [], {}
-    for image, scales in zip(images, [stream_scales] + [()] * len(images), strict=False):
+    outputs: list[np.ndarray] = []
+    stages: dict[str, float] = {}
+    ranges: dict[str, float] = {}
+    load: dict[str, dict[str, float]] = {}
+    for image, kind in zip(images, images.kinds, strict=True):
+        executor.ranges = {}
         results = executor.run(inputs_for(program, image))
-        if executor.first_overflow:
+        if executor.first_overflow and kind != NOISE:
             raise VerificationError(
                 f"{package.name}: float16 overflows (first at {executor.first_overflow}). The Neural Engine would "
                 "return NaN or infinite features."
             )
         outputs.append(results[output.name].astype(np.float32))
-        if scales:
-            stages = _stage_snr(reference, {stage: results[name] for stage, name in names.items()}, scales)
-    agreement = compare(np.concatenate(expected), np.concatenate(outputs), output.name)
-    float16 = {name: value for name, value in executor.ranges.items() if program.types[name].dtype == "fp16"}
-    return EncoderVerification(agreement, stages, audit, float16)
+        if not stages:
+            stages = _stage_snr(reference, {stage: results[name] for stage, name in names.items()}, stream_scales)
+        float16 = {name: value for name, value in executor.ranges.items() if program.types[name].dtype == "fp16"}
+        merge_largest(load.setdefault(kind, {}), stage_load(program, names, float16))
+        if kind != NOISE:
+            merge_largest(ranges, float16)
+    kinds = agreements(images, expected, outputs, output.name)
+    return EncoderVerification(kinds.pop(ALL), stages, audit, ranges, kinds, load)
+
+
+def agreements(
+    images: ImageSet, expected: Sequence[np.ndarray], outputs: Sequence[np.ndarray], what: str
+) -> dict[str, Agreement]:
+    """Returns the agreement over all images but noise, under `ALL`, and by kind. Noise that overflows has none."""
+    rows: dict[str, list[int]] = {ALL: []}
+    for index, kind in enumerate(images.kinds):
+        if kind != NOISE:
+            rows[ALL].append(index)
+        if kind != NOISE or np.isfinite(outputs[index]).all():
+            rows.setdefault(kind, []).append(index)
+    return {
+        kind: compare(np.concatenate([expected[i] for i in found]), np.concatenate([outputs[i] for i in found]), what)
+        for kind, found in rows.items()
+    }
+
+
+def merge_largest(into: dict[str, float], found: Mapping[str, float]) -> None:
+    """Raises the values of `into` to those of `found`. A NaN stays."""
+    for name, value in found.items():
+        into[name] = float(np.maximum(into.get(name, 0.0), value))
+
+
+def stage_load(program: Program, last: Mapping[str, str], ranges: Mapping[str, float]) -> dict[str, float]:
+    """Returns the largest of each stage's `ranges` as a share of float16's largest number. The head is last.
+
+    `last` has the name of each stage's last result. An operation counts for the stage that it is computed in.
+    """
+    ends = iter(last.items())
+    stage, end = next(ends)
+    shares = dict.fromkeys([*last, HEAD], 0.0)
+    for operation in program.operations:
+        for result in operation.outputs:
+            if result.name in ranges:
+                merge_largest(shares, {stage: ranges[result.name] / FLOAT16_MAX})
+            if result.name == end:
+                stage, end = next(ends, (HEAD, ""))
+    return shares
 
 
 def _stage_snr(

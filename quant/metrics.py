@@ -48,6 +48,8 @@ class Agreement:
     cosine: float
     worst_row_snr_db: float
     worst_row: int
+    psnr_db: float
+    """The peak SNR, 20 log10(the original's largest magnitude / root mean square of the difference)."""
     same_argmax: float
     """The share of rows whose largest entry is at the same index. For logits, these are equal greedy tokens."""
 
@@ -77,6 +79,7 @@ def compare(original: np.ndarray, other: np.ndarray, what: str) -> Agreement:
         cosine=_cosine(rows, rows + noise),
         worst_row_snr_db=float(per_row.min()),
         worst_row=int(per_row.argmin()),
+        psnr_db=float(_snr_db(np.square(rows).max(), np.square(noise).mean())),
         same_argmax=float((rows.argmax(1) == (rows + noise).argmax(1)).mean()),
     )
 

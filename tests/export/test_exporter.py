@@ -282,7 +282,7 @@ def test_force_does_not_replace_what_is_not_ours(tmp_path: Path) -> None:
 
 def test_failed_verification_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENCODER_FLOOR_DB, "fp16", 150.0)
-    with pytest.raises(VerificationError, match=r"image_features reach \d+.\d dB, the floor is 150 dB"):
+    with pytest.raises(VerificationError, match=r"image_features of drawings reach \d+.\d dB, the floor is 150 dB"):
         export("random:tiny", out=tmp_path / "model", quant="fp16")
     assert list(tmp_path.iterdir()) == []
 

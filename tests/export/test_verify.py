@@ -95,7 +95,7 @@ def test_another_checkpoints_package_fails(copy: Path, write_checkpoint: Callabl
 
     result = verify(copy, write_checkpoint(change=change))
     assert not result.passed
-    assert any(failure.startswith("image_features reach") for failure in result.failures)
+    assert any(failure.startswith("image_features of drawings reach") for failure in result.failures)
     assert result.decoder.weights.failures == []
 
 

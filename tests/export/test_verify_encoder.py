@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastvlm.export.exporter import export
-from fastvlm.export.rewrite import rewrite
-from fastvlm.export.verify import verify
-from fastvlm.export.verify_encoder import EncoderReference, encoder_reference, last_convolutions, reference_features
+from fastvlm.export.rewrite import rewrite, stream_maxima, stream_scales
+from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
+from fastvlm.export.verify_encoder import (
+    EncoderReference,
+    EncoderVerification,
+    encoder_reference,
+    last_convolutions,
+    reference_features,
+    verify_encoder,
+)
+from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import VerificationError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.fastvit_config import FastViTConfig
 from fastvlm.models.random_checkpoint import TINY_ENCODER, RandomCheckpoint
-from fastvlm.quant.calibration import verification_images
+from fastvlm.quant.calibration import NOISE, verification_images
 from fastvlm.quant.encoder import convolutions
 
 from .edits import edit_package, swap_rows, weight_of
@@ -120,3 +131,78 @@ def test_three_convolutions_follow_the_last_stage(tiny: bool) -> None:
     with torch.device("meta"), torch.no_grad():
         count = len(convolutions(rewrite(FastViT(config).eval(), 128)))
     assert last_convolutions(config)["stage 4"] == count - 1 - 3  # conv_exp, and two of squeeze and excitation
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, Any]:
+    """A small encoder with the ranges of the published 0.5B, its images, and the scales of an export."""
+    encoder = FastViT.from_checkpoint(RandomCheckpoint("small-0.5b"))
+    images = verification_images(128)
+    with torch.inference_mode():
+        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, images)))
+    return {"reference": encoder_reference(encoder, images), "images": images, "scales": scales}
+
+
+def verified(
+    published: dict[str, Any], package: Path, change: Callable[[nn.Sequential], None], scales: list[float]
+) -> EncoderVerification:
+    """Writes the encoder with `scales` and a `change`, and compares the package with the unchanged one."""
+    with torch.no_grad():
+        right, changed = (
+            rewrite(FastViT.from_checkpoint(RandomCheckpoint("small-0.5b")), 128, chosen)
+            for chosen in (published["scales"], scales)
+        )
+        change(changed)
+    convert_encoder(changed, 128, {}, package, metadata={}, on_stage=lambda _: None)
+    reference = published["reference"]
+    return verify_encoder(package, published["images"], reference, reference.features, right, published["scales"])
+
+
+def forget_to_unscale(network: nn.Sequential) -> None:
+    """The head reads a stream that is 32 times smaller than it was trained on."""
+    head = network[-2].conv
+    head.weight.data *= 1 / 32
+
+
+def swap_blocks(network: nn.Sequential) -> None:
+    network[10], network[11] = network[11], network[10]
+
+
+def shift_weights(network: nn.Sequential) -> None:
+    fc1 = network[10].convffn.fc1
+    fc1.weight.data = fc1.weight.data.roll(1, 0)
+
+
+def is_accepted(found: EncoderVerification) -> bool:
+    """Returns whether an export with these figures is accepted, as far as the encoder goes."""
+    images = [agreement.snr_db for kind, agreement in found.kinds.items() if kind != NOISE]
+    return min(images) >= ENCODER_FLOOR_DB["fp16"] and not found.weights.failures
+
+
+def test_right_export_of_published_ranges_is_accepted(published: dict[str, Any], tmp_path: Path) -> None:
+    found = verified(published, tmp_path / "a.mlpackage", lambda _: None, published["scales"])
+    assert published["scales"][-1] < 1
+    assert is_accepted(found)
+    assert list(found.kinds) == list(found.load) == ["drawings", "photographs", "noise"]
+    assert found.kinds["noise"].snr_db > 45
+    assert list(found.load["noise"]) == ["stem", *(f"stage {index}" for index in range(5)), "head"]
+    assert 0.05 < found.load["noise"]["stage 4"] < 0.5
+    assert found.load["photographs"]["stage 4"] < found.load["noise"]["stage 4"]
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("change", [forget_to_unscale, swap_blocks, shift_weights])
+def test_wrong_export_of_published_ranges_is_refused(
+    published: dict[str, Any], tmp_path: Path, change: Callable[[nn.Sequential], None]
+) -> None:
+    found = verified(published, tmp_path / "a.mlpackage", change, published["scales"])
+    assert found.output.snr_db < ENCODER_FLOOR_DB["fp16"]
+    assert found.weights.failures
+
+
+def test_noise_that_overflows_without_stream_scales_is_noted(published: dict[str, Any], tmp_path: Path) -> None:
+    found = verified(published, tmp_path / "a.mlpackage", lambda _: None, [1.0] * 5)
+    assert "noise" not in found.kinds
+    assert not found.load["noise"]["stage 4"] < 1
+    assert found.load["photographs"]["stage 4"] < 1
+    assert found.notes[-1] == "standard-normal noise overflows float16 in stage 4, but no image does"
