@@ -31,6 +31,7 @@ check: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_accuracy.py --out bench
+	$(BIN)/python tests/bench/bench_ranges.py --sizes small-0.5b small-1.5b small-7b --plain --out bench
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
