@@ -19,6 +19,12 @@ LOG2_E = math.log2(math.e)
 QUERY_BLOCK = 64
 """The queries that attend at a time. A block skips the keys after its last query, which saves half of the scores."""
 
+FULL_BLOCK_KEYS = 1024
+"""The most keys of a full block of queries. With more keys blocks are smaller, so that scores take the same memory."""
+
+LEAST_QUERIES = 8
+"""The fewest queries of a block, however many keys they have."""
+
 FEW_ROWS = range(8, 65)
 """The numbers of rows for which `swapped_product` is faster: 16 take 0.6 of the time with the 0.5B's matrices."""
 
@@ -45,16 +51,21 @@ def silu(x: mx.array) -> mx.array:
 def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Returns the attention (B, H, L, head_dim) of L queries, the last of which is at the last key.
 
-    `queries` are (B, H, L, head_dim), `keys` and `values` (B, kv_heads, N, head_dim). It is computed in float32.
+    `queries` are (B, H, L, head_dim), `keys` and `values` (B, kv_heads, N, head_dim). It is computed in float32. Each
+    block of queries is evaluated before the next. Otherwise MLX allocates the scores of many blocks ahead of the
+    computation, 2 GB at 8,192 keys.
     """
     dtype, L, N = queries.dtype, queries.shape[2], keys.shape[2]
+    block = max(LEAST_QUERIES, min(QUERY_BLOCK, QUERY_BLOCK * FULL_BLOCK_KEYS // N))
     queries = queries.astype(mx.float32) * (scale * LOG2_E)  # scores are then powers of two
     keys, values = keys.astype(mx.float32).swapaxes(2, 3), values.astype(mx.float32)  # (B, kv_heads, head_dim, N)
     outs = []
-    for start in range(0, L, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, L)
+    for start in range(0, L, block):
+        stop = min(start + block, L)
         seen = N - L + stop
         outs.append(_attended(queries[:, :, start:stop], keys[..., :seen], values[:, :, :seen]))
+        if block < L:
+            mx.eval(outs[-1])
     return (outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)).astype(dtype)  # (B, H, L, head_dim)
 
 

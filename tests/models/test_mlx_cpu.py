@@ -1,4 +1,4 @@
-"""Affine groups that are unpacked in blocks equal those that MLX unpacks at once."""
+"""Blocks of affine groups, and of queries, equal what MLX computes at once."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ def test_blocks_are_the_whole(
     expected = mx.dequantize(*packed, group_size=64, bits=bits)
     found = mlx_cpu.dequantize(*packed, Affine(64, bits))
     np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 40), (9, 9), (20, 20), (20, 64), (64, 64)])
+def test_blocks_of_queries_equal_attention_at_once(
+    queries: int, keys: int, tolerance: Callable[[str], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(queries)
+    q, k, v = (mx.array(draw.standard_normal((2, heads, count, 16)), mx.float32) for heads, count in
+               ((4, queries), (2, keys), (2, keys)))  # fmt: skip
+    whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal")
+    monkeypatch.setattr(mlx_cpu, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(mlx_cpu, "FULL_BLOCK_KEYS", 16)
+    monkeypatch.setattr(mlx_cpu, "LEAST_QUERIES", 3)
+    found = mlx_cpu.causal_attention(q, k, v, 0.25)
+    np.testing.assert_allclose(np.array(found), np.array(whole), rtol=0, atol=tolerance("quantized_attention_float32"))

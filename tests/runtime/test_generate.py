@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import UsageError
+from fastvlm.models.qwen2 import Qwen2
+from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.runtime import generate
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import (
@@ -73,6 +75,26 @@ def test_prefill_in_chunks_equals_prefill_at_once(
     assert lengths == [chunk] * ((12 - 1) // chunk) + [12 - (12 - 1) // chunk * chunk]
     assert cache[0].offset == 12
     np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance("decoder_logits_float32"))
+
+
+@pytest.mark.slow
+def test_long_prompts_take_the_memory_of_short_ones() -> None:
+    """The peak is that of 1,024 tokens, but for the cache and the prompt itself. MLX counts it, so it is exact."""
+    decoder = Qwen2(RandomCheckpoint("tiny").config.decoder)
+    mx.eval(decoder.parameters())
+    short, long = (working_bytes(decoder, length) for length in (1024, 8192))
+    assert long < 1.3 * short
+
+
+def working_bytes(decoder: Qwen2, length: int) -> int:
+    """Returns the peak of a prefill without weights, prompt and cache."""
+    x = 0.05 * mx.random.normal((1, length, decoder.config.hidden_size), key=mx.random.key(0))
+    cache = decoder.make_cache(length)
+    mx.eval(x)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(prefill(decoder, x, cache))
+    return mx.get_peak_memory() - before - sum(layer.nbytes for layer in cache)
 
 
 def watched(call: Callable, lengths: list[int]) -> Callable:
