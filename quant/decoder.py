@@ -8,7 +8,7 @@ chosen by the effect of each matrix's rounding on the logits.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -35,7 +35,7 @@ from ..models.safetensors_files import Shape
 from ..models.tensor_names import APPLE_ENCODER_PREFIX, language_shapes, saved_name
 from .affine_groups import Packed, fitted
 from .decoder_scheme import MIXED_BITS, DecoderScheme
-from .gptq import Feedback, Hessian, gptq
+from .gptq import DAMPING, TABLE_DAMPING, Feedback, Hessian, gptq
 from .metrics import kl_divergence
 from .prompts import thinned
 
@@ -128,20 +128,17 @@ def _read(checkpoint: Checkpoint, name: str) -> mx.array:
 def _gptq_tensors(
     decoder: LayerwiseDecoder, names: Sequence[str], scheme: DecoderScheme, prompts: Sequence[Prompt]
 ) -> Tensors:
-    """Yields every tensor to save with calibrated matrices, in the order of `names`, which is that of the computation.
+    """Yields every tensor to save with calibrated matrices, in the order of the computation.
 
-    The groups of the embedding table, and of a tied head with it, are only fitted, since its rows are looked up.
+    A tied embedding table comes last, since its products as a head are calibrated. The groups of a table without
+    products are only fitted.
     """
+    tied = decoder.config.decoder.tie_word_embeddings
     projector = decoder.projector()
     yield from _plain("multi_modal_projector", projector, names)
-    name = f"{EMBEDDING}.weight"
-    table = decoder.read(name)
-    if scheme.applies_to(name, table.shape):
-        found = fitted(np.array(table, copy=False), scheme.affine(EMBEDDING))
-        yield from _quantized_tensors(EMBEDDING, map(mx.array, found))
-        table = dequantized(found, scheme.affine(EMBEDDING))
-    else:
-        yield name, table.astype(mx.float16)
+    table = decoder.read(f"{EMBEDDING}.weight")
+    if not tied:
+        table = yield from _table_tensors(table, scheme)
     streams = [embedded(prompt, projector, table) for prompt in prompts]
     del projector, table
     for index, block in enumerate(decoder.blocks()):
@@ -150,8 +147,18 @@ def _gptq_tensors(
         mx.eval(streams)
     norm = decoder.norm()
     yield from _plain("language_model.model.norm", norm, names)
-    if not decoder.config.decoder.tie_word_embeddings:
-        yield from _head_tensors(decoder.read(f"{HEAD}.weight"), [norm(x) for x in streams], scheme)
+    yield from _head_tensors(EMBEDDING if tied else HEAD, decoder, [norm(x) for x in streams], scheme)
+
+
+def _table_tensors(table: mx.array, scheme: DecoderScheme) -> Generator[tuple[str, mx.array], None, mx.array]:
+    """Yields the tensors of an embedding table whose rows are only looked up, and returns the saved table."""
+    name = f"{EMBEDDING}.weight"
+    if not scheme.applies_to(name, table.shape):
+        yield name, table.astype(mx.float16)
+        return table
+    found = fitted(np.array(table, copy=False), scheme.affine(EMBEDDING))
+    yield from _quantized_tensors(EMBEDDING, map(mx.array, found))
+    return dequantized(found, scheme.affine(EMBEDDING))
 
 
 def _block_tensors(
@@ -191,16 +198,20 @@ def _hessians(block: Block, scheme: DecoderScheme, streams: Sequence[mx.array]) 
     return hessians
 
 
-def _head_tensors(head: mx.array, inputs: Sequence[mx.array], scheme: DecoderScheme) -> Tensors:
-    name, columns = f"{HEAD}.weight", head.shape[1]
+def _head_tensors(layer: str, decoder: LayerwiseDecoder, inputs: Sequence[mx.array], scheme: DecoderScheme) -> Tensors:
+    """Yields the tensors of the head `layer`, which is its own or the tied embedding table."""
+    name = f"{layer}.weight"
+    head = decoder.read(name)
     if not scheme.applies_to(name, head.shape):
         yield name, head.astype(mx.float16)
         return
+    columns = head.shape[1]
     hessian = Hessian(columns, scheme.group_size)
     for x in inputs:
         hessian.add(np.array(x).reshape(-1, columns))
-    found = gptq(np.array(head, copy=False), hessian.feedback(), scheme.affine(HEAD))
-    yield from _quantized_tensors(HEAD, map(mx.array, found))
+    feedback = hessian.feedback(TABLE_DAMPING if layer == EMBEDDING else DAMPING)
+    found = gptq(np.array(head, copy=False), feedback, scheme.affine(layer))
+    yield from _quantized_tensors(layer, map(mx.array, found))
 
 
 def _plain(prefix: str, module: nn.Module, names: Sequence[str]) -> Tensors:

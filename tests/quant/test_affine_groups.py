@@ -10,7 +10,7 @@ import torch
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.quantization import Affine
-from fastvlm.quant.affine_groups import fitted, pack
+from fastvlm.quant.affine_groups import fit_groups, fitted, pack, rounded
 from fastvlm.quant.decoder import dequantized
 
 RNG = np.random.default_rng(0)
@@ -43,3 +43,17 @@ def test_equal_numbers_are_kept(value: float) -> None:
     weight = np.full((2, 64), value, np.float32)
     read = np.array(dequantized(fitted(weight, Affine(64, 4)), Affine(64, 4)))
     np.testing.assert_allclose(read, weight, rtol=2**-11, atol=2**-25)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_important_columns_have_less_error(bits: int) -> None:
+    groups = torch.from_numpy(RNG.standard_normal((200, 64), dtype=np.float32))
+    importance = torch.from_numpy(np.exp(2 * RNG.standard_normal(64)).astype(np.float32))
+
+    def error(weights: torch.Tensor | None) -> float:
+        scale, bias = fit_groups(groups, bits, weights)
+        codes = rounded(groups, scale, bias, bits)
+        return float(((codes * scale + bias - groups).square() * importance).sum())
+
+    assert error(importance) < 0.9 * error(None)
+    assert error(100 * importance) == pytest.approx(error(importance), rel=1e-3)  # only ratios count

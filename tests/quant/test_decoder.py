@@ -16,16 +16,28 @@ import torch
 from fastvlm.models._mlx import mx, nn
 from fastvlm.models.checkpoint import FolderCheckpoint
 from fastvlm.models.errors import WeightsError
+from fastvlm.models.kv_cache import KVCache
 from fastvlm.models.language import load_language
-from fastvlm.models.layerwise import LayerwiseDecoder, Prompt, checkpoint_reader, run_layerwise, saved_reader
+from fastvlm.models.layerwise import (
+    LayerwiseDecoder,
+    Prompt,
+    checkpoint_reader,
+    embedded,
+    run_layerwise,
+    saved_reader,
+)
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.tensor_names import saved_name
-from fastvlm.quant.decoder import check_language_tensors, chosen_bits, mixed_bits, saved_tensors
+from fastvlm.quant.affine_groups import Packed
+from fastvlm.quant.decoder import PARTS, check_language_tensors, chosen_bits, dequantized, mixed_bits, saved_tensors
 from fastvlm.quant.decoder_scheme import DecoderScheme, decoder_scheme
 from fastvlm.quant.metrics import compare, kl_divergence
 from fastvlm.quant.prompts import calibration_prompts, probe_prompt
 
 SCHEME = DecoderScheme("mixed", avg_bits=5.5)
+
+FEW = 10
+"""The calibration prompts of a test, of some 30."""
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
@@ -102,20 +114,21 @@ def test_unexpected_tensors_are_named(write_checkpoint: Callable[..., Path]) -> 
 def prompts(checkpoint: RandomCheckpoint) -> list[Prompt]:
     features = np.random.default_rng(0).standard_normal((1, 16, 512), dtype=np.float32)
     rows = checkpoint.tensors["model.embed_tokens.weight"].shape[0]
-    return calibration_prompts(checkpoint.tokenizer_files()["tokenizer.json"], [features], rows)
+    return calibration_prompts(checkpoint.tokenizer_files()["tokenizer.json"], [features], rows)[:FEW]
 
 
 @pytest.mark.parametrize("quantize_embeddings", [True, False])
 def test_calibrated_tensors_have_the_form_of_plain_ones(quantize_embeddings: bool) -> None:
     checkpoint = RandomCheckpoint("tiny")
     plain, calibrated = (
-        list(saved_tensors(checkpoint, DecoderScheme(5, 64, quantize_embeddings, quantizer), prompts(checkpoint)))
+        dict(saved_tensors(checkpoint, DecoderScheme(5, 64, quantize_embeddings, quantizer), prompts(checkpoint)))
         for quantizer in ("rtn", "gptq")
     )
-    assert [(name, array.shape, array.dtype) for name, array in plain] == [
-        (name, array.shape, array.dtype) for name, array in calibrated
-    ]
-    for (name, left), (_, right) in zip(plain, calibrated, strict=True):
+    assert {name: (array.shape, array.dtype) for name, array in plain.items()} == {
+        name: (array.shape, array.dtype) for name, array in calibrated.items()
+    }
+    for name, left in plain.items():
+        right = calibrated[name]
         if left.dtype == mx.float16 and not name.endswith((".scales", ".biases")):
             assert mx.array_equal(left, right), name  # nothing else is touched
 
@@ -127,6 +140,30 @@ def test_calibrated_tensors_repeat_to_the_byte() -> None:
         dict(saved_tensors(checkpoint, DecoderScheme(4, quantizer="gptq"), prompts(checkpoint))) for _ in range(2)
     )
     assert all(mx.array_equal(array, second[name]) for name, array in first.items())
+
+
+def test_tied_table_is_calibrated_as_a_head(tolerance: Callable[[str], float]) -> None:
+    """Products with hidden states keep more, and the rows that are looked up keep as much as in nearest levels."""
+    checkpoint, scheme = RandomCheckpoint("tiny"), DecoderScheme(4, quantizer="gptq")
+    table = np.array(checkpoint.read("model.embed_tokens.weight", "mlx"))
+    weights = dict(saved_tensors(checkpoint, scheme, prompts(checkpoint)))
+    layer, affine = "language_model.model.embed_tokens", scheme.affine("")
+    saved = np.array(dequantized(Packed(*(np.array(weights[f"{layer}.{part}"]) for part in PARTS)), affine))
+    nearest = np.array(mx.dequantize(*mx.quantize(mx.array(table), **affine.as_dict()), **affine.as_dict()))
+    unseen = probe_prompt(checkpoint.tokenizer_files()["tokenizer.json"], np.ones((1, 4, 512), np.float32), len(table))
+    hidden = final_states(checkpoint, unseen)
+    noises = [np.square(hidden @ (found - table).T).sum() for found in (nearest, saved)]
+    assert 10 * np.log10(noises[0] / noises[1]) > tolerance("tied_head_gain_db")
+    assert ((saved - table) ** 2).sum() < 1.05 * ((nearest - table) ** 2).sum()
+
+
+def final_states(checkpoint: RandomCheckpoint, prompt: Prompt) -> np.ndarray:
+    """Returns the normed hidden states (L, D) of the original decoder."""
+    decoder = LayerwiseDecoder(checkpoint_reader(checkpoint), checkpoint.config)
+    x = embedded(prompt, decoder.projector(), decoder.table())
+    for block in decoder.blocks():
+        x = block(x, "causal", KVCache())
+    return np.array(decoder.norm()(x)[0])
 
 
 @pytest.mark.slow
@@ -142,7 +179,7 @@ def test_calibrated_logits_are_closer_on_unseen_input(
     snr = {}
     for quantizer in ("rtn", "gptq"):
         scheme = DecoderScheme(4, 32, quantizer=quantizer)
-        weights = dict(saved_tensors(checkpoint, scheme, calibration_prompts(tokenizer, features[:1], rows)))
+        weights = dict(saved_tensors(checkpoint, scheme, calibration_prompts(tokenizer, features[:1], rows)[:FEW]))
         config = replace(checkpoint.config, quantization=scheme.quantization())
         saved = run_layerwise(LayerwiseDecoder(saved_reader(weights, config), config), asked)
         snr[quantizer] = compare(original.logits, saved.logits, "logits").snr_db

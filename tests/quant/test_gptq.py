@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from fastvlm.models.quantization import Affine
 from fastvlm.quant import gptq as module
@@ -39,6 +40,21 @@ def test_products_have_less_error_than_nearest_levels(tolerance: Callable[[str],
     nearest = np.array(dequantized(fitted(WEIGHT, AFFINE), AFFINE))
     found = np.array(dequantized(gptq(WEIGHT, hessian(400).feedback(), AFFINE), AFFINE))
     assert noise_db(found) > noise_db(nearest) + tolerance("gptq_products_gain_db")
+
+
+def test_columns_with_large_inputs_count_more_in_the_fit(tolerance: Callable[[str], float]) -> None:
+    draw = np.random.default_rng(1)
+    scales = np.exp(draw.standard_normal(128)).astype(np.float32)
+    seen, unseen = (draw.standard_normal((400, 128), dtype=np.float32) * scales for _ in range(2))
+    found = Hessian(128, 32)
+    found.add(seen)
+    feedback = found.feedback()
+    alike = feedback._replace(importance=[torch.ones(128)])
+    errors = [
+        np.square(unseen @ (np.array(dequantized(gptq(WEIGHT, factors, AFFINE), AFFINE)) - WEIGHT).T).sum()
+        for factors in (feedback, alike)
+    ]
+    assert 10 * np.log10(errors[1] / errors[0]) > tolerance("gptq_importance_gain_db")
 
 
 @pytest.mark.parametrize("rows", [1, 96])

@@ -64,7 +64,7 @@ def test_probe_keeps_all_image_tokens_and_has_no_answer() -> None:
     assert PROBE_QUESTION not in dict(CALIBRATION_TEXTS)
 
 
-@pytest.mark.parametrize(("count", "kept"), [(1, 1), (64, 64), (65, 64), (256, 64)])
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (32, 32), (33, 32), (256, 32)])
 def test_image_tokens_are_thinned_evenly(count: int, kept: int) -> None:
     ramp = np.arange(count, dtype=np.float32)[None, :, None]
     found = thinned(ramp)[0, :, 0]
