@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models.errors import MachineError
+from ..models.errors import FastVLMError, MachineError
 from . import options as given
+from .arguments import in_options
 from .progress import LoadProgress, note, one_line
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class _Lines(logging.Formatter):
     """One line per record, without control characters. The traceback of a fault in the server follows it."""
 
     def format(self, record: logging.LogRecord) -> str:
+        if isinstance(record.args, tuple):  # an error of the library names Python arguments
+            record.args = tuple(in_options(one) if isinstance(one, FastVLMError) else one for one in record.args)
         line = f"{self.formatTime(record, '%H:%M:%S')} {one_line(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

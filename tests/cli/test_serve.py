@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -17,6 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from fastvlm.cli.serve import _Lines
+from fastvlm.models.errors import MachineError
 
 pytestmark = pytest.mark.slow
 
@@ -144,3 +148,9 @@ def test_other_commands_do_not_import_the_server() -> None:
     code = "import fastvlm.cli.main, sys; print(*sorted({'starlette', 'uvicorn', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_log_names_options_on_one_line() -> None:
+    error = MachineError("it ended.\nLeave out encoder_process=True.", "encoder_process")
+    record = logging.LogRecord("fastvlm.server", logging.ERROR, "", 0, "an answer failed: %s", (error,), None)
+    assert _Lines().format(record)[8:] == " an answer failed: it ended. Leave out --encoder-process."
