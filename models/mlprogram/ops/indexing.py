@@ -91,9 +91,9 @@ def _scattered(p: Parameters, data: Tensor, places: Tensor, updates: Tensor) -> 
     elif mode in ("add", "sub"):
         flat.index_add_(0, at, new, alpha=1 if mode == "add" else -1)
     elif mode == "div":
-        flat = flat / torch.ones_like(flat).index_reduce_(0, at, new, "prod")
+        flat = flat / torch.ones_like(flat).scatter_reduce_(0, at, new, "prod")
     elif mode in ("mul", "max", "min"):
-        flat.index_reduce_(0, at, new, {"mul": "prod", "max": "amax", "min": "amin"}[mode])
+        flat.scatter_reduce_(0, at, new, {"mul": "prod", "max": "amax", "min": "amin"}[mode])
     else:
         raise ValueError(f"mode must be add, div, max, min, mul, sub or update, got {mode!r}")
     return flat.reshape(data.shape)

@@ -40,14 +40,14 @@ UNARY = {
 
 
 @pytest.mark.parametrize("kind", UNARY)
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_unary_function_agrees(agree: Agree, kind: str, data: st.DataObject) -> None:
     agree(kind, x=data.draw(floats(*UNARY[kind])))
 
 
 @pytest.mark.parametrize("kind", ["log", "rsqrt", "inverse"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_function_with_epsilon_agrees(agree: Agree, kind: str, data: st.DataObject) -> None:
     x = data.draw(floats(0.125, 8))
@@ -61,7 +61,7 @@ LOGICAL = ("logical_and", "logical_or", "logical_xor")
 
 
 @pytest.mark.parametrize("kind", [*NUMERIC, *COMPARISONS])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_binary_function_broadcasts_and_agrees(agree: Agree, kind: str, data: st.DataObject) -> None:
     shapes = data.draw(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4, min_dims=1))
@@ -71,7 +71,7 @@ def test_binary_function_broadcasts_and_agrees(agree: Agree, kind: str, data: st
     agree(kind, x=x, y=y)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_quotients_and_powers_agree(agree: Agree, data: st.DataObject) -> None:
     x, y = data.draw(floats(0.5, 4, (2, 3))), data.draw(floats(0.5, 4, (3,)))
@@ -83,7 +83,7 @@ def test_quotients_and_powers_agree(agree: Agree, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("kind", LOGICAL)
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=hnp.arrays(bool, (3, 4)), y=hnp.arrays(bool, (4,)))
 def test_logical_function_agrees(agree: Agree, kind: str, x: np.ndarray, y: np.ndarray) -> None:
     agree(kind, x=x, y=y)
@@ -95,7 +95,7 @@ WITHOUT_BETA = ("elu", "leaky_relu", "threshold", "thresholded_relu")
 
 
 @pytest.mark.parametrize("kind", [*ACTIVATIONS, "clip", "threshold", "thresholded_relu"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_activation_with_parameters_agrees(agree: Agree, kind: str, data: st.DataObject) -> None:
     alpha, beta = (np.float32(data.draw(st.floats(0, 4, width=32))) for _ in range(2))
@@ -107,7 +107,7 @@ def test_activation_with_parameters_agrees(agree: Agree, kind: str, data: st.Dat
     agree(kind, expected, x=x, **given)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=floats(shape=(2, 3, 2, 2)), alpha=floats(0.25, 2, (3,)), beta=floats(0.25, 2, (3,)))
 def test_activation_per_channel_agrees(agree: Agree, x: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> None:
     agree("prelu", x=x, alpha=alpha)
@@ -115,7 +115,7 @@ def test_activation_per_channel_agrees(agree: Agree, x: np.ndarray, alpha: np.nd
 
 
 @pytest.mark.parametrize("mode", ["EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=floats())
 def test_gelu_agrees(agree: Agree, mode: str, x: np.ndarray) -> None:
     agree("gelu", x=x, mode=mode)
@@ -127,7 +127,7 @@ def test_gelu_of_the_largest_floats_is_finite(evaluate: Any) -> None:
     np.testing.assert_allclose(found, [3e38, 1e31, 4.9999986, 0, np.inf], rtol=1e-6)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(cond=hnp.arrays(bool, (2, 3)), a=floats(shape=(2, 3)), b=floats(shape=(2, 3)))
 def test_select_and_silu_agree(agree: Agree, cond: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     agree("select", cond=cond, a=a, b=b)
@@ -139,7 +139,7 @@ UNSIGNED = {"uint8": np.uint8, "uint16": np.uint16}
 
 
 @pytest.mark.parametrize("dtype", [*TYPES, *UNSIGNED])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_cast_agrees_with_numpy(agree: Agree, dtype: str, data: st.DataObject) -> None:
     low = 0 if dtype in UNSIGNED else -100
@@ -150,7 +150,7 @@ def test_cast_agrees_with_numpy(agree: Agree, dtype: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_quantize_and_dequantize_agree(agree: Agree, dtype: str, data: st.DataObject) -> None:
     limits = np.iinfo(dtype)

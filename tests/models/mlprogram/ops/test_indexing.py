@@ -25,7 +25,7 @@ def indices(size: int, shape: Any, low: int = 0) -> st.SearchStrategy[np.ndarray
     return hnp.arrays(np.int32, shape, elements=st.integers(low, size - 1))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_gather_agrees(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=4))
@@ -34,7 +34,7 @@ def test_gather_agrees(agree: Agree, data: st.DataObject) -> None:
     agree("gather", x=numbered(shape), indices=chosen, axis=axis)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_gather_in_batches_agrees(agree: Agree, data: st.DataObject) -> None:
     axis = data.draw(st.integers(1, 2))
@@ -54,7 +54,7 @@ def test_index_outside_the_axis_is_one_error(evaluate: Callable[..., Any]) -> No
         evaluate("gather", infer=False, x=numbered((4, 2)), indices=np.array([4], np.int32), axis=0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_gather_along_axis_agrees(agree: Agree, data: st.DataObject) -> None:
     axis = data.draw(st.integers(-3, 2))
@@ -66,7 +66,7 @@ def test_gather_along_axis_agrees(agree: Agree, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_gather_nd_agrees_with_numpy(agree: Agree, count: int, data: st.DataObject) -> None:
     x, chosen = numbered((3, 4, 2)), data.draw(indices(2, (2, 5, count)))
@@ -87,7 +87,7 @@ UPDATES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("mode", UPDATES)
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_scatters_agree_with_a_loop(agree: Agree, mode: str, data: st.DataObject) -> None:
     x, combine = numbered((3, 4)) + 1, UPDATES[mode]
@@ -109,7 +109,7 @@ def test_scatters_agree_with_a_loop(agree: Agree, mode: str, data: st.DataObject
     agree("scatter_nd", places, data=x, indices=pairs, updates=updates[:, 0], mode=mode)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(chosen=indices(4, (2, 3), -1), axis=st.integers(-3, 2))
 def test_one_hot_agrees_with_numpy(agree: Agree, chosen: np.ndarray, axis: int) -> None:
     expected = np.where(chosen[..., None] == np.arange(4), np.float32(2), np.float32(-1))
@@ -117,13 +117,13 @@ def test_one_hot_agrees_with_numpy(agree: Agree, chosen: np.ndarray, axis: int) 
     agree("one_hot", np.moveaxis(expected, -1, axis), indices=chosen, one_hot_vector_size=4, axis=axis, **values)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(lower=st.integers(-1, 3), upper=st.integers(-1, 3))
 def test_band_part_agrees(agree: Agree, lower: int, upper: int) -> None:
     agree("band_part", x=numbered((2, 4, 3)) + 1, lower=lower, upper=upper)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(x=hnp.arrays(np.float32, (2, 3, 2), elements=st.integers(0, 1)))
 def test_non_zero_agrees(agree: Agree, x: np.ndarray) -> None:
     agree("non_zero", np.argwhere(x).astype(np.int32), x=x)

@@ -21,7 +21,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     batches=st.sampled_from([((), ()), ((2,), (2,)), ((2, 3), (3,)), ((1,), (4,)), ((2, 1), (2, 3))]),
     sizes=st.tuples(*[st.integers(1, 4)] * 3),
@@ -52,7 +52,7 @@ def test_einsum_agrees_with_numpy(agree: Agree, equation: str, shapes: Any) -> N
     agree("einsum", np.einsum(equation, *values), values=values, equation=equation)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(lengths=st.tuples(*[st.integers(1, 5)] * 2), mask=st.sampled_from(["none", "floats", "infinite", "bool"]))
 def test_attention_agrees(agree: Agree, lengths: tuple[int, int], mask: str) -> None:
     queries, keys = lengths

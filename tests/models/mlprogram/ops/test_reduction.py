@@ -38,39 +38,39 @@ FLOATING = {
 
 
 @pytest.mark.parametrize("kind", FLOATING)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_reduction_agrees(agree: Agree, kind: str, data: st.DataObject) -> None:
     agree(kind, **data.draw(reductions(FLOATING[kind])))
 
 
 @pytest.mark.parametrize("kind", ["reduce_max", "reduce_min", "reduce_sum", "reduce_sum_square", "reduce_prod"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=hnp.arrays(np.int32, (2, 3, 4), elements=st.integers(-4, 4)), axis=st.integers(-3, 2))
 def test_reduction_of_integers_agrees(agree: Agree, kind: str, x: np.ndarray, axis: int) -> None:
     agree(kind, x=x, axes=[axis], keep_dims=False)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=hnp.arrays(np.int32, (2, 3), elements=st.integers(-9, 9)))
 def test_mean_of_integers_is_truncated(agree: Agree, x: np.ndarray) -> None:
     agree("reduce_mean", np.trunc(x.mean(1)).astype(np.int32), x=x, axes=[1], keep_dims=False)
 
 
 @pytest.mark.parametrize("kind", ["reduce_argmax", "reduce_argmin"])
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(x=hnp.arrays(np.float32, (3, 4), elements=st.integers(0, 3)), axis=st.integers(-2, 1), keep=st.booleans())
 def test_arg_takes_the_first_of_equal_values(agree: Agree, kind: str, x: np.ndarray, axis: int, keep: bool) -> None:
     agree(kind, x=x, axis=axis, keep_dims=keep)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(x=floats((2, 3, 4)), axis=st.integers(-3, 2))
 def test_softmax_agrees(agree: Agree, x: np.ndarray, axis: int) -> None:
     agree("softmax", x=x, axis=axis)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(x=floats((2, 3, 2, 2)), gamma=floats(3), beta=floats(3), variance=floats(3, 0.5))
 def test_normalizations_agree(
     agree: Agree, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, variance: np.ndarray
@@ -95,7 +95,7 @@ def test_instance_norm_of_one_position_is_its_offset(agree: Agree) -> None:
     agree("instance_norm", beta.reshape(1, 2, 1, 1), x=x, gamma=beta, beta=beta)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(x=floats((1, 6, 2, 3)), size=st.integers(1, 5))
 def test_local_response_norm_is_torchs(agree: Agree, x: np.ndarray, size: int) -> None:
     expected = F.local_response_norm(torch.from_numpy(x), size, 0.5, 0.75, 2.0).numpy()
@@ -103,7 +103,7 @@ def test_local_response_norm_is_torchs(agree: Agree, x: np.ndarray, size: int) -
     agree("local_response_norm", expected, x=x, size=size, alpha=alpha, beta=beta, k=k)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(x=floats((2, 3, 4)), axis=st.integers(-1, 2), exclusive=st.booleans(), reverse=st.booleans())
 def test_cumsum_agrees_with_numpy(agree: Agree, x: np.ndarray, axis: int, exclusive: bool, reverse: bool) -> None:
     ordered = np.flip(x, axis) if reverse else x
@@ -111,7 +111,7 @@ def test_cumsum_agrees_with_numpy(agree: Agree, x: np.ndarray, axis: int, exclus
     agree("cumsum", np.flip(total, axis) if reverse else total, x=x, axis=axis, exclusive=exclusive, reverse=reverse)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(x=hnp.arrays(np.float32, (3, 5), unique=True, elements=st.integers(-40, 40)), data=st.data())
 def test_order_agrees(agree: Agree, x: np.ndarray, data: st.DataObject) -> None:
     axis, ascending = data.draw(st.integers(-2, 1)), data.draw(st.booleans())

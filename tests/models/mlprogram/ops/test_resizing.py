@@ -55,7 +55,7 @@ SIZE = st.integers(1, 9)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(sizes=st.tuples(SIZE, SIZE, SIZE, SIZE))
 def test_resize_samples_the_documented_grid(agree: Agree, mode: str, sizes: Any) -> None:
     high, wide, height, width = sizes
@@ -66,7 +66,7 @@ def test_resize_samples_the_documented_grid(agree: Agree, mode: str, sizes: Any)
     agree("resize", expected, x=x, interpolation_mode="LINEAR", sampling_mode=mode, **shape)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(sizes=st.tuples(SIZE, SIZE), factors=st.tuples(st.integers(1, 3), st.integers(1, 3)))
 def test_upsampling_is_torchs(agree: Agree, sizes: tuple[int, int], factors: tuple[int, int]) -> None:
     x = torch.from_numpy(normal(1, 1, 2, *sizes))
@@ -78,7 +78,7 @@ def test_upsampling_is_torchs(agree: Agree, sizes: tuple[int, int], factors: tup
         agree("upsample_bilinear", expected, x=x.numpy(), align_corners=corners, **scale)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(sizes=st.tuples(SIZE, SIZE, SIZE, SIZE))
 def test_nearest_resize_is_torchs(agree: Agree, sizes: Any) -> None:
     high, wide, height, width = sizes

@@ -26,7 +26,7 @@ def numbered(shape: Any) -> np.ndarray:
     return np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_reshape_agrees(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(SIZES)
@@ -40,7 +40,7 @@ def test_reshape_agrees(agree: Agree, data: st.DataObject) -> None:
     agree("reshape", x=numbered(shape), shape=wanted)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_axes_are_added_moved_and_removed(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(SIZES)
@@ -68,7 +68,7 @@ def test_squeeze_leaves_an_axis_of_another_size_alone(agree: Agree) -> None:
     agree("squeeze", x[0, :, 0], x=x)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_slice_by_index_agrees(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=2, max_side=5))
@@ -98,7 +98,7 @@ def test_begin_mask_takes_precedence_over_an_index(agree: Agree) -> None:
     agree("slice_by_index", x=numbered(5), begin=[3], end=[4], **masks)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_slice_by_size_agrees(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(SIZES)
@@ -118,7 +118,7 @@ def test_slice_update_agrees(agree: Agree, stride: list[int]) -> None:
     agree("slice_update", expected, "iOS18", x=numbered((4, 4)), update=update, **given_slice)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_tensors_are_joined_and_split(agree: Agree, data: st.DataObject) -> None:
     shape = data.draw(SIZES)
@@ -144,7 +144,7 @@ def test_interleaved_concat_alternates(agree: Agree) -> None:
 @pytest.mark.parametrize(
     ("mode", "numpy_mode"), [("constant", "constant"), ("reflect", "reflect"), ("replicate", "edge")]
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_pad_agrees_with_numpy(agree: Agree, mode: str, numpy_mode: str, data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=4, min_side=2, max_side=4))
@@ -156,7 +156,7 @@ def test_pad_agrees_with_numpy(agree: Agree, mode: str, numpy_mode: str, data: s
     agree("pad", expected, x=numbered(shape), pad=flat, mode=mode, constant_val=np.float32(7))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(shape=SIZES, data=st.data())
 def test_repeated_and_filled_tensors_agree(agree: Agree, shape: tuple[int, ...], data: st.DataObject) -> None:
     agree("tile", x=numbered(shape), reps=[data.draw(st.integers(1, 3)) for _ in shape])

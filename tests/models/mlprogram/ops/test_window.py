@@ -49,7 +49,7 @@ def windows(draw: st.DrawFn, dilated: bool = True) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(windows(), st.sampled_from([1, 2]), st.booleans())
 def test_conv_is_torchs_on_padded_input(agree: Agree, w: dict[str, Any], groups: int, has_bias: bool) -> None:
     x, weight = normal(1, 2, 4, *w["grid"]), normal(2, 6, 4 // groups, *w["kernel"])
@@ -78,7 +78,7 @@ def test_conv_with_an_absurd_padding_is_refused(evaluate: Callable[..., Any]) ->
         )  # fmt: skip
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(windows(), st.sampled_from([1, 2]), st.booleans())
 def test_conv_transpose_is_torchs_cut(agree: Agree, w: dict[str, Any], groups: int, has_bias: bool) -> None:
     x, weight = normal(1, 1, 4, *w["grid"]), normal(2, 4, 3, *w["kernel"])
@@ -106,7 +106,7 @@ def test_conv_transpose_with_output_padding_is_torchs(agree: Agree) -> None:
     agree("conv_transpose", even, x=x, weight=np.ones((2, 1, 2, 2), np.float32), strides=[2, 2], pad_type="same")
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(windows(dilated=False), st.booleans(), st.booleans())
 def test_pools_agree_with_torch(agree: Agree, w: dict[str, Any], ceil: bool, exclude: bool) -> None:
     axes = len(w["grid"])
@@ -125,7 +125,7 @@ def test_pools_agree_with_torch(agree: Agree, w: dict[str, Any], ceil: bool, exc
     agree("avg_pool", average.numpy(), exclude_padding_from_average=exclude, **shared)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(windows(dilated=False))
 def test_pools_with_uneven_padding_agree(agree: Agree, w: dict[str, Any]) -> None:
     axes, x = len(w["grid"]), normal(1, 1, 2, *w["grid"])
