@@ -211,3 +211,51 @@ def test_other_kinds_of_model_are_one_error(small_package: Path, edit: Callable[
     with pytest.raises(FastVLMError, match=f"must be an mlProgram, got {kind}") as caught:
         load(edit(small_package, change))
     assert "\n" not in str(caught.value)
+
+
+class DecoderStep(nn.Module):
+    """Attention of new tokens over a cache of 8, whose written part is as long as the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("keys", torch.zeros(1, 2, 8, 4))
+        self.register_buffer("values", torch.zeros(1, 2, 8, 4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        queries, keys, values = self.qkv(x).view(1, x.shape[1], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        end = mask.shape[-1]
+        begin = end - x.shape[1]
+        self.keys[:, :, begin:end] = keys
+        self.values[:, :, begin:end] = values
+        attended = nn.functional.scaled_dot_product_attention(
+            queries, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=mask
+        )
+        return self.out(attended.transpose(1, 2).reshape(1, x.shape[1], 8))
+
+
+def causal(new: int, all_: int) -> np.ndarray:
+    places = np.arange(all_ - new, all_)[:, None]
+    return np.where(np.arange(all_) > places, -np.inf, 0).astype(np.float32)[None, None]
+
+
+def test_stateful_decoder_step_agrees_with_the_whole_sequence(ct: ModuleType, convert: Convert) -> None:
+    new, whole = ct.RangeDim(1, 8, default=2), ct.RangeDim(1, 8, default=4)
+    tensors = {name: ct.TensorType(shape=(1, 2, 8, 4), dtype=np.float16) for name in ("keys", "values")}
+    path = convert(
+        DecoderStep(), (torch.rand(1, 2, 8), torch.zeros(1, 1, 2, 4)), "iOS18",
+        inputs=[ct.TensorType(name="x", shape=(1, new, 8)), ct.TensorType(name="mask", shape=(1, 1, new, whole))],
+        outputs=[ct.TensorType(name="y")],
+        states=[ct.StateType(wrapped_type=tensor, name=name) for name, tensor in tensors.items()],
+    )  # fmt: skip
+    model, x = load(path), np.random.default_rng(0).normal(size=(1, 6, 8)).astype(np.float32)
+    with torch.no_grad():
+        expected = DecoderStep()(torch.from_numpy(x), torch.from_numpy(causal(6, 6))).numpy()
+    state, found = model.make_state(), []
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        data = {"x": x[:, start:end], "mask": causal(end - start, end)}
+        found.append(model.predict(data, state)["y"])
+    np.testing.assert_allclose(np.concatenate(found, 1), expected, atol=2e-3)  # weights and states are float16
+    assert np.abs(state.read_state("keys")[:, :, :6]).min() > 0
+    assert not state.read_state("keys")[:, :, 6:].any()
