@@ -1,34 +1,63 @@
-"""`fastvlm caption`: a caption for every image of a folder."""
+"""`fastvlm caption`: captions in bulk."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..models.errors import UsageError
 from . import options as given
 from .interrupt import Interrupted
-from .progress import CountProgress, LoadProgress, note, one_line
+from .progress import LoadProgress, RateProgress, note, one_line
 
 if TYPE_CHECKING:
-    from ..runtime.captions import Captions
-    from ..runtime.fastvlm import FastVLM
+    from ..runtime.bulk.job import Job
+    from ..runtime.bulk.pipeline import Captioner
 
 
 def caption_command(
-    images: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images, with its subfolders.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Folders, images, quoted patterns, zip or tar archives, parquet files, or folders of `datasets`.",
+        ),
+    ] = None,
     model: Annotated[
         Path, typer.Option("--model", "-m", metavar="FOLDER", help="An exported model folder, or its hub id.")
-    ],
+    ] = ...,  # type: ignore[assignment]
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="FILE", help="Write JSON lines to FILE. If it exists, the run is resumed."),
-    ],
+        typer.Option("--out", "-o", metavar="OUT", help="Write captions to OUT. If it exists, the run is resumed."),
+    ] = ...,  # type: ignore[assignment]
+    output_format: Annotated[
+        Literal["jsonl", "csv", "parquet", "txt", "xmp", "webdataset"] | None,
+        typer.Option("--format", help="Choose the format of OUT.", show_default="by its suffix"),
+    ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this about each image. `-` reads stdin.")
-    ] = given.DESCRIBE,
+        list[str],
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Ask this about each image. Repeat for several. `-` reads stdin."
+        ),
+    ] = [given.DESCRIBE],  # noqa: B006
+    listed: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Caption the paths in FILE, one a line. `-` reads stdin."),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="K/N", help="Caption the Kth of N parts, for N machines. Keys alone decide.")
+    ] = "1/1",
+    column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Take images from this column of a table.", show_default="found by type"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Decode images in N threads.", show_default="cores minus one, at most 4"),
+    ] = None,
     system: given.System = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Decode N answers at a time.")] = 8,
     max_tokens: given.MaxTokens = 256,
@@ -55,11 +84,15 @@ def caption_command(
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
 ) -> None:
-    """Caption every image of a folder into a JSON Lines file. Exits with 1 if an image has no caption."""
-    from ..runtime.captions import CaptionFile, Captions, run_digest
+    """Caption images in bulk, resumably. Exits with 1 if an image has no caption."""
+    from ..runtime.bulk.job import Job
+    from ..runtime.bulk.log import run_digest
+    from ..runtime.bulk.outputs import output_for
+    from ..runtime.bulk.pipeline import Captioner
+    from ..runtime.bulk.sources import Source
     from ..runtime.fastvlm import load
     from ..runtime.request import prepare
-    from .outputs import check_outputs
+    from .outputs import check_places
 
     options: dict[str, Any] = {
         "system": system,
@@ -77,12 +110,15 @@ def caption_command(
         **given.beams(num_beams, length_penalty, early_stopping),
         **given.structure(json_schema, choice, regex, grammar),
     }
-    question = given.text_from(sys.stdin) if prompt == "-" else prompt
-    prepare(None, question, **options)  # wrong options are reported before anything is written
-    check_outputs(out)
-    with CaptionFile(out, run_digest(model, question, options)) as file:
-        captions = Captions(images, question, file, options)
-        if captions.waiting:
+    if "-" in prompt and str(listed) == "-":
+        raise UsageError("--prompt and --from cannot both read stdin. Write one of them to a file.")
+    questions = [given.text_from(sys.stdin) if text == "-" else text for text in prompt]
+    for question in questions:
+        prepare(None, question, **options)  # wrong options are reported before anything is written
+    source = Source(images or (), listed, parts_of(shard), column)
+    check_places(out)
+    with Job(source, output_for(out, output_format), run_digest(model, questions, options)) as job:
+        if not job.is_complete:
             with LoadProgress() as progress:
                 vlm = load(
                     model,
@@ -93,30 +129,40 @@ def caption_command(
                     encoder_process=encoder_process,
                     on_wait=progress,
                 )
-            write(captions, vlm, batch_size)
+            captioner = Captioner(vlm, questions, options, batch_size=batch_size, workers=workers)
+            write(job, captioner, source.count())
             for text in vlm.notes:
                 note(text)
-        there = captions.total - len(captions.waiting)
-        known = f", {there:,} of them from an earlier run" if there else ""
-        sys.stderr.write(f"{captions.total:,} images in {out}{known}\n")
-        if captions.failures:
+        job.end()
+        known = f", {job.known:,} of them from an earlier run" if job.known else ""
+        sys.stderr.write(f"{job.seen:,} images in {out}{known}\n")
+        if job.failures:
             note(
-                f"{captions.failures:,} of {captions.total:,} images have no caption, and their lines an error. "
+                f"{job.failures:,} of {job.seen:,} images have no caption, and their lines in {job.log.path} an error. "
                 "Remove those lines to try them again"
             )
             raise typer.Exit(1)
 
 
-def write(captions: Captions, vlm: FastVLM, batch_size: int) -> None:
-    """Writes the missing lines. After a Ctrl-C it says how to resume."""
+def parts_of(shard: str) -> tuple[int, int]:
+    """Returns K and N of `K/N`. Raises UsageError for another form."""
+    part, _, parts = shard.partition("/")
+    if not (part.isascii() and part.isdigit() and parts.isascii() and parts.isdigit()):
+        raise UsageError(f"--shard must have the form K/N, such as 2/5 (got {shard!r:.40}).")
+    return int(part), int(parts)
+
+
+def write(job: Job, captioner: Captioner, count: int | None) -> None:
+    """Writes the missing captions. After a Ctrl-C it says how to resume."""
     written = 0
+    waiting = None if count is None else max(1, count - job.written)
     try:
-        with CountProgress(len(captions.waiting), "images") as progress:
-            for captioned in captions.write(vlm, batch_size):
+        with RateProgress(waiting, "images") as progress:
+            for captioned in job.captions(captioner):
                 written += 1
                 if captioned.error:
-                    progress.say(f"  {one_line(captioned.file)}: {one_line(captioned.error)}")
-                progress.advance(f"{captions.failures:,} failed" if captions.failures else "")
+                    progress.say(f"  {one_line(captioned.key)}: {one_line(captioned.error)}")
+                progress.advance(f"{job.failures:,} failed" if job.failures else "")
     except Interrupted:
-        note(f"{written:,} of {len(captions.waiting):,} images done. The same command resumes from there")
+        note(f"{written:,} images done in this run. The same command resumes from there")
         raise

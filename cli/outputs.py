@@ -28,11 +28,19 @@ def check_outputs(*paths: Path | None) -> None:
             continue
         if path == Path("-"):
             raise UsageError("- is not a file. To print to stdout, use as_json=True", "as_json")
-        if path.is_dir() or not path.absolute().parent.is_dir():
+        if path.is_dir():
             raise UsageError(f"{path} cannot be written: it is a folder, or its folder does not exist")
-        for folder in path.resolve().parents:
+        check_places(path)
+
+
+def check_places(*paths: Path) -> None:
+    """Raises UsageError unless every file or folder is in a folder that exists, and outside of model folders."""
+    for path in paths:
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+        for folder in (path.resolve(), *path.resolve().parents):
             if (folder / MANIFEST_NAME).is_file():
-                raise UsageError(f"{path} is in the model folder {folder}. Choose a file outside of it")
+                raise UsageError(f"{path} is in the model folder {folder}. Choose a place outside of it")
 
 
 def check_reports(*paths: Path | None) -> None:

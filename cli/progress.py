@@ -127,6 +127,43 @@ class CountProgress:
             self._bar.stop()
 
 
+class RateProgress(CountProgress):
+    """Counts with the rate and the time left. Elsewhere than on a terminal it prints a line per 10 s.
+
+    `total` may be None if it is not known, or an estimate.
+    """
+
+    def __init__(self, total: int | None, what: str) -> None:
+        super().__init__(total or 0, what)
+        if self._bar and self._task is not None and total is None:
+            self._bar.update(self._task, total=None)
+        self._known_total, self._next = total, 0.0
+
+    def advance(self, remark: str = "") -> None:
+        """Counts one more. `remark` describes all so far."""
+        self._count += 1
+        seconds = time.perf_counter() - self._begin
+        rate = self._count / max(seconds, 1e-9)
+        texts = [text for text in (remark, f"{rate:,.2f} {self._what}/s") if text]
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=1, remark=", ".join(texts))
+        elif seconds >= self._next:
+            self._next = seconds + WAIT_SECONDS
+            total = self._known_total
+            if total is not None and total > self._count:
+                texts.append(f"{duration((total - self._count) / rate)} left")
+            of = "" if total is None else f" of {max(total, self._count):,}"
+            self.say(f"  {self._count:,}{of} {self._what}, {', '.join(texts)}")
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as `1 h 02 min`, `3 min` or `4 s`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class QuestionProgress(CountProgress):
     """Counts questions, and shows the share of right answers."""
 

@@ -20,6 +20,11 @@ from .sampling import id_on_host, ids_on_host, pick
 BATCH_SIZE = 8
 """Answers decoded at a time. A step of eight takes little longer than a step of one."""
 
+MAX_DONE = 16
+"""Outcomes that wait for an earlier answer, per place of the batch, before no further request is taken."""
+
+Asked = Request | PreparedRequest
+
 Outcome = Generation | FastVLMError
 
 
@@ -215,11 +220,11 @@ class BatchDecoder:
 class Upcoming:
     """The next requests in order. An encoder process encodes the images of the first few ahead."""
 
-    def __init__(self, engine: Engine, requests: Iterable[Request | FastVLMError]) -> None:
+    def __init__(self, engine: Engine, requests: Iterable[Asked | Outcome]) -> None:
         self._engine = engine
         self._waiting = enumerate(requests)
         self._more = True
-        self._taken: deque[tuple[int, Request | PreparedRequest | FastVLMError]] = deque()
+        self._taken: deque[tuple[int, Asked | Outcome]] = deque()
 
     @property
     def is_empty(self) -> bool:
@@ -232,7 +237,7 @@ class Upcoming:
         request = self._taken[0][1]
         return not isinstance(request, PreparedRequest) or request.is_encoded
 
-    def take(self) -> tuple[int, Request | PreparedRequest | FastVLMError]:
+    def take(self) -> tuple[int, Asked | Outcome]:
         """Returns the next request and its number."""
         return self._taken.popleft()
 
@@ -251,7 +256,7 @@ class Upcoming:
         for place, (number, request) in enumerate(self._taken):
             if place >= self._engine.encode_ahead_limit:
                 break
-            if not isinstance(request, FastVLMError):
+            if isinstance(request, Request | PreparedRequest):
                 try:
                     self._taken[place] = number, self._engine.encode_ahead(request)
                 except FastVLMError as reason:
@@ -269,16 +274,16 @@ class Batch:
         self._numbers: dict[Row, int] = {}
         self._done: dict[int, Outcome] = {}
 
-    def outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
+    def outcomes(self, requests: Iterable[Asked | Outcome]) -> Iterator[Outcome]:
         """Yields the answer to each request, or the error that prevented it, in the order of the requests.
 
-        An error among the requests passes through. Requests are taken one by one, when the batch has room, and two more
-        if the encoder has a process of its own.
+        An answer or error among the requests passes through. Requests are taken one by one, when the batch has room,
+        and two more if the encoder has a process of its own.
         """
         with self._engine.memory.in_use():
             yield from self._outcomes(requests)
 
-    def _outcomes(self, requests: Iterable[Request | FastVLMError]) -> Iterator[Outcome]:
+    def _outcomes(self, requests: Iterable[Asked | Outcome]) -> Iterator[Outcome]:
         upcoming = Upcoming(self._engine, requests)
         number = 0
         while True:
@@ -294,7 +299,7 @@ class Batch:
 
     def _begin_ready(self, upcoming: Upcoming) -> None:
         """Starts answers while there is room. It waits for an image only if no other answer can continue."""
-        while len(self._decoder.rows) < self._size:
+        while len(self._decoder.rows) < self._size and len(self._done) < MAX_DONE * self._size:
             upcoming.fill(1)
             upcoming.look_ahead()  # in their order, so that the first image is the first to be encoded
             if upcoming.is_empty or (self._decoder.rows and not upcoming.is_ready):
@@ -304,9 +309,9 @@ class Batch:
             self._begin(number, request)
         upcoming.look_ahead()
 
-    def _begin(self, number: int, request: Request | PreparedRequest | FastVLMError) -> None:
+    def _begin(self, number: int, request: Asked | Outcome) -> None:
         """Computes the prompt and the first token of an answer."""
-        if isinstance(request, FastVLMError):
+        if isinstance(request, Generation | FastVLMError):
             self._done[number] = request
             return
         asked = request.request if isinstance(request, PreparedRequest) else request

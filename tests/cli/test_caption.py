@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -37,6 +38,26 @@ def test_folder_is_captioned_and_resumed(fastvlm: Callable, model: Path, tmp_pat
     other = caption("--seed", 3)
     assert (other.returncode, other.stdout) == (1, "")
     assert "another model, prompt or options" in other.stderr
+
+
+def test_patterns_shards_and_prompts_fill_a_table(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(SAMPLES.glob("*.png"))))
+    given = ("--model", model, "-p", "What?", "-p", "Which color?", "--max-tokens", 2, "--ignore-eos")
+    rows = []
+    for source, shard in (
+        ((f"{SAMPLES}/*.png",), "1/2"),
+        ((f"{SAMPLES}/*.png",), "2/2"),
+        (("--from", "list.txt"), "1/1"),
+    ):
+        out = tmp_path / f"{shard[0]}{len(source)}.csv"
+        done = fastvlm("caption", *source, *given, "-o", out, "--shard", shard, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows.append(list(csv.DictReader(out.open())))
+    assert sorted(row["file"] for row in rows[0] + rows[1]) == ["number.png", "shapes.png", "word.png"]
+    assert [row["tokens_2"] for row in rows[2]] == ["2", "2", "2"]
+    wrong = fastvlm("caption", SAMPLES, *given, "-o", "c.csv", "--shard", "3/2", cwd=tmp_path)
+    assert "--shard must be K/N with K from 1 to N (got 3/2)" in wrong.stderr
+    assert not (tmp_path / "c.csv.jsonl").exists()
 
 
 def test_model_and_out_are_required(fastvlm: Callable, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def make_questions(folder: Path) -> None:
 
 def make_reports(model: Path, extra: Path, bench: Path | None) -> None:
     """Writes the files of `bench --report`, `eval --report` and `caption`."""
-    from fastvlm.runtime.captions import CaptionFile
+    from fastvlm.runtime.bulk.log import CaptionLog
 
     evaluate = ("eval", model, "--data", extra / "questions/mine.json", "--report", extra / "eval.json")
     measure = ("bench", model, "--runs", "2", "--max-tokens", "2", "--report", extra / "bench.json")
@@ -90,6 +90,6 @@ def make_reports(model: Path, extra: Path, bench: Path | None) -> None:
         (extra / "bench.json").write_bytes(bench.read_bytes())
     for command in (evaluate, *(() if bench else (measure,))):
         subprocess.run([sys.executable, "-m", "fastvlm.cli.main", *map(str, command)], capture_output=True, check=True)
-    with CaptionFile(extra / "captions.jsonl", "run") as file:
+    with CaptionLog(extra / "captions.jsonl", "run") as file:
         for n in range(5):
             file.add(f"{n}.png", {"text": f"thing {n}", "tokens": 3} if n else {"error": "no image"})

@@ -188,9 +188,9 @@ def read_questions(folder: Path) -> None:
 
 
 def read_captions(folder: Path) -> None:
-    from fastvlm.runtime.captions import CaptionFile
+    from fastvlm.runtime.bulk.log import CaptionLog
 
-    with CaptionFile(folder / "captions.jsonl", "run") as file:
+    with CaptionLog(folder / "captions.jsonl", "run") as file:
         file.add("next.png", {"text": "x"})
 
 

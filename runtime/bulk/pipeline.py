@@ -1,0 +1,223 @@
+"""From images to rows: they are read, decoded and scaled in threads, a few ahead of the batch that answers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ...models.errors import FastVLMError, ImageError, PackageError, UsageError
+from ...models.images import Fit, preprocess
+from ..batch import BATCH_SIZE, Batch
+from ..engine import PreparedRequest
+from ..generate import Generation
+from ..prompt_cache import ImageItem
+from ..request import Request, opened, prepare
+from ..timings import LapClock
+from .sources import Item
+
+if TYPE_CHECKING:
+    from ..fastvlm import FastVLM
+
+MAX_REMEMBERED = 2048
+"""The images whose answers are remembered for duplicates. One takes a few kilobytes."""
+
+AHEAD_PER_WORKER = 2
+"""The images per thread that are prepared ahead. One takes up to 3 MB, once it is scaled to 1024 px."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The outcome of one image."""
+
+    key: str
+    image: Path | bytes | None
+    """The file, or the bytes of the image. None if it could not be loaded."""
+    answers: tuple[Generation, ...] = ()
+    """One answer per prompt. Empty if there is an error."""
+    error: str | None = None
+    repeated: bool = False
+    """True if the answers are those of an earlier image with the same bytes."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The content of the row as plain values. Several prompts have a list, in their order."""
+        if self.error is not None:
+            return {"error": self.error}
+        answers = [entry_of(answer, timed=not self.repeated) for answer in self.answers]
+        return answers[0] if len(answers) == 1 else {"answers": answers}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An image that is ready for its prompts, or the reason why it is not."""
+
+    key: str
+    image: Path | bytes | None
+    digest: bytes = b""
+    outcomes: tuple[PreparedRequest | Generation | FastVLMError, ...] = ()
+
+
+class Captioner:
+    """Answers prompts about a stream of images. It holds no more of them than are in work.
+
+    Images with the same bytes as one of the last MAX_REMEMBERED get its answers, unless answers are sampled without a
+    seed. The encoder then still sees them once, while its features are cached.
+
+    Arguments: `options` are those of `prepare`. `workers` threads decode images (default: one less than the cores, from
+    1 to 4). The batch has `batch_size` answers.
+
+    Raises:
+        UsageError: an option is out of range, or `prompts` is empty.
+        PromptError: a prompt is not valid Unicode.
+    """
+
+    def __init__(
+        self,
+        model: FastVLM,
+        prompts: str | Sequence[str],
+        options: Mapping[str, Any] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
+    ) -> None:
+        self._engine = model.engine
+        self._prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not self._prompts:
+            raise UsageError("prompts must have at least one prompt", "prompts")
+        self._options = dict(options or {})
+        self._asked = [with_image(prepare(None, prompt, **self._options)) for prompt in self._prompts]
+        sampling = self._asked[0].options.sampling
+        self._remembers = sampling.temperature == 0 or sampling.seed is not None
+        self._known: OrderedDict[bytes, tuple[Generation, ...]] = OrderedDict()
+        self._batch_size = batch_size
+        self._workers = workers or max(1, min(4, (os.cpu_count() or 2) - 1))
+
+    def rows(self, items: Iterable[Item]) -> Iterator[Row]:
+        """Yields a row for each image, in their order.
+
+        An image that cannot be opened or encoded gets a row with an error. Raises FastVLMError for anything else.
+        """
+        entries: deque[Loaded] = deque()
+        outcomes: list[Generation | FastVLMError] = []
+        with ThreadPoolExecutor(self._workers, "fastvlm-images") as pool:
+            requests = self._requests(iter(items), pool, entries)
+            try:
+                for outcome in Batch(self._engine, self._batch_size).outcomes(requests):
+                    outcomes.append(outcome)
+                    if len(outcomes) == len(self._prompts):
+                        yield self._row(entries.popleft(), outcomes)
+                        outcomes = []
+            finally:
+                requests.close()
+
+    def _requests(
+        self, items: Iterator[Item], pool: ThreadPoolExecutor, entries: deque[Loaded]
+    ) -> Generator[PreparedRequest | Generation | FastVLMError, None, None]:
+        """Yields a request per image and prompt, and notes their images in `entries`."""
+        ahead: deque[Future[Loaded]] = deque()
+        more = True
+        try:
+            while more or ahead:
+                while more and len(ahead) < AHEAD_PER_WORKER * self._workers:
+                    item = next(items, None)
+                    more = item is not None
+                    if item is not None:
+                        ahead.append(pool.submit(self._prepared, *loaded(item)))
+                if ahead:
+                    image = ahead.popleft().result()
+                    entries.append(image)
+                    yield from image.outcomes
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def _prepared(self, key: str, image: Path | bytes | ImageError) -> Loaded:
+        """Reads, decodes and scales an image. Runs in a thread."""
+        count = len(self._prompts)
+        if isinstance(image, ImageError):
+            return Loaded(key, None, outcomes=(image,) * count)
+        digest = b""
+        try:
+            digest = bytes_digest(image) if self._remembers else b""
+            if digest and (known := self._known.get(digest)) is not None:
+                return Loaded(key, image, digest, known)
+            return Loaded(key, image, digest, tuple(self._each(image)))
+        except ImageError as reason:
+            named = reason if isinstance(image, Path) else ImageError(str(reason).replace("the image", key, 1))
+            return Loaded(key, image, digest, (named,) * count)
+
+    def _each(self, image: Path | bytes) -> Iterator[PreparedRequest]:
+        """Yields the requests of an image, which is scaled once and not kept in its full size."""
+        clock = LapClock()
+        (decoded,) = opened(image, self._options.get("background", "white"))
+        open_ms = clock.lap_ms()
+        size, fit = self._engine.encoder.image_size, self._asked[0].fit or self._engine.config.image_aspect_ratio
+        pixels = ImageItem(preprocess(decoded, size, cast("Fit", fit)))
+        scale_ms = clock.lap_ms()
+        for asked in self._asked:
+            ready = self._engine.prepare(replace(asked, image_open_ms=open_ms), [pixels])
+            yield replace(ready, preprocess_ms=ready.preprocess_ms + scale_ms)
+
+    def _row(self, image: Loaded, outcomes: Sequence[Generation | FastVLMError]) -> Row:
+        """Returns the row of an image whose prompts are answered. Raises an error that is not about the image."""
+        for outcome in outcomes:
+            if isinstance(outcome, ImageError | PackageError):
+                return Row(image.key, image.image, error=str(outcome))
+            if isinstance(outcome, FastVLMError):
+                raise outcome
+        answers = tuple(outcome for outcome in outcomes if isinstance(outcome, Generation))
+        if image.digest:
+            self._known[image.digest] = answers
+            if len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+        repeated = bool(image.outcomes) and isinstance(image.outcomes[0], Generation)
+        return Row(image.key, image.image, answers, repeated=repeated)
+
+
+def with_image(request: Request) -> Request:
+    """Returns a request without images with a place for one before its question, or at the mark in it."""
+    messages = (replace(message, image_count=int(message.role == "user")) for message in request.messages)
+    return replace(request, messages=tuple(messages))
+
+
+def loaded(item: Item) -> tuple[str, Path | bytes | ImageError]:
+    """Returns the key of an item, and its image or the error of loading it."""
+    try:
+        return item.key, item.load()
+    except ImageError as reason:
+        return item.key, reason
+
+
+def bytes_digest(image: Path | bytes) -> bytes:
+    """Returns a digest of an image's bytes, or an empty one if it is not a readable file."""
+    if isinstance(image, bytes):
+        return hashlib.blake2b(image, digest_size=16).digest()
+    try:
+        if not image.is_file():
+            return b""
+        with image.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    except OSError:
+        return b""
+
+
+def entry_of(answer: Generation, timed: bool = True) -> dict[str, Any]:
+    """Returns an answer as plain values. An answer of several fields has them under `answer`."""
+    entry: dict[str, Any] = {
+        "text": answer.text,
+        "tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }
+    try:
+        content = answer.parsed
+    except UsageError as reason:  # the validators of a Pydantic model refuse it
+        content, entry["answer_error"] = None, str(reason)
+    if content is not None:
+        entry["answer"] = content.model_dump(mode="json") if hasattr(content, "model_dump") else content
+    return {**entry, "timings": answer.timings.as_dict()} if timed else entry
