@@ -54,6 +54,7 @@ docs: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak/soak_parsers.py --minutes $(MINUTES) --cases 6000
 	$(BIN)/python tests/soak/soak_kills.py --minutes $(MINUTES) --kills 100
+	$(BIN)/python tests/soak/soak_captions.py --kills 50
 	$(BIN)/python tests/soak/soak_answers.py --minutes $(MINUTES) --answers 500
 	$(BIN)/python tests/soak/soak_server.py --requests 10000
 	$(BIN)/python tests/soak/fuzz_server.py --calls 6500

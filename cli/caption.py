@@ -23,7 +23,7 @@ def caption_command(
         list[str] | None,
         typer.Argument(
             metavar="IMAGES...",
-            help="Folders, images, quoted patterns, zip or tar archives, parquet files, or folders of `datasets`.",
+            help="Caption these folders, images, quoted patterns, archives, parquet files or folders of `datasets`.",
         ),
     ] = None,
     model: Annotated[

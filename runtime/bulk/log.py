@@ -89,6 +89,7 @@ class CaptionLog:
         done: the keys that have a line.
         failures: the number of lines with an error.
         last: the content of the last line, or None.
+        keep_empty: True if a new file stays, because other files depend on it.
 
     Raises:
         OutputError: the file cannot be written, or another process writes it.
@@ -100,6 +101,7 @@ class CaptionLog:
         self.done = KeySet()
         self.failures = 0
         self.last: dict[str, Any] | None = None
+        self.keep_empty = False
         self._run = run
         self._locked = False
         try:
@@ -197,7 +199,7 @@ class CaptionLog:
 
     def _close(self) -> None:
         with self._file:  # only the process that has the lock may delete the file
-            empty = os.fstat(self._file.fileno()).st_size == 0
+            empty = os.fstat(self._file.fileno()).st_size == 0 and not self.keep_empty
             if self._made and self._locked and empty and self._is_in_place():
                 self.path.unlink(missing_ok=True)
 

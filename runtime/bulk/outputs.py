@@ -189,6 +189,7 @@ class Shards(Output):
         self._shard, self._end, self._samples = 0, 0, 0
 
     def begin(self, log: CaptionLog) -> None:
+        log.keep_empty = True  # a shard may have its first sample before the log has a line
         at = (log.last or {}).get("shard")
         if at is None:
             return

@@ -137,7 +137,7 @@ def test_default_is_shown_once_after_the_text() -> None:
 
 @pytest.mark.parametrize(
     ("command", "required"), [("generate", ("FOLDER", "--prompt")), ("bundle", ("FOLDER", "--for")),
-                              ("caption", ("IMAGES", "--model", "--out")), ("verify", ("FOLDER",))],
+                              ("caption", ("--model", "--out")), ("verify", ("FOLDER",))],
 )  # fmt: skip
 def test_required_parameters_are_marked(command: str, required: tuple[str, ...]) -> None:
     for name in required:

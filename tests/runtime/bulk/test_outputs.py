@@ -17,6 +17,7 @@ import pytest
 from fastvlm.models.errors import OutputError, UsageError
 from fastvlm.runtime.bulk import outputs
 from fastvlm.runtime.bulk.job import Job
+from fastvlm.runtime.bulk.log import CaptionLog
 from fastvlm.runtime.bulk.outputs import format_of, output_for, sample
 from fastvlm.tests.runtime.bulk.conftest import BROKEN, NAMES
 
@@ -160,6 +161,20 @@ def test_shard_without_a_log_is_not_touched(digest: Callable[..., Job], tmp_path
         with pytest.raises(UsageError, match=r"without (its|their) log"):
             digest(out, kind)
     assert (tmp_path / "out.tar").read_bytes() == (tmp_path / "out.csv").read_bytes() == b"mine"
+
+
+def test_first_sample_without_a_line_is_overwritten(
+    digest: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(log: CaptionLog, key: str, entry: object) -> None:
+        raise OutputError("the disk is full")
+
+    for out, kind in (("out.tar", None), ("shards", "webdataset")):
+        with monkeypatch.context() as patched, pytest.raises(OutputError, match="full"):
+            patched.setattr(CaptionLog, "add", full)
+            digest(out, kind)
+        digest(out, kind)
+        assert list(digests_in(tmp_path / out, kind or "tar")) == GOOD
 
 
 def test_archive_is_whole_after_every_sample(digest: Callable[..., Job], tmp_path: Path) -> None:
