@@ -34,6 +34,10 @@ STREAM_LIMIT = 65504 / 4
 """The most that a residual stream reaches on calibration images: a quarter of float16's largest number, because other
 images reach more."""
 
+NOISE_LIMIT = 65504 / 1.5
+"""The most that a residual stream reaches on standard-normal noise. It is more than the limit for images, because a
+smaller scale than images need would round the smallest channels to subnormal numbers."""
+
 GELU_BOUND = 8.0
 """The magnitude from which GELU equals ReLU in float16: it differs by less than 1e-14."""
 
@@ -273,9 +277,14 @@ def stream_writers(part: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
             yield from (block.mix_tokens, block.feed_forward)
 
 
-def stream_scales(maxima: Iterable[float]) -> list[float]:
-    """Returns for each stage the power of two, at most 1, that keeps its stream under `STREAM_LIMIT`."""
-    return [min(1.0, 2.0 ** math.floor(math.log2(STREAM_LIMIT / value))) if value else 1.0 for value in maxima]
+def stream_scales(maxima: Sequence[float], on_noise: Sequence[float] | None = None) -> list[float]:
+    """Returns for each stage the power of two, at most 1, that keeps its stream under `STREAM_LIMIT`.
+
+    `on_noise` are the maxima on noise, which the scales keep under `NOISE_LIMIT`.
+    """
+    pairs = zip(maxima, on_noise or [0.0] * len(maxima), strict=True)
+    needed = [max(value / STREAM_LIMIT, noise / NOISE_LIMIT) for value, noise in pairs]
+    return [min(1.0, 2.0 ** math.floor(-math.log2(value))) if value else 1.0 for value in needed]
 
 
 def scaled_outputs(weight: Tensor, bias: Tensor, scale: Tensor) -> nn.Conv2d:

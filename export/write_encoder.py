@@ -118,8 +118,9 @@ def write_encoder(
     reference = encoder_reference(encoder, images)
     on_stage("calibrate")
     with torch.inference_mode():
-        measured_on = calibration.with_noise(CALIBRATION_NOISE_SEED)
-        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, measured_on)))
+        noise = calibration.with_noise(CALIBRATION_NOISE_SEED)[-1:]
+        maxima = [stream_maxima(encoder, map(torch.from_numpy, images)) for images in (calibration, noise)]
+        scales = stream_scales(*maxima)
     network = rewritten(encoder, checkpoint, recipe.image_size, recipe.interface, scales)
     calibration_features = reference_features(encoder, calibration) if recipe.decoder.needs_calibration else []
     del encoder

@@ -139,7 +139,8 @@ def published() -> dict[str, Any]:
     encoder = FastViT.from_checkpoint(RandomCheckpoint("small-0.5b"))
     images = verification_images(128)
     with torch.inference_mode():
-        scales = stream_scales(stream_maxima(encoder, map(torch.from_numpy, images)))
+        pictures, noise = map(torch.from_numpy, images[:-1]), [torch.from_numpy(images[-1])]
+        scales = stream_scales(stream_maxima(encoder, pictures), stream_maxima(encoder, noise))
     return {"reference": encoder_reference(encoder, images), "images": images, "scales": scales}
 
 
@@ -186,7 +187,7 @@ def test_right_export_of_published_ranges_is_accepted(published: dict[str, Any],
     assert list(found.kinds) == list(found.load) == ["drawings", "photographs", "noise"]
     assert found.kinds["noise"].snr_db > 45
     assert list(found.load["noise"]) == ["stem", *(f"stage {index}" for index in range(5)), "head"]
-    assert 0.05 < found.load["noise"]["stage 4"] < 0.5
+    assert 0.05 < found.load["noise"]["stage 4"] < 0.7
     assert found.load["photographs"]["stage 4"] < found.load["noise"]["stage 4"]
     assert found.notes == ()
 
