@@ -142,10 +142,10 @@ UNSIGNED = {"uint8": np.uint8, "uint16": np.uint16}
 @settings(max_examples=5)
 @given(data=st.data())
 def test_cast_agrees_with_numpy(agree: Agree, dtype: str, data: st.DataObject) -> None:
-    low = 0 if dtype in UNSIGNED else -100
-    x = data.draw(floats(low, 100))
+    low, high = {"uint16": (0, 60_000), "uint8": (0, 100), "int8": (-100, 100)}.get(dtype, (-30_000, 30_000))
+    x = data.draw(floats(low, high))
     agree("cast", x.astype({**TYPES, **UNSIGNED}[dtype]), x=x, dtype=dtype)
-    i = data.draw(integers(low, 100))
+    i = data.draw(integers(low, high))
     agree("cast", i.astype({**TYPES, **UNSIGNED}[dtype]), x=i, dtype=dtype)
 
 

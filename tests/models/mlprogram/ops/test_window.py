@@ -125,6 +125,14 @@ def test_pools_agree_with_torch(agree: Agree, w: dict[str, Any], ceil: bool, exc
     agree("avg_pool", average.numpy(), exclude_padding_from_average=exclude, **shared)
 
 
+def test_pool_that_rounds_up_drops_windows_in_the_padding(agree: Agree) -> None:
+    x = torch.from_numpy(normal(1, 1, 2, 5, 6))
+    for kernel in ([2, 2], [2, 3], [3, 2]):
+        given = {"kernel_sizes": kernel, "strides": [2, 2], "pad_type": "custom", "pad": [1] * 4, "ceil_mode": True}
+        agree("max_pool", F.max_pool2d(x, kernel, 2, 1, ceil_mode=True).numpy(), x=x.numpy(), **given)
+        agree("avg_pool", F.avg_pool2d(x, kernel, 2, 1, ceil_mode=True).numpy(), x=x.numpy(), **given)
+
+
 @settings(max_examples=10)
 @given(windows(dilated=False))
 def test_pools_with_uneven_padding_agree(agree: Agree, w: dict[str, Any]) -> None:
