@@ -121,6 +121,14 @@ def export_command(
         bool,
         typer.Option("--no-quantize-embeddings", help="Keep the embedding table in float16.", rich_help_panel=DECODER),
     ] = False,
+    attention_tiles: Annotated[
+        Literal["1", "2", "4"] | None,
+        typer.Option(
+            help="Compute the queries of large attention maps in parts, with equal results.",
+            show_default="1",
+            rich_help_panel=PACKAGE,
+        ),
+    ] = None,
     io: Annotated[
         Literal["float32", "float16", "image"] | None,
         typer.Option(
@@ -193,7 +201,12 @@ def export_command(
         from ..export.exporter import export_checkpoint
         from ..export.options import ExportOptions
 
-        chosen = {"group_size": given.as_int(group_size), "quantize_embeddings": quantize, "on_stage": progress}
+        chosen = {
+            "attention_tiles": given.as_int(attention_tiles),
+            "group_size": given.as_int(group_size),
+            "quantize_embeddings": quantize,
+            "on_stage": progress,
+        }
         result = export_checkpoint(model, out, ExportOptions.chosen({**arguments, **chosen}))
     for text in result.notes:
         note(text)

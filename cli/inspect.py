@@ -66,6 +66,8 @@ def lines(report: PackageReport) -> Iterator[str]:
     for finding in report.findings:
         yield f"{finding.severity:11}{finding.rule}: {finding.count} x, for example {finding.example}"
         yield f"{'':11}{finding.reason}; {finding.advice}"
+        if finding.source:
+            yield f"{'':11}{finding.source}"
 
 
 def placement_lines(found: Placement) -> Iterator[str]:

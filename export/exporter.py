@@ -26,6 +26,7 @@ from ..quant.decoder_scheme import DecoderScheme
 from ..quant.prompts import calibration_prompts
 from ..quant.schemes import BLOCKWISE
 from .atomic_folder import check_destination, new_folder
+from .engine_reports import engine_notes
 from .inspect_package import inspect as inspect_package
 from .mlx_encoder import encoder_bytes, read_encoder, with_encoder
 from .model_folder import (
@@ -137,6 +138,8 @@ def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **o
             `gptq` below 8 bits.
         group_size: the number of decoder weights that share a scale: 32, 64 (default) or 128.
         quantize_embeddings: False keeps the embedding table in float16.
+        attention_tiles: the number of parts that the queries of large attention maps are computed in: 1 (default), 2
+            or 4. The results are equal. More parts are smaller operands and more operations.
         io: the package's input and output type: `float32` (default), `float16`, or `image`, which takes an RGB image
             and returns float32.
         min_os: the oldest system: `ios17` (also macOS 14) or `ios18` (also macOS 15). The default is the oldest one
@@ -176,7 +179,10 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
     with new_folder(destination, force=options.force) as folder:
         if recipe.has_package:
             encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
-            broken_rules = lint_notes(folder / PACKAGE_NAME, options.allow_lint)
+            broken_rules = (
+                *lint_notes(folder / PACKAGE_NAME, options.allow_lint),
+                *engine_notes({recipe.quant, *encoder.plan.values()}, recipe.interface.min_os),
+            )
         else:
             encoder = read_encoder(checkpoint, recipe, calibration, on_stage)
             broken_rules = ()

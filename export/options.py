@@ -37,6 +37,7 @@ class ExportOptions:
     decoder_quantizer: str | None = None
     group_size: int | None = None
     quantize_embeddings: bool | None = None
+    attention_tiles: int | None = None
     io: str | None = None
     min_os: str | None = None
     with_projector: bool | None = None

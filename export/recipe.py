@@ -21,6 +21,9 @@ from .options import ExportOptions
 ENCODERS = ("coreml", "mlx")
 IO_KINDS = ("float32", "float16", "image")
 
+ATTENTION_TILES = (1, 2, 4)
+"""The numbers of parts that the queries of large attention maps are computed in. 1 leaves the program as it is."""
+
 DEPLOYMENT_TARGETS = {"ios17": "iOS17", "ios18": "iOS18"}
 """The oldest system by argument, with coremltools' name for it. macOS 14 and 15 go with them."""
 
@@ -35,7 +38,7 @@ float16 inside the encoder."""
 
 ENCODER_OPTIONS = ("quant", "min_snr", "max_bytes")
 DECODER_OPTIONS = ("decoder_bits", "decoder_quantizer", "decoder_avg_bits", "group_size", "quantize_embeddings")
-PACKAGE_OPTIONS = ("io", "min_os", "with_projector", "recipe", "min_snr", "max_bytes")
+PACKAGE_OPTIONS = ("attention_tiles", "io", "min_os", "with_projector", "recipe", "min_snr", "max_bytes")
 """The options that only a Core ML package has."""
 
 
@@ -52,6 +55,8 @@ class PackageInterface:
     min_os: str = "ios17"
     with_projector: bool = False
     """True if the package also projects: its output is `image_embeds`, which the decoder takes without a change."""
+    attention_tiles: int = 1
+    """The number of parts of the queries of large attention maps. It changes no result."""
 
     def __post_init__(self) -> None:
         if self.io not in IO_KINDS:
@@ -59,6 +64,11 @@ class PackageInterface:
         if self.min_os not in DEPLOYMENT_TARGETS:
             known = ", ".join(DEPLOYMENT_TARGETS)
             raise UsageError(f"min_os must be one of {known} (got {self.min_os!r:.40}).", "min_os")
+        if type(self.attention_tiles) is not int or self.attention_tiles not in ATTENTION_TILES:
+            known = ", ".join(map(str, ATTENTION_TILES))
+            raise UsageError(
+                f"attention_tiles must be one of {known} (got {self.attention_tiles!r:.40}).", "attention_tiles"
+            )
 
     @property
     def takes_image(self) -> bool:
@@ -82,7 +92,8 @@ class PackageInterface:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the manifest's entries."""
-        return {"io": self.io, "target": self.min_os, "with_projector": self.with_projector}
+        entries = {"io": self.io, "target": self.min_os, "with_projector": self.with_projector}
+        return {**entries, "attention_tiles": self.attention_tiles} if self.attention_tiles > 1 else entries
 
 
 DEFAULT_INTERFACE = PackageInterface()
@@ -94,6 +105,7 @@ def interface_for(
     min_os: str | None = None,
     with_projector: bool | None = None,
     saved: Mapping[str, Any] | None = None,
+    attention_tiles: int | None = None,
 ) -> PackageInterface:
     """Returns the interface for the arguments of an export. None is replaced from `saved`, or by the default.
 
@@ -110,7 +122,9 @@ def interface_for(
         raise UsageError(f"quant={newer[0]!r} needs min_os='ios18' (got min_os='ios17').", "quant", "min_os")
     if min_os is None:
         min_os = "ios18" if newer else saved.get("target", DEFAULT_INTERFACE.min_os)
-    return PackageInterface(str(io), str(min_os), bool(with_projector))
+    if attention_tiles is None:
+        attention_tiles = saved.get("attention_tiles", DEFAULT_INTERFACE.attention_tiles)
+    return PackageInterface(str(io), str(min_os), bool(with_projector), attention_tiles)
 
 
 @dataclass(frozen=True)
@@ -204,7 +218,7 @@ def planned_recipe(options: ExportOptions, trained_size: int, saved: SavedRecipe
         encoder,
         decoder,
         image_size if options.image_size is None else options.image_size,
-        interface_for(schemes, options.io, options.min_os, options.with_projector, settings),
+        interface_for(schemes, options.io, options.min_os, options.with_projector, settings, options.attention_tiles),
     )
 
 

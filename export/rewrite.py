@@ -41,6 +41,10 @@ smaller scale than images need would round the smallest channels to subnormal nu
 GELU_BOUND = 8.0
 """The magnitude from which GELU equals ReLU in float16: it differs by less than 1e-14."""
 
+MIN_TILED_BYTES = 16 * 2**20
+"""The least bytes of attention scores in float16 that are computed in parts. At 1024 px stage 3 of FastViTHD has 50 MB,
+and stage 4 6 MB, which more operations would not make faster."""
+
 PROJECTOR_LAYERS = ("0", "2")
 """The places of the linear layers in Apple's `mm_projector`. A GELU is between them."""
 
@@ -92,12 +96,13 @@ class EngineRepMixerBlock(nn.Module):
 class EngineAttentionBlock(nn.Module):
     """An attention block over `grid` x `grid` positions, with each head's channels in front of its positions."""
 
-    def __init__(self, block: AttentionBlock, grid: int, scale: float) -> None:
+    def __init__(self, block: AttentionBlock, grid: int, scale: float, tiles: int = 1) -> None:
         super().__init__()
         self.grid = grid
         self.eps = LAYER_NORM_EPS * scale**2  # only the epsilon of layer norm depends on the stream's scale
         self.channels = block.norm.weight.numel()
         self.num_heads = self.channels // HEAD_DIM
+        self.tiles = tiles if 2 * self.num_heads * grid**4 >= MIN_TILED_BYTES else 1
         self.qkv = folded_qkv(block)
         proj = block.token_mixer.proj
         self.proj = scaled_outputs(proj.weight[:, :, None, None], bias_of(proj), block.layer_scale_1 * scale)
@@ -118,9 +123,12 @@ class EngineAttentionBlock(nn.Module):
         query, key, value = qkv.split(self.num_heads, 1)  # (1, heads, 32, HW) each
         # Keys come before queries, as in ml-ane-transformers. A second matmul that transposes its weights makes
         # MPSGraph abort, which runs the package on a GPU (lint rule "turned weights").
-        weights = (key.transpose(-1, -2) @ query).softmax(-2)  # (1, heads, keys, queries)
-        mixed = value @ weights  # (1, heads, 32, queries)
-        return mixed.reshape(1, self.channels, self.grid, self.grid)
+        mixed = [
+            value @ (key.transpose(-1, -2) @ part).softmax(-2)  # (1, heads, 32, queries) by (1, heads, keys, queries)
+            for part in (query.chunk(self.tiles, -1) if self.tiles > 1 else [query])
+        ]
+        together = torch.cat(mixed, -1) if self.tiles > 1 else mixed[0]  # (1, heads, 32, HW)
+        return together.reshape(1, self.channels, self.grid, self.grid)
 
 
 class EngineHead(nn.Module):
@@ -153,6 +161,7 @@ def rewrite(
     *,
     pixel_scale: float = 1.0,
     projector: nn.Module | None = None,
+    attention_tiles: int = 1,
 ) -> nn.Sequential:
     """Returns a network equal to `encoder`: `images` (1, 3, S, S) float32 in 0..1 -> `image_features` (1, N, C).
 
@@ -163,6 +172,7 @@ def rewrite(
             float16's range that would exceed it.
         pixel_scale: 255 for images in 0..255.
         projector: (1, C, H, W) -> (1, D, H, W). It follows the encoder, before the transpose: the output is (1, N, D).
+        attention_tiles: the number of parts that the queries are computed in where scores take `MIN_TILED_BYTES`.
     """
     encoder.reparameterize()
     stage_scales = iter(scales or [1.0] * len(encoder.config.depths))
@@ -186,7 +196,7 @@ def rewrite(
                     parts.append(EngineRepMixerBlock(block, scale_in, scale))
                     scale_in = scale
                 elif isinstance(block, AttentionBlock):  # the position convolution has rescaled the stream
-                    parts.append(EngineAttentionBlock(block, grid, scale_in))
+                    parts.append(EngineAttentionBlock(block, grid, scale_in, attention_tiles))
     parts += [EngineHead(encoder.conv_exp, scale_in), *([projector] if projector else []), TokensLast(grid)]
     return nn.Sequential(*parts).requires_grad_(False).eval()
 

@@ -30,16 +30,15 @@ from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_im
 from ..quant.constexprs import with_stored_weights
 from ..quant.encoder import (
     convolutions,
-    int8_scales,
     plan_of,
     quantize,
     stored_by_plan,
     stored_uniformly,
-    with_int8_inputs,
 )
 from ..quant.encoder_scheme import MIXED, EncoderScheme
-from ..quant.schemes import W8A8, StoredWeight
-from ..quant.search import Images, SearchResult, measured_options, search, search_bytes
+from ..quant.int8_inputs import chosen_inputs, input_costs, int8_scales, with_int8_inputs
+from ..quant.schemes import COARSE_PALETTE, W8A8, StoredWeight, with_groups
+from ..quant.search import Images, SearchResult, measured_options, noise_of, outputs, search, search_bytes
 from .lint import COMPRESSED_WEIGHTS_KEY
 from .options import OnStage
 from .recipe import DEFAULT_INTERFACE, DEPLOYMENT_TARGETS, PackageInterface, Recipe
@@ -128,8 +127,14 @@ def write_encoder(
     fed = calibration.scaled(pixel_scale)
     on_stage("compress the encoder's weights")
     stored = encoder_weights(network, recipe.encoder, fed, pixel_scale=pixel_scale, on_stage=on_stage)
-    quantize(network, stored, fed)
-    int8_inputs = int8_scales(network, branch_convolutions(network), fed) if recipe.quant == W8A8 else {}
+    if recipe.quant == COARSE_PALETTE and recipe.interface.min_os == "ios18":
+        convs = convolutions(network)
+        stored = {name: with_groups(convs[name].weight.numpy(), weight) for name, weight in stored.items()}
+    if recipe.quant == W8A8:
+        int8_inputs = quantized_with_inputs(network, stored, fed, pixel_scale=pixel_scale, on_stage=on_stage)
+    else:
+        quantize(network, stored, fed)
+        int8_inputs = {}
     convert_encoder(
         network,
         recipe.image_size,
@@ -157,7 +162,14 @@ def rewritten(
     """Returns the network that the package is made from, with its weights uncompressed."""
     projector = ProjectorConvs.from_checkpoint(checkpoint) if interface.with_projector else None
     with torch.no_grad():  # inference mode's tensors could be neither changed nor traced
-        return rewrite(encoder, image_size, scales, pixel_scale=interface.pixel_scale, projector=projector)
+        return rewrite(
+            encoder,
+            image_size,
+            scales,
+            pixel_scale=interface.pixel_scale,
+            projector=projector,
+            attention_tiles=interface.attention_tiles,
+        )
 
 
 def encoder_weights(
@@ -179,6 +191,29 @@ def encoder_weights(
     if scheme.quant == MIXED:
         return stored_by_plan(network, searched(network, scheme, calibration, pixel_scale, on_stage).plan)
     return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant, path_convolutions(network))
+
+
+def quantized_with_inputs(
+    network: nn.Sequential,
+    stored: Mapping[str, StoredWeight],
+    calibration: Sequence[np.ndarray],
+    *,
+    pixel_scale: float = 1.0,
+    on_stage: OnStage,
+) -> dict[str, np.float16]:
+    """Quantizes `network` in place, and returns the scales of the inputs that become int8, chosen by measurement."""
+    image_size = calibration[0].shape[-1]
+    probe_size = min(PROBE_SIZE, image_size)
+    probes = [pixel_scale * image for image in calibration_images(probe_size)]
+    with resized_inputs(network, image_size, probe_size):
+        expected = [outputs(network, image) for image in probes]
+    quantize(network, stored, calibration)
+    scales = int8_scales(network, branch_convolutions(network), calibration)
+    on_stage("measure what each int8 input costs")
+    with resized_inputs(network, image_size, probe_size):
+        weights_noise = noise_of(expected, [outputs(network, image) for image in probes])
+        costs = input_costs(network, scales, probes)
+    return {name: scales[name] for name in chosen_inputs(costs, weights_noise)}
 
 
 def searched(

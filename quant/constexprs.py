@@ -116,7 +116,8 @@ def palette_parts(stored: PaletteWeight, ios18: bool) -> dict[str, Any]:
     if not ios18:
         indices = pack_bits(stored.indices, stored.bits)
         return {"indices": indices, "lut": stored.lut, "shape": np.array(stored.indices.shape, np.uint32)}
-    lut = stored.lut.reshape(*[1] * stored.indices.ndim, -1, 1)
+    groups = stored.lut.size >> stored.bits
+    lut = stored.lut.reshape(groups, *[1] * (stored.indices.ndim - 1), -1, 1)
     return {"indices": stored.indices.astype(_subbyte_type(f"uint{stored.bits}")), "lut": lut}
 
 

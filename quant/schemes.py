@@ -35,6 +35,11 @@ ROW_SNR_MARGIN_DB = 12.0
 largest rows decide over a palette's values, and a weight's own SNR does not show the others."""
 
 PALETTE_BITS = {"pal8": 8, "pal6": 6, "pal4": 4}
+COARSE_PALETTE = "pal4"
+"""The scheme whose palettes are worth a table per group of channels: 16 values take 32 bytes."""
+PALETTE_GROUP = 32
+"""The output channels that share a table where a program can have several (iOS 18), as in Apple's 4-bit presets."""
+
 INT8_MAX = 127
 INT4_MIN, INT4_MAX = -8, 7
 BLOCKWISE = "int4"
@@ -71,12 +76,16 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class PaletteWeight:
-    """A weight `lut[indices]`: 2^bits float16 values, and an index of `bits` bits per element."""
+    """A weight `lut[indices]`: 2^bits float16 values, and an index of `bits` bits per element.
+
+    With groups each has `PALETTE_GROUP` consecutive output channels and a table of its own.
+    """
 
     scheme: str
     indices: np.ndarray
     """uint8, in the weight's shape."""
     lut: np.ndarray
+    """(2^bits,), or (groups, 2^bits)."""
 
     @property
     def bits(self) -> int:
@@ -90,7 +99,11 @@ class PaletteWeight:
 
     def dense(self) -> np.ndarray:
         """Returns the weight as the engine computes it, float32."""
-        return self.lut.astype(np.float32)[self.indices]
+        lut = self.lut.astype(np.float32)
+        if lut.ndim == 1:
+            return lut[self.indices]
+        groups = self.indices.reshape(len(lut), -1)
+        return np.take_along_axis(lut, groups.astype(np.intp), 1).reshape(self.indices.shape)
 
 
 StoredWeight = LinearWeight | PaletteWeight
@@ -179,6 +192,15 @@ def stored_palette(scheme: str) -> Callable[[np.ndarray], PaletteWeight]:
         return PaletteWeight(scheme, indices, lut)
 
     return way
+
+
+def with_groups(weight: np.ndarray, stored: StoredWeight) -> StoredWeight:
+    """Returns `stored` with a table per group of output channels, if it is a 4-bit palette and groups divide it."""
+    if stored.scheme != COARSE_PALETTE or len(weight) % PALETTE_GROUP:
+        return stored
+    parts = np.split(weight, len(weight) // PALETTE_GROUP)
+    tables, indices = zip(*(fit_palette(part, PALETTE_BITS[COARSE_PALETTE]) for part in parts), strict=True)
+    return PaletteWeight(COARSE_PALETTE, np.concatenate(indices), np.stack(tables))
 
 
 def steps(weight: np.ndarray, scale: np.ndarray, least: int, most: int) -> np.ndarray:

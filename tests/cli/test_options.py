@@ -54,7 +54,7 @@ def choices(command: str, option: str) -> tuple[str, ...]:
 
 def test_choices_are_those_of_the_library() -> None:
     from fastvlm.export.bundle.contracts import CONTRACTS
-    from fastvlm.export.recipe import DEPLOYMENT_TARGETS, ENCODERS, IO_KINDS, MLX_DTYPES
+    from fastvlm.export.recipe import ATTENTION_TILES, DEPLOYMENT_TARGETS, ENCODERS, IO_KINDS, MLX_DTYPES
     from fastvlm.quant.decoder_scheme import DECODER_BITS, GROUP_SIZES, MIXED, QUANTIZERS
     from fastvlm.quant.schemes import ENCODER_SCHEMES
     from fastvlm.runtime.coreml import COMPUTE_UNITS
@@ -66,6 +66,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert set(choices("export", "decoder_bits")) == {*map(str, DECODER_BITS), MIXED}
     assert set(choices("export", "decoder_quantizer")) == set(QUANTIZERS)
     assert set(choices("export", "group_size")) == set(map(str, GROUP_SIZES))
+    assert set(choices("export", "attention_tiles")) == set(map(str, ATTENTION_TILES))
     assert set(choices("export", "io")) == set(IO_KINDS)
     assert set(choices("export", "min_os")) == set(DEPLOYMENT_TARGETS)
     assert set(choices("generate", "backend")) == set(BACKENDS)

@@ -58,6 +58,16 @@ def relu(*shape: int, dtype: str = "fp16") -> Operation:
     return operation("relu", tensor("y", *shape, dtype=dtype), x="x")
 
 
+def palette(entries: int) -> Operation:
+    """Returns a palette in iOS 16's form."""
+    held = {"lut": value(np.ones(entries, np.float16)), "shape": value(np.array([16, 16, 1, 1], np.uint32))}
+    return Operation("constexpr_lut_to_dense", "w", {}, held, (tensor("w", 16, 16, 1, 1),))
+
+
+def pair(*sizes: int) -> Value:
+    return value(np.array(sizes, np.int32))
+
+
 SUBNORMAL = np.full((8, 8), 1e-6, np.float16)
 
 
@@ -77,6 +87,24 @@ BROKEN = {
     ),
     "compression": program(metadata={COMPRESSED_WEIGHTS_KEY: "3"}),
     "constants": program(constant(np.array([1, np.inf], np.float16))),
+    "int8 products": program(
+        operation("dequantize", tensor("a", 1, 16, 64, 64), input="q"),
+        operation("mul", tensor("y", 1, 16, 64, 64), x="x", y="a"),
+        operation("quantize", tensor("q", 1, 16, 64, 64, dtype="int8"), input="y"),
+    ),
+    "4-bit palettes": program(palette(16)),
+    "iOS 18 palettes": program(
+        operation("constexpr_lut_to_dense", tensor("w", 4, 64), lut=value(np.ones((1, 1, 256, 1), np.float16)))
+    ),
+    "palette strides": program(
+        palette(256), operation("conv", tensor("y", 1, 16, 16, 64), x="x", weight="w", strides=pair(4, 4))
+    ),
+    "strides": program(operation("conv", tensor("y", 1, 16, 64, 64), x="x", strides=pair(5, 5))),
+    "dilations": program(operation("conv", tensor("y", 1, 16, 64, 64), x="x", dilations=pair(8, 8))),
+    "large softmax": program(
+        operation("softmax", tensor("y", 1, 2, 1024, 1024), x="x", axis=value(np.int32(-2))),
+    ),
+    "border rows": program(outputs=(tensor("image_features", 1, 16, 7, dtype="fp32"),)),
     "unfused norm": program(operation("rsqrt", tensor("y", 1, 16, 64, 64), x="x")),
     "costly kinds": program(operation("squeeze", tensor("y", 16, 64, 64), x="x")),
     "turned weights": program(
@@ -116,7 +144,9 @@ def test_clean_program_has_no_finding() -> None:
 def test_rule_is_broken_alone(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if rule == "heavy weights":
         monkeypatch.setattr("fastvlm.export.lint.MAX_WEIGHT_BYTES", 10)
-    (finding,) = lint(BROKEN[rule])
+    implied = {"large softmax": ["large operands"]}.get(rule, [])
+    finding, *others = lint(BROKEN[rule])
+    assert [other.rule for other in others] == implied
     assert finding.rule == rule
     assert finding.count == 1
     assert finding.example
@@ -133,6 +163,27 @@ def test_matmul_is_clean_without_turned_weights(changes: dict[str, Any]) -> None
     inputs = {"x": "x", "y": "w", "transpose_y": value(np.array(True))} | changes
     softmax = operation("softmax", tensor("w", 1, 16, 64, 64), x="x")
     assert lint(program(softmax, operation("matmul", tensor("y", 1, 16, 64, 64), **inputs))) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "strides", "slow"),
+    [("conv", (12, 12), False), ("conv", (2, 3), False), ("conv", (2, 4), False), ("conv", (3, 4), True),
+     ("conv", (7, 7), True), ("max_pool", (4, 4), False), ("max_pool", (3, 3), True), ("relu", (7, 7), False)],
+)  # fmt: skip
+def test_strides_are_products_of_2_and_3(kind: str, strides: tuple[int, int], slow: bool) -> None:
+    found = lint(program(operation(kind, tensor("y", 1, 16, 64, 64), x="x", strides=pair(*strides))))
+    assert [finding.rule for finding in found] == (["strides"] if slow else [])
+
+
+def test_softmax_over_channels_may_be_large() -> None:
+    channels = operation("softmax", tensor("y", 1, 2, 1024, 1024), x="x", axis=value(np.int32(1)))
+    assert [finding.rule for finding in lint(program(channels))] == ["large operands"]
+
+
+def test_single_number_in_the_last_axis_is_a_short_row() -> None:
+    (finding,) = lint(program(relu(1, 64, 64, 1)))
+    assert finding.rule == "short rows"
+    assert finding.source.endswith("neural_engine_rules.md")
 
 
 def test_values_past_float16_in_a_float32_constant_are_an_error() -> None:

@@ -199,7 +199,15 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
     options: dict[str, Any] = {"quant": "fp16", "decoder_bits": 16, "image_size": SIZE}
     return {
         "plain": export("random:tiny", folder / "plain", **options),
-        "whole": export("random:tiny", folder / "whole", io="image", min_os="ios18", with_projector=True, **options),
+        "whole": export(
+            "random:tiny",
+            folder / "whole",
+            io="image",
+            min_os="ios18",
+            with_projector=True,
+            attention_tiles=2,
+            **options,
+        ),
     }
 
 
@@ -222,6 +230,8 @@ def test_answers_are_the_same_with_the_projector_in_the_package(
 def test_manifest_has_the_interface_and_verify_reads_it(exports: dict[str, Export]) -> None:
     recipe = json.loads((exports["whole"].folder / "fastvlm.json").read_text())["recipe"]
     assert (recipe["io"], recipe["target"], recipe["with_projector"]) == ("image", "ios18", True)
+    assert recipe["attention_tiles"] == 2
+    assert "attention_tiles" not in json.loads((exports["plain"].folder / "fastvlm.json").read_text())["recipe"]
     assert recipe["calibration"]["source"] == "embedded"
     again = verify(exports["whole"].folder, "random:tiny")
     assert again.passed
@@ -238,6 +248,13 @@ def test_recipe_repeats_the_interface_unless_it_is_given() -> None:
     assert interface_for(["int8"], saved=saved) == PackageInterface("float16", "ios18", True)
     assert interface_for(["int8"], "float32", "ios17", False, saved) == PackageInterface()
     assert interface_for(["int8"]) == PackageInterface()
+
+
+@pytest.mark.parametrize("tiles", [3, 0, 2.0, "2", True])
+def test_unknown_number_of_tiles_is_an_error(tiles: Any) -> None:
+    with pytest.raises(UsageError, match=r"attention_tiles must be one of 1, 2, 4 \(got "):
+        interface_for(["int8"], attention_tiles=tiles)
+    assert interface_for(["int8"], saved={"attention_tiles": 4}).attention_tiles == 4
 
 
 def test_int4_asks_for_the_system_that_has_it() -> None:

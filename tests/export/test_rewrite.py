@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastvlm.export.rewrite import (
     STREAM_LIMIT,
+    EngineAttentionBlock,
     EngineRepMixerBlock,
     ScaledGELU,
     path_convolutions,
@@ -66,6 +67,23 @@ def test_rewritten_network_matches_the_reference(golden: Path, tolerance: Callab
         found = network(torch.from_numpy(numbers[f"{case}.pixel_values"]))
         expected = torch.from_numpy(numbers[f"{case}.image_features"])
         assert relative_error(found, expected) < tolerance("rewrite_float32")
+
+
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_attention_in_tiles_gives_equal_results(
+    monkeypatch: pytest.MonkeyPatch, tolerance: Callable[[str], float], tiles: int
+) -> None:
+    monkeypatch.setattr("fastvlm.export.rewrite.MIN_TILED_BYTES", 1)
+    x = images(256)
+    network = rewrite(encoder(), 256, attention_tiles=tiles)
+    assert {part.tiles for part in network.modules() if isinstance(part, EngineAttentionBlock)} == {tiles}
+    assert relative_error(network(x), rewrite(encoder(), 256)(x)) < tolerance("rewrite_float32")
+
+
+def test_tiles_are_for_the_large_scores_of_stage_3() -> None:
+    with torch.device("meta"):
+        network = rewrite(FastViT(FastViTConfig()).eval(), 1024, attention_tiles=2)
+    assert [part.tiles for part in network.modules() if isinstance(part, EngineAttentionBlock)] == [2, 2, 2, 2, 1, 1]
 
 
 def test_swapped_channels_would_be_seen(tolerance: Callable[[str], float]) -> None:

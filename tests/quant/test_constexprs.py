@@ -7,7 +7,7 @@ import pytest
 
 from fastvlm.models.errors import PackageError
 from fastvlm.quant.constexprs import affine_parts, check_numbers, conv_name, palette_parts
-from fastvlm.quant.schemes import store
+from fastvlm.quant.schemes import store, weight_snr_db, with_groups
 
 WEIGHT = np.random.default_rng(0).standard_normal((64, 64, 1, 1)).astype(np.float32)
 
@@ -31,6 +31,20 @@ def test_palette_of_ios17_has_packed_indices(scheme: str, bits: int) -> None:
     assert parts["indices"].size == WEIGHT.size * bits // 8
     assert parts["lut"].shape == (1 << bits,)
     assert parts["shape"].tolist() == [64, 64, 1, 1]
+
+
+def test_grouped_palette_of_ios18_has_a_table_per_32_channels() -> None:
+    stored = with_groups(WEIGHT, store(WEIGHT, "pal4"))
+    parts = palette_parts(stored, ios18=True)
+    assert parts["lut"].shape == (2, 1, 1, 1, 16, 1)
+    for group, table in zip(np.split(stored.dense(), 2), parts["lut"].reshape(2, 16), strict=True):
+        assert set(group.ravel()) <= set(table.astype(np.float32))
+    assert weight_snr_db(WEIGHT, stored.dense()) > weight_snr_db(WEIGHT, store(WEIGHT, "pal4").dense())
+
+
+def test_only_palettes_that_groups_divide_have_groups() -> None:
+    assert with_groups(WEIGHT[:48], stored := store(WEIGHT[:48], "pal4")) is stored
+    assert with_groups(WEIGHT, stored := store(WEIGHT, "pal8")) is stored
 
 
 def test_int8_has_a_scale_and_a_zero_point_per_channel() -> None:

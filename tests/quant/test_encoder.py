@@ -1,4 +1,4 @@
-"""The encoder's convolutions in fewer bits: plans, stored weights, corrected biases and int8 inputs."""
+"""The encoder's convolutions in fewer bits: plans, stored weights and corrected biases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from torch import nn
 
 from fastvlm.quant.encoder import (
     convolutions,
-    input_maxima,
     input_means,
-    int8_scales,
     plan_of,
     quantize,
     stored_by_plan,
@@ -60,32 +58,6 @@ def test_corrected_biases_keep_the_mean_output(network: nn.Sequential) -> None:
         shifts.append(float(np.abs(mean_output() - original).max()))
     assert shifts[0] > 1e-3
     assert shifts[1] < 1e-5
-
-
-@pytest.fixture
-def pair() -> nn.Sequential:
-    """Returns two convolutions, of which the first multiplies by -2 and the second takes its result."""
-    pair = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1)).requires_grad_(False)
-    pair[0].weight.copy_(-2 * torch.eye(3)[:, :, None, None])
-    return pair
-
-
-def images(*values: float) -> list[np.ndarray]:
-    return [np.full((1, 3, 4, 4), value, np.float32) for value in values]
-
-
-def test_maxima_are_magnitudes_over_all_images(pair: nn.Sequential) -> None:
-    assert input_maxima(pair, ["0", "1"], images(0.5, -0.75, 0.25)) == {"0": 0.75, "1": 1.5}
-    assert not pair[0]._forward_pre_hooks, "the pair is left without hooks"
-
-
-def test_int8_reaches_the_largest_input(pair: nn.Sequential) -> None:
-    scales = int8_scales(pair, ["0", "1"], images(0.5, 0.25))
-    assert scales == {"0": np.float16(0.5 / 127), "1": np.float16(1.0 / 127)}
-
-
-def test_tiny_inputs_stay_float16(pair: nn.Sequential) -> None:
-    assert int8_scales(pair, ["0", "1"], images(1e-5)) == {}
 
 
 def test_weight_with_rows_of_unequal_size_is_stored_per_row() -> None:
