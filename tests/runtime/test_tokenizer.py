@@ -136,7 +136,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(write_tokenizer: Callabl
     ("content", "message"),
     [
         (None, r"tokenizer\.json does not exist"),
-        ("", "is not a tokenizer"),
+        ("", "is an empty file"),
         ("{}", "is not a tokenizer"),
         ('{"version": "1.0"}', "is not a tokenizer"),
     ],

@@ -114,7 +114,7 @@ def test_report_compared_with_itself_has_no_change(vlm: FastVLM, own_questions: 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "not valid JSON"),
+        ("", "an empty file"),
         ("{}", "got None"),
         (json.dumps({"schema": SCHEMA}), "no valid scores"),
         (json.dumps({"schema": SCHEMA, "scores": {"1": {"score": "1"}}}), "no valid scores"),
