@@ -25,6 +25,8 @@ from pathlib import Path
 
 KINDS = {"jsonl": "out.jsonl", "csv": "out.csv", "parquet": "out.parquet", "txt": "texts", "xmp": "texts",
          "webdataset": "shards", "tar": "out.tar"}  # fmt: skip
+ROW_SECONDS = 0.0005
+"""The time of a row, so that kills find runs that are not complete."""
 BROKEN_EVERY = 50
 """One of so many images is broken, so that it gets a row with an error."""
 
@@ -61,7 +63,9 @@ def run(images: Path, out: Path, kind: str) -> None:
 
     class Digests:
         def rows(self, items: Iterator) -> Iterator[Row]:
-            return (DigestRow(item.key, item.load()) for item in items)
+            for item in items:
+                time.sleep(ROW_SECONDS)
+                yield DigestRow(item.key, item.load())
 
     with Job(Source([images]), output_for(out, None if kind == "tar" else kind), "run") as job:
         list(job.captions(Digests()))
@@ -72,7 +76,7 @@ def killed_at_random(command: list[str], log: Path, rng: random.Random, share: i
     """Starts a run and kills it after up to `share` new lines. Returns False if it ended before."""
     before = log.stat().st_size if log.exists() else 0
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    goal = before + rng.randrange(200 * share)
+    goal = before + rng.randrange(100 * share)
     while process.poll() is None and (not log.exists() or log.stat().st_size <= goal):
         time.sleep(0.0005)
     time.sleep(rng.random() * 0.002)
@@ -130,7 +134,7 @@ def soak(kind: str, folder: Path, kills: int, count: int, rng: random.Random) ->
     out.parent.mkdir()
     log = output_for(out, None if kind == "tar" else kind).log_path
     command = [sys.executable, __file__, "--run", str(images), str(out), kind]
-    killed = sum(killed_at_random(command, log, rng, max(1, 2 * count // kills)) for _ in range(kills))
+    killed = sum(killed_at_random(command, log, rng, max(1, count // kills)) for _ in range(kills))
     subprocess.run(command, check=True)
     check(images, out, log, kind, count)
     return killed
