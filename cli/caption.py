@@ -56,7 +56,7 @@ def caption_command(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Decode images in N threads.", show_default="cores minus one, at most 4"),
+        typer.Option(metavar="N", min=1, help="Decode images in N threads.", show_default="one per core, at most 4"),
     ] = None,
     system: given.System = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Decode N answers at a time.")] = 8,

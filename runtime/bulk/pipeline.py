@@ -69,8 +69,8 @@ class Captioner:
     Images with the same bytes as one of the last MAX_REMEMBERED get its answers, unless answers are sampled without a
     seed. The encoder then still sees them once, while its features are cached.
 
-    Arguments: `options` are those of `prepare`. `workers` threads decode images (default: one less than the cores, from
-    1 to 4). The batch has `batch_size` answers.
+    Arguments: `options` are those of `prepare`. `workers` threads decode images (default: one per core, at most 4).
+    The batch has `batch_size` answers.
 
     Raises:
         UsageError: an option is out of range, or `prompts` is empty.
@@ -96,7 +96,7 @@ class Captioner:
         self._remembers = sampling.temperature == 0 or sampling.seed is not None
         self._known: OrderedDict[bytes, tuple[Generation, ...]] = OrderedDict()
         self._batch_size = batch_size
-        self._workers = workers or max(1, min(4, (os.cpu_count() or 2) - 1))
+        self._workers = workers or min(4, os.cpu_count() or 2)
 
     def rows(self, items: Iterable[Item]) -> Iterator[Row]:
         """Yields a row for each image, in their order.

@@ -1,7 +1,7 @@
-"""Prints the peak memory of bulk runs over tar shards: `python tests/bench/bench_bulk_memory.py [--keys 10000 1000000]`.
+"""Prints the peak memory of bulk runs: `python tests/bench/bench_bulk_memory.py [--keys 10000 1000000]`.
 
-The model is replaced by a fixed answer. Each run is a process of its own, and is then resumed in another one, which
-reads the whole log and every header again.
+The images are in tar shards, and the model is replaced by a fixed answer. Each run is a process of its own, and is then
+resumed in another one, which reads the whole log and every header again.
 """
 
 from __future__ import annotations
