@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from .export import exported
 from .progress import StageProgress
 
 if TYPE_CHECKING:
+    from ..export.judge import Judgement
     from ..export.verify import Verification
     from ..runtime.on_device import DeviceRun, DeviceVerification
 
@@ -43,20 +44,31 @@ def verify_command(
             metavar="DIR", help="Compare with the checkpoint on the images in DIR.", show_default="embedded images"
         ),
     ] = None,
+    judge: Annotated[
+        Literal["coreai"] | None,
+        typer.Option(help="Also run the encoder in Apple's Core AI interpreter, and compare it with the executor."),
+    ] = None,
+    judge_size: Annotated[
+        int | None,
+        typer.Option(metavar="PIXELS", help="Judge an image of this size, in minutes at 1024.", show_default="256"),
+    ] = None,
     as_json: given.AsJson = False,
 ) -> None:
     """Compare a folder with its checkpoint, or what this machine computes with what it should.
 
-    Exits with 1 if the export falls short of the checkpoint, or if the compute units that `generate` uses by default
-    disagree with the executor or crash.
+    Exits with 1 if the export falls short of the checkpoint, if the compute units that `generate` uses by default
+    disagree with the executor or crash, or if Core AI and the executor disagree.
     """
     disable_tf32()
     if against is None and not on_device:
         raise typer.BadParameter("add --against MODEL, --on-device, or both", param_hint="FOLDER")
-    belonging = {"--adapter": adapter, "--base": base, "--allow-pickle": allow_pickle or None, "--images": images}
+    if judge is None and judge_size is not None:
+        raise typer.BadParameter("add --judge coreai, which it belongs to", param_hint="--judge-size")
+    belonging = {"--adapter": adapter, "--base": base, "--allow-pickle": allow_pickle or None, "--images": images,
+                 "--judge": judge}  # fmt: skip
     if against is None and (alone := [option for option, value in belonging.items() if value is not None]):
         raise typer.BadParameter("add --against MODEL, which it belongs to", param_hint=alone[0])
-    compared, device = None, None
+    compared, device, judged = None, None, None
     with StageProgress() as progress:
         if against is not None:
             from ..export.verify import verify
@@ -70,18 +82,36 @@ def verify_command(
                 images=images,
                 on_stage=progress,
             )
+        if judge is not None and against is not None:
+            from ..export.judge import judge as run_judge
+
+            judged = run_judge(
+                folder,
+                against,
+                adapter=adapter,
+                base=base,
+                allow_pickle=allow_pickle,
+                judge_size=judge_size,
+                on_stage=progress,
+            )
         if on_device:
             from ..runtime.on_device import verify_on_device
 
             with exported(folder, progress) as path:
                 device = verify_on_device(path, on_stage=progress)
-    failures = [*(compared.failures if compared else []), *(device.failures if device else [])]
+    failures = [line for found in (compared, judged, device) if found for line in found.failures]
     if as_json:
-        parts = {**(compared.as_dict() if compared else {}), **({"on_device": device.as_dict()} if device else {})}
+        parts = {
+            **(compared.as_dict() if compared else {}),
+            **({"judge": judged.as_dict()} if judged else {}),
+            **({"on_device": device.as_dict()} if device else {}),
+        }
         typer.echo(json.dumps({"passed": not failures, "failures": failures, **parts}, indent=2))
     else:
         if compared:
             typer.echo(summary(compared))
+        if judged:
+            typer.echo(judgement_table(judged))
         if device:
             print_table(device)
     raise typer.Exit(1 if failures else 0)
@@ -118,6 +148,17 @@ def by_kind(result: Verification) -> list[str]:
         used = ", ".join(f"{stage} {share:.2%}" for stage, share in shares.items())
         lines.append(f"largest of float16's range, {kind}: {used}")
     return lines
+
+
+def judgement_table(found: Judgement) -> str:
+    """Returns the SNRs of both judges by stage, and the verdict."""
+    columns = [rows[precision] for precision in ("float32", "float16") for rows in (found.executor, found.judge)]
+    titles = ("executor fp32", "Core AI fp32", "executor fp16", "Core AI fp16")
+    lines = ["SNR in dB, compared with torch in float32", f"{'':10}" + "".join(f"{title:>15}" for title in titles)]
+    lines += [f"{stage:10}" + "".join(f"{rows[stage]:15.1f}" for rows in columns) for stage in columns[0]]
+    times = ", ".join(f"{precision} {seconds:.1f} s" for precision, seconds in found.seconds.items())
+    verdict = f"failed: {'; '.join(found.failures)}" if found.failures else "passed: both compute the same network"
+    return "\n".join([*lines, f"Core AI's runs: {times}", found.scope, verdict])
 
 
 def answer(result: Verification) -> str:

@@ -14,7 +14,8 @@ import typer
 
 from fastvlm.cli import doctor as doctor_module
 from fastvlm.cli.doctor import doctor_command
-from fastvlm.cli.verify import print_table
+from fastvlm.cli.verify import judgement_table, print_table
+from fastvlm.export.judge import Judgement
 from fastvlm.runtime import doctor as findings_module
 from fastvlm.runtime.doctor import Finding
 from fastvlm.runtime.on_device import BASELINE, EXACT, DeviceRun, DeviceVerification, Way
@@ -70,10 +71,31 @@ def test_table_ends_with_why_it_failed(capsys: pytest.CaptureFixture[str]) -> No
     assert last == "failed: CPU_AND_NE: wrong features (1.9 dB, the floor is 20 dB)"
 
 
+def test_judgement_has_a_row_per_stage_and_a_verdict() -> None:
+    rows = {"stem": 131.6, "output": 128.5}
+    both = {"float32": rows, "float16": {"stem": 61.1, "output": 58.8}}
+    floors = dict.fromkeys(rows, 65.0)
+    seconds = {"float32": 1.0, "float16": 2.0}
+    found = Judgement(
+        image_size=256, saved_size=256, executor=both, executor_floors_db=floors, judge=both, seconds=seconds
+    )
+    lines = judgement_table(found).splitlines()
+    assert lines[2].split() == ["stem", "131.6", "131.6", "61.1", "61.1"]
+    assert lines[3].split() == ["output", "128.5", "128.5", "58.8", "58.8"]
+    assert "Not judged" in lines[-2] and lines[-1].startswith("passed")
+    worse = replace(found, judge={**both, "float32": {"stem": 12.0, "output": 5.0}})
+    assert judgement_table(worse).splitlines()[-1].startswith("failed: Core AI in float32 reaches 12.0 dB at stem")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["verify", "model"], "--against"), (["verify", "model", "--on-device", "--images", "."], "--images")],
+    [
+        (["verify", "model"], "--against"),
+        (["verify", "model", "--on-device", "--images", "."], "--images"),
+        (["verify", "model", "--on-device", "--judge", "coreai"], "--judge"),
+        (["verify", "model", "--against", "tiny", "--judge-size", "128"], "--judge-size"),
+    ],
 )
 def test_verify_without_a_comparison_is_a_usage_error(words: list[str], named: str, tmp_path: Path) -> None:
     done = run_command(*words, cwd=tmp_path)
