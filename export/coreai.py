@@ -92,7 +92,7 @@ class StoredConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, stored: StoredWeight) -> None:
         super().__init__()
         self.bias = conv.bias
-        self.settings = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
+        self.settings: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
         self.is_palette = isinstance(stored, PaletteWeight)
         # coreai-torch narrows integers to their bits only in buffers that are called `indices` and `lut`.
         if isinstance(stored, PaletteWeight):
