@@ -113,6 +113,8 @@ class EngineAttentionBlock(nn.Module):
         return x + self.convffn(x)
 
     def normalize(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:  # squares of more than 256 would overflow
+            return self.normalize(x.float()).half()
         # coremltools fuses this form into one layer_norm. With `pow` or `sqrt` it would stay eight operations.
         centred = x - x.mean(1, keepdim=True)
         return centred * ((centred * centred).mean(1, keepdim=True) + self.eps).rsqrt()

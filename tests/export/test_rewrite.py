@@ -95,6 +95,15 @@ def test_swapped_channels_would_be_seen(tolerance: Callable[[str], float]) -> No
     assert relative_error(network(x), expected) > tolerance("rewrite_float32")
 
 
+def test_layer_norm_keeps_large_streams_in_float16() -> None:
+    """FastViTHD's last stage reaches 11,000 after scaling, where the squares of float16 numbers are infinite."""
+    block = rewrite(encoder(), 128)[-3]
+    x = 11_000 * torch.randn(1, block.channels, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = block.normalize(x.half())
+    assert found.dtype == torch.float16
+    assert relative_error(found.float(), block.normalize(x)) < 1e-3
+
+
 def test_rescaling_the_stream_changes_nothing_in_float32(tolerance: Callable[[str], float]) -> None:
     x = images(256)
     plain = rewrite(encoder(), 256)(x)
