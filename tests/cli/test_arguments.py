@@ -17,8 +17,8 @@ from fastvlm.models.errors import FastVLMError, OutputError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PYTHON_ONLY = {"prompts"}
-"""The arguments of functions that no command calls, such as `FastVLM.generate_batch`."""
+PYTHON_ONLY = {"cache_bytes", "prompts", "queue_timeout_s"}
+"""The arguments that no command gives, such as the prompts of `FastVLM.generate_batch`."""
 
 
 def named_arguments() -> Iterator[tuple[str, str]]:
@@ -30,6 +30,8 @@ def named_arguments() -> Iterator[tuple[str, str]]:
                     continue
                 if not re.match(r"[A-Z]\w+Error$", ast.unparse(node.exc.func)):
                     continue  # a helper such as `_error(operation, message)`
+                if ast.unparse(node.exc.func) == "ApiError":
+                    continue  # (status, message): the server's, with fields of a request
                 for argument in node.exc.args[1:]:
                     if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                         yield f"{path.relative_to(ROOT)}:{argument.lineno}", argument.value

@@ -362,7 +362,7 @@ def test_stream_beyond_float16_is_rescaled_and_said(
     result = export(source, tmp_path / "scaled", quant="fp16")
     assert "the residual stream was rescaled, exactly, to fit float16: stage 2 by 0." in result.notes[0]
     assert result.verification.encoder.stages["stage 2"] > 40  # compared with the scale undone
-    monkeypatch.setattr(write_encoder, "stream_scales", lambda maxima: [1.0] * len(maxima))
+    monkeypatch.setattr(write_encoder, "stream_scales", lambda *maxima: [1.0] * len(maxima[0]))
     with pytest.raises(VerificationError, match=r"float16 overflows \(first at"):
         export(source, tmp_path / "plain", quant="fp16")
     assert not (tmp_path / "plain").exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,7 +22,7 @@ from fastvlm.models.folder_layout import saved_encoder
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import TINY_FOLDER
 from fastvlm.models.safetensors_files import write_safetensors
-from fastvlm.quant.calibration import verification_images
+from fastvlm.quant.calibration import ImageSet, verification_images
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +41,13 @@ def encoder() -> FastViT:
 
 
 @pytest.fixture(scope="module")
-def images() -> list[np.ndarray]:
-    return list(verification_images(256))[:1]
+def images() -> ImageSet:
+    whole = verification_images(256)
+    return replace(whole, pixels=whole.pixels[:1], kinds=whole.kinds[:1])
 
 
 @pytest.fixture(scope="module")
-def reference(encoder: FastViT, images: list[np.ndarray]) -> EncoderReference:
+def reference(encoder: FastViT, images: ImageSet) -> EncoderReference:
     return encoder_reference(encoder, images)
 
 
@@ -97,7 +98,7 @@ def test_backend_that_does_not_fit_the_folder_is_refused(exported: Path) -> None
 
 
 def test_saved_encoder_keeps_what_bfloat16_keeps(
-    exported: Path, encoder: FastViT, images: list[np.ndarray], reference: EncoderReference, tolerance: Callable
+    exported: Path, encoder: FastViT, images: ImageSet, reference: EncoderReference, tolerance: Callable
 ) -> None:
     found = verify_mlx_encoder(exported, images, reference, encoder, "bf16")
     assert found.output.snr_db > tolerance("encoder_mlx_bf16_snr_db")
@@ -123,7 +124,7 @@ def test_float32_is_exact(tmp_path: Path) -> None:
 def test_changed_weights_are_named(
     exported: Path,
     encoder: FastViT,
-    images: list[np.ndarray],
+    images: ImageSet,
     reference: EncoderReference,
     tmp_path: Path,
     name: str,
@@ -136,7 +137,7 @@ def test_changed_weights_are_named(
 
 
 def test_weights_that_are_not_finite_are_refused(
-    exported: Path, encoder: FastViT, images: list[np.ndarray], reference: EncoderReference, tmp_path: Path
+    exported: Path, encoder: FastViT, images: ImageSet, reference: EncoderReference, tmp_path: Path
 ) -> None:
     folder = changed(exported, tmp_path, "network.0.0.layer_scale", lambda t: t * float("nan"))
     with pytest.raises(VerificationError, match="network.0.0.layer_scale holds 16 NaN"):
@@ -144,7 +145,7 @@ def test_weights_that_are_not_finite_are_refused(
 
 
 def test_encoders_of_other_shapes_are_refused(
-    exported: Path, encoder: FastViT, images: list[np.ndarray], reference: EncoderReference, tmp_path: Path
+    exported: Path, encoder: FastViT, images: ImageSet, reference: EncoderReference, tmp_path: Path
 ) -> None:
     folder = changed(exported, tmp_path, "network.0.0.layer_scale", lambda t: t[..., :8])
     with pytest.raises(WeightsError, match="network.0.0.layer_scale must be"):
