@@ -106,6 +106,7 @@ def test_api_page_is_current() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == made().api(), "run `make docs`"
 
 
+@pytest.mark.slow
 def test_layout_picture_is_current() -> None:
     page = (ROOT / "docs" / "design.md").read_text()
     assert page == made().with_layout(page), "run `make docs`"
@@ -132,6 +133,7 @@ def strings() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.slow
 def test_error_texts_of_troubleshooting_are_in_the_source() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     headings = [heading for heading in re.findall(r"^### (.*)$", page, re.MULTILINE) if not heading.startswith("The ")]

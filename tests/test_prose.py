@@ -57,6 +57,7 @@ def faults(name: str) -> list[str]:
     return [found for path in chosen for passage in passages(path) if (found := fault(passage))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in GROUPS if name not in PENDING])
 def test_prose_has_no_banned_word_or_opening(name: str) -> None:
     assert faults(name) == []

@@ -60,6 +60,7 @@ def test_python_m_fastvlm_is_the_command(tmp_path: Path) -> None:
 COMPLETED = {"bash": "complete_bash", "zsh": "complete_zsh", "fish": "complete_fish"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -76,6 +77,7 @@ def test_completion_lists_commands_options_and_choices(tmp_path: Path, words: st
     assert found in done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_script_is_shown_for_a_shell(tmp_path: Path, shell: str) -> None:
     environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}

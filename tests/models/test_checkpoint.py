@@ -26,6 +26,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 def test_tensors_come_back_as_they_were_written(write_checkpoint: WriteCheckpoint) -> None:
     source, checkpoint = RandomCheckpoint("tiny"), FolderCheckpoint(write_checkpoint())
     assert checkpoint.tensors.keys() == source.tensors.keys()

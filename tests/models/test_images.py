@@ -371,6 +371,7 @@ def test_images_together_may_be_as_large_as_one(monkeypatch: pytest.MonkeyPatch)
         images.open_images([small, large])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 1), (1, 60_000), (60_000, 1)])
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 def test_thinnest_images_are_squared_or_refused(size: tuple[int, int], fit: images.Fit) -> None:

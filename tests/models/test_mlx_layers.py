@@ -100,6 +100,7 @@ def test_layers_of_different_bits_stay_apart(computing_on: Callable) -> None:
     assert answer(model) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [None, 8])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_ids_are_those_of_the_cpu_form_when_joined(kv_bits: int | None, rows: int, computing_on: Callable) -> None:

@@ -51,12 +51,14 @@ def test_full_encoder_reaches_the_published_maximum(size: str) -> None:
     assert found == pytest.approx(PUBLISHED_RANGES[size].largest, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", PUBLISHED_RANGES)
 def test_largest_weight_of_conv_exp_is_the_published_one(size: str) -> None:
     found = np.abs(weight(RandomCheckpoint(size), "conv_exp.reparam_conv.weight")).max()
     assert found == LARGEST_CONV_EXP_WEIGHT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "fails"), [("small-0.5b", True), ("small-7b", False)])
 def test_plain_float16_fails_on_noise_and_not_on_photographs(size: str, fails: bool) -> None:
     encoder, images = encoder_of(size), verification_images(256)
@@ -69,6 +71,7 @@ def test_plain_float16_fails_on_noise_and_not_on_photographs(size: str, fails: b
     assert finite["noise"] != fails
 
 
+@pytest.mark.slow
 def test_dense_weights_have_heavy_tails_and_unequal_rows() -> None:
     """The medians of PP-OCRv4's detector and recognizer are 2.6 and 8.0, 0.37 and 0.57."""
     found = weight(RandomCheckpoint("0.5b"), "network.4.3.convffn.fc1.weight").reshape(1536, -1).astype(np.float64)
@@ -93,6 +96,7 @@ def test_sizes_are_different_towers() -> None:
     np.testing.assert_array_equal(first, weight(RandomCheckpoint(SMALL[0]), name))
 
 
+@pytest.mark.slow
 def test_part_of_a_stage_is_counted_with_its_downsampling() -> None:
     stages = part_stages(RandomCheckpoint("0.5b").encoder)
     assert stages == {0: 0, 1: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3, 8: 4, 9: 4, 10: 4}

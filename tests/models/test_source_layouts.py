@@ -106,6 +106,7 @@ def test_written_hugging_face_names_are_transformers_own(golden: Path, tmp_path:
     assert load_file(tmp_path / "hf" / "model.safetensors").keys() == theirs - {"lm_head.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "dtype"), [("hf", torch.bfloat16), ("mlx", torch.float16), ("mlx", torch.bfloat16)])
 def test_half_precision_and_shards_survive(
     write_checkpoint: Callable[..., Path], tmp_path: Path, layout: str, dtype: torch.dtype, monkeypatch: Any

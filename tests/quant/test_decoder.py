@@ -117,6 +117,7 @@ def prompts(checkpoint: RandomCheckpoint) -> list[Prompt]:
     return calibration_prompts(checkpoint.tokenizer_files()["tokenizer.json"], [features], rows)[:FEW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize_embeddings", [True, False])
 def test_calibrated_tensors_have_the_form_of_plain_ones(quantize_embeddings: bool) -> None:
     checkpoint = RandomCheckpoint("tiny")

@@ -99,6 +99,7 @@ def inertia(weight: np.ndarray, kept: np.ndarray) -> float:
     return float(np.square(weight - kept.astype(np.float64)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_error_is_as_small_as_with_sampled_kmeans(kind: str, bits: int, tolerance: Callable[[str], float]) -> None:

@@ -137,6 +137,7 @@ def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme(
             assert plan_bytes(options, found.plan) <= size
 
 
+@pytest.mark.slow
 def test_gains_predict_the_noise_of_whole_plans(network: nn.Sequential, images: Images) -> None:
     options = measured_options(network, images.calibration)
     float16 = 10 ** (-snr_db(network, {}, images) / 10)

@@ -75,6 +75,7 @@ def test_beginning_of_prompts_is_read_at_load(loaded: FastVLM, vlm: FastVLM, mon
     assert vlm.generate(PICTURE, "Hi", max_tokens=1).timings.reused_tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [None, PICTURE, [PICTURE, OTHER]], ids=["none", "one", "two"])
 @pytest.mark.parametrize("options", [VARIED, {"max_tokens": 6, "system": "Be brief."}], ids=["seeded", "system"])
 def test_ids_do_not_depend_on_what_was_read_before(loaded: FastVLM, vlm: FastVLM, image: object, options: dict) -> None:
@@ -167,6 +168,7 @@ def test_text_is_read_while_an_image_is_encoded(vlm: FastVLM, monkeypatch: pytes
     assert found.timings.ttft_ms == sum(getattr(found.timings, stage) for stage in TTFT_STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [VARIED, {"max_tokens": 8, "repetition_penalty": 1.4, **VARIED}], ids=["plain", "penalty"]
 )
@@ -405,6 +407,7 @@ def test_second_question_about_an_image_does_not_encode_it_again(vlm: FastVLM) -
     assert vlm.generate(PICTURES[1], "Why?", max_tokens=1, fit="crop").timings.cached_images == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "encoded"), [([0, 1, 0, 1], 2), ([0, 1, 2, 3, 4, 0], 5), ([2, 2, 2], 1)])
 def test_answers_are_the_same_with_and_without_the_caches(vlm: FastVLM, order: list[int], encoded: int) -> None:
     def ask(forget: bool) -> list[tuple[int, ...]]:

@@ -431,6 +431,7 @@ def test_usage_error_when_an_argument_is_out_of_range(make: Make, options: dict)
         make(**options)
 
 
+@pytest.mark.slow
 def test_beam_searches_and_forms_run_beside_other_answers(make: Make, alone: Callable[[Request], Generation]) -> None:
     options = [{}, {"num_beams": 3}, {"schema": {"enum": ["a red one", 12]}}, {"num_beams": 2, "length_penalty": 2.0}]
     requests = [prepare(PICTURE, "What is it?", max_tokens=8, **one) for one in options * 2]

@@ -131,6 +131,7 @@ def test_blockwise_shift_scale_follows_its_formula(
         assert found[i, j, k] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["iOS16", "iOS18"])
 def test_sparse_to_dense_follows_its_formula(save_program: Callable[..., Path], ct: ModuleType, target: str) -> None:
     from coremltools.converters.mil.mil import types
@@ -257,6 +258,7 @@ def only_dense(program: Program) -> np.ndarray:
     return Constants(program).decode(operation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "uint4", "int8"])
 @pytest.mark.parametrize("offset", [False, True])
 def test_sparse_and_quantized_constant_follows_its_formula(
@@ -284,6 +286,7 @@ def test_sparse_and_quantized_constant_follows_its_formula(
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vector", [1, 2])
 def test_sparse_palette_follows_its_formula(save_program: Callable[..., Path], ct: ModuleType, vector: int) -> None:
     from coremltools.converters.mil.mil import types
@@ -305,6 +308,7 @@ def test_sparse_palette_follows_its_formula(save_program: Callable[..., Path], c
         assert found[row, column] == (lut[0, 0, indices[place], row % vector] if mask[place] else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme_name", ["quantized", "palette"])
 def test_jointly_compressed_weights_are_coremltools_own(
     save_program: Callable[..., Path], ct: ModuleType, scheme_name: str

@@ -37,6 +37,7 @@ def test_flops_count_the_summed_dimension(save_program: Callable[..., Path]) -> 
     assert costs(save_program(conv, {"x": (1, 2, 6, 6)})) == {"conv": (2 * 144 * 18, 72 + 144)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda op: op.inputs.pop("x"), lambda op: op.inputs["x"].ClearField("arguments")])
 def test_missing_operand_is_one_error(
     save_program: Callable[..., Path], edit: Callable[..., Path], block_of: Any, change: Callable[[Any], Any]

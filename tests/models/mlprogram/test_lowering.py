@@ -192,6 +192,7 @@ def test_absurd_paddings_are_refused(save_program: Callable[..., Path], edit: Ed
         Executor(edit(package, change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["add", "matmul", "concat"])
 def test_results_larger_than_the_operands_are_refused(
     save_program: Callable[..., Path], edit: Edit, block_of: Any, kind: str

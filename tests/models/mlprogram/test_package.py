@@ -32,6 +32,7 @@ def copy(small_package: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_package, tmp_path / "copy.mlpackage"))
 
 
+@pytest.mark.slow
 def test_program_has_the_contents_of_the_package(small_package: Path) -> None:
     program = read_package(small_package)
     assert [(t.name, t.dtype, t.shape) for t in program.inputs] == [("x", "fp32", (1, 8, 6, 6))]

@@ -31,6 +31,7 @@ def rows(vlm: FastVLM, pictures: Path) -> Callable[..., list[Row]]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (2, 3), (8, 2)])
 def test_rows_have_the_answers_of_generate(
     rows: Callable[..., list[Row]], vlm: FastVLM, pictures: Path, batch_size: int, workers: int

@@ -130,6 +130,7 @@ VALUES = st.recursive(
 ANSWERS = st.lists(st.dictionaries(st.sampled_from("xyz"), VALUES, max_size=3), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(ANSWERS)
 def test_any_structured_answer_can_be_written(answers: list[dict[str, Any]]) -> None:
     import tempfile

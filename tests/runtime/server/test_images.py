@@ -202,6 +202,7 @@ def test_large_and_missing_images_are_refused(host: Callable) -> None:
         reader.read(f"http://{place}/gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["headers", "body"])
 def test_slow_host_is_left_in_time(host: Callable, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setattr(images, "FETCH_SECONDS", 0.4)

@@ -37,6 +37,7 @@ FLOATING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FLOATING)
 @settings(max_examples=8)
 @given(data=st.data())
