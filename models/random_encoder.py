@@ -11,7 +11,7 @@ Trained encoders differ from Gaussian weights in ways that decide whether float1
   depthwise convolutions, because batch norms are folded into them (see also arXiv 1906.04721, figure 2);
 - a few channels whose activations are a thousand times the median (arXiv 2402.17762).
 
-What writes a residual stream scales each of its channels, and what reads it undoes that, as batch norms do in training.
+The writers of a residual stream scale each of its channels, and its readers undo that, as batch norms do in training.
 A block changes its stream as much as in the trained `tiny`. The gains of the last stage were fitted once, and are
 constants, so that reading a tensor needs no other one.
 """

@@ -252,7 +252,7 @@ class Scheduler:
         """Adds to the counts. Needs the lock."""
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()})
 
-    # What follows runs on the engine thread, without the lock unless it says so.
+    # The rest runs on the engine thread, without the lock unless it says so.
 
     def _run(self) -> None:
         try:

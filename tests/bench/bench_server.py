@@ -28,6 +28,9 @@ from fuzz_server import served
 FIRST, SECOND = "Describe the image.", "What colour is it?"
 CHAT = "/v1/chat/completions"
 
+PAUSE_S = 0.5
+"""The time between the sides. Threads of the side before spin for a while before they sleep, on the other's cores."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,6 +53,7 @@ def main() -> None:
                 sides = [("server", lambda text, image=image: over_http(client, image, text)),
                          ("process", lambda text, image=image: in_process(vlm, image, text))]  # fmt: skip
                 for name, ask in sides if n % 2 else sides[::-1]:
+                    time.sleep(PAUSE_S)
                     first, second = ask(FIRST), ask(SECOND)
                     if n:
                         times[name].append(first)

@@ -58,7 +58,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step. `status` is ok, failed, timeout, not possible or left out."""
+    """The outcome of a step. `status` is ok, failed, timeout, not possible or left out."""
 
     name: str
     title: str

@@ -57,7 +57,7 @@ def overview(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def details(step: Mapping[str, Any]) -> Iterator[str]:
-    """What a step found; nothing for one that found nothing."""
+    """The findings of a step; nothing for one that found nothing."""
     kind = step["name"] if step["name"] in SHOWN else step["name"].rpartition("-")[0]
     shown = list(SHOWN[kind](step["result"])) if kind in SHOWN and step["result"] else []
     failed = step["status"] in ("failed", "timeout")

@@ -252,7 +252,7 @@ def fastvlm(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def json_in(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What a command printed. Raises SystemExit with its last line when that is not JSON."""
+    """The output of a command, from JSON. Raises SystemExit with its last line when that is not JSON."""
     try:
         return dict(json.loads(done.stdout))
     except ValueError:
@@ -260,7 +260,7 @@ def json_in(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def output(*command: str) -> str:
-    """What a system's command prints; empty when it is not there or fails."""
+    """The output of a system's command; empty when it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
