@@ -49,6 +49,7 @@ def test_wheel_holds_what_the_package_reads(names: set[str]) -> None:
     read = [path for path in (ROOT / "models/tiny/checkpoint").iterdir() if path.suffix in (".json", ".safetensors")]
     read += (ROOT / "runtime/samples").glob("*.png")
     read += (ROOT / "quant/photographs").iterdir()
+    read += (ROOT / "runtime/server/page").iterdir()
     assert {f"fastvlm/{path.relative_to(ROOT).as_posix()}" for path in read} - names == set()
 
 
@@ -59,7 +60,10 @@ def test_wheel_is_marked_as_typed(names: set[str]) -> None:
 def test_wheel_holds_nothing_else(names: set[str]) -> None:
     own = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     assert {name.split("/")[0] for name in own} == {"fastvlm"}
-    assert {Path(name).suffix for name in own} <= {".py", ".json", ".safetensors", ".png", ".jpg", ".md", ".typed"}
+    page = {name for name in own if name.startswith("fastvlm/runtime/server/page/")}
+    assert {Path(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
+    kinds = {Path(name).suffix for name in own - page}
+    assert kinds <= {".py", ".json", ".safetensors", ".png", ".jpg", ".md", ".typed"}
     assert not any("/tests/" in name or "/docs/" in name for name in names)
 
 
