@@ -135,7 +135,6 @@ class Conversation:
             stop=stop,
             ignore_eos=ignore_eos,
             fit=fit,
-            background=self._background,
             schema=schema,
             regex=regex,
             choice=choice,
@@ -143,7 +142,8 @@ class Conversation:
         )
 
     def _stream(self, prompt: str, image: ImageSource | Sequence[ImageSource] | None, **options: Any) -> Stream:
-        request = prepare([*self._next_images, *as_list(image)], prompt, **options)
+        images = [*self._next_images, *as_list(image)]
+        request = prepare(images, prompt, background=self._background, **options)
         if self._open is not None:
             self._open.close()
         self._open = Stream(self._answer(request))

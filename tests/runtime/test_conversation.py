@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import ImageError, PromptError, UsageError
@@ -211,3 +212,14 @@ def test_same_picture_is_known_by_its_pixels() -> None:
 def test_system_prompt_that_is_no_unicode_is_told_at_once(vlm: FastVLM) -> None:
     with pytest.raises(PromptError, match="the system prompt is not valid Unicode at character 3"):
         vlm.chat(system="caf\udce9")
+
+
+@pytest.mark.parametrize("background", ["white", "none"])
+@pytest.mark.parametrize("method", ["ask", "stream"])
+def test_image_of_a_question_has_the_background_of_the_chat(vlm: FastVLM, method: str, background: str) -> None:
+    picture = Image.new("RGBA", (60, 60), (200, 0, 0, 0))
+    chat = vlm.chat(background=background)
+    answer = getattr(chat, method)("Hi", picture, max_tokens=1)
+    _ = answer if method == "ask" else answer.read()
+    (kept,) = chat._images
+    assert (kept.pixels == square(vlm, open_image(picture, background=background))).all()
