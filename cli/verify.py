@@ -60,7 +60,7 @@ def verify_command(
     disagree with the executor or crash, or if Core AI and the executor disagree.
     """
     disable_tf32()
-    if against is None and not on_device:
+    if against is None and not on_device and judge is None:
         raise typer.BadParameter("add --against MODEL, --on-device, or both", param_hint="FOLDER")
     if judge is None and judge_size is not None:
         raise typer.BadParameter("add --judge coreai, which it belongs to", param_hint="--judge-size")

@@ -94,6 +94,7 @@ def test_judgement_has_a_row_per_stage_and_a_verdict() -> None:
         (["verify", "model"], "--against"),
         (["verify", "model", "--on-device", "--images", "."], "--images"),
         (["verify", "model", "--on-device", "--judge", "coreai"], "--judge"),
+        (["verify", "model", "--judge", "coreai"], "--judge"),
         (["verify", "model", "--against", "tiny", "--judge-size", "128"], "--judge-size"),
     ],
 )
