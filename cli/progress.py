@@ -138,22 +138,38 @@ class RateProgress(CountProgress):
         if self._bar and self._task is not None and total is None:
             self._bar.update(self._task, total=None)
         self._known_total, self._next = total, 0.0
+        self._remark, self._said = "", 0
 
     def advance(self, remark: str = "") -> None:
         """Counts one more. `remark` describes all so far."""
         self._count += 1
+        self._remark = remark
         seconds = time.perf_counter() - self._begin
-        rate = self._count / max(seconds, 1e-9)
-        texts = [text for text in (remark, f"{rate:,.2f} {self._what}/s") if text]
         if self._bar and self._task is not None:
-            self._bar.update(self._task, advance=1, remark=", ".join(texts))
+            self._bar.update(self._task, advance=1, remark=", ".join(self._texts(seconds)))
         elif seconds >= self._next:
             self._next = seconds + WAIT_SECONDS
-            total = self._known_total
-            if total is not None and total > self._count:
-                texts.append(f"{duration((total - self._count) / rate)} left")
-            of = "" if total is None else f" of {max(total, self._count):,}"
-            self.say(f"  {self._count:,}{of} {self._what}, {', '.join(texts)}")
+            self._say_count(seconds)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if not self._bar and self._said < self._count:
+            self._say_count(time.perf_counter() - self._begin)
+
+    def _texts(self, seconds: float) -> list[str]:
+        rate = self._count / max(seconds, 1e-9)
+        texts = [text for text in (self._remark, f"{rate:,.2f} {self._what}/s") if text]
+        total = self._known_total
+        if not self._bar and total is not None and total > self._count:  # the bar has a column for it
+            texts.append(f"{duration((total - self._count) / rate)} left")
+        return texts
+
+    def _say_count(self, seconds: float) -> None:
+        self._said = self._count
+        of = "" if self._known_total is None else f" of {max(self._known_total, self._count):,}"
+        self.say(f"  {self._count:,}{of} {self._what}, {', '.join(self._texts(seconds))}")
 
 
 def duration(seconds: float) -> str:
