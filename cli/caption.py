@@ -11,7 +11,7 @@ import typer
 from ..models.errors import UsageError
 from . import options as given
 from .interrupt import Interrupted
-from .progress import LoadProgress, RateProgress, note, one_line
+from .progress import RateProgress, note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.bulk.job import Job
@@ -90,7 +90,6 @@ def caption_command(
     from ..runtime.bulk.outputs import output_for
     from ..runtime.bulk.pipeline import Captioner
     from ..runtime.bulk.sources import Source
-    from ..runtime.fastvlm import load
     from ..runtime.request import prepare
     from .outputs import check_places
 
@@ -119,16 +118,7 @@ def caption_command(
     check_places(out)
     with Job(source, output_for(out, output_format), run_digest(model, questions, options)) as job:
         if not job.is_complete:
-            with LoadProgress() as progress:
-                vlm = load(
-                    model,
-                    backend,
-                    compute_units=compute_units,
-                    kv_bits=given.as_int(kv_bits),
-                    verify_hashes=verify_hashes,
-                    encoder_process=encoder_process,
-                    on_wait=progress,
-                )
+            vlm = given.loaded(model, backend, compute_units, kv_bits, verify_hashes, encoder_process)
             captioner = Captioner(vlm, questions, options, batch_size=batch_size, workers=workers)
             write(job, captioner, source.count())
             for text in vlm.notes:
@@ -138,7 +128,7 @@ def caption_command(
         sys.stderr.write(f"{job.seen:,} images in {out}{known}\n")
         if job.failures:
             note(
-                f"{job.failures:,} of {job.seen:,} images have no caption, and their lines in {job.log.path} an error. "
+                f"{job.failures:,} of {job.seen:,} images have no caption. Their lines in {job.log.path} say why. "
                 "Remove those lines to try them again"
             )
             raise typer.Exit(1)

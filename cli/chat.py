@@ -15,7 +15,7 @@ from ..models.errors import FastVLMError, UsageError
 from . import options as given
 from .arguments import in_options
 from .interrupt import Interrupted, resumed
-from .progress import LoadProgress, note, one_line
+from .progress import note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.conversation import Conversation
@@ -53,7 +53,6 @@ def chat_command(
     verify_hashes: given.VerifyHashes = False,
 ) -> None:
     """Chat about images, a question per line. Prints answers to stdout, and timings to stderr."""
-    from ..runtime.fastvlm import load
     from ..runtime.request import opened, prepare
 
     options: dict[str, Any] = {
@@ -70,16 +69,7 @@ def chat_command(
     }
     prepare(None, "", **options)  # wrong options are reported before the model is loaded
     images = opened(image, background)
-    with LoadProgress() as progress:
-        model = load(
-            folder,
-            backend,
-            compute_units=compute_units,
-            kv_bits=given.as_int(kv_bits),
-            verify_hashes=verify_hashes,
-            encoder_process=encoder_process,
-            on_wait=progress,
-        )
+    model = given.loaded(folder, backend, compute_units, kv_bits, verify_hashes, encoder_process)
     for text in model.notes:
         note(text)
     session = Session(model.chat(images, system, background), options, model.config.max_context)

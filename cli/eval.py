@@ -12,7 +12,7 @@ import typer
 from . import options as given
 from .interrupt import Interrupted
 from .outputs import check_pictures, check_reports, write_picture, write_text
-from .progress import LoadProgress, QuestionProgress, note, one_line
+from .progress import QuestionProgress, note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.evaluation.run import Comparison, Evaluation
@@ -59,7 +59,6 @@ def eval_command(
     from ..runtime.evaluation.datasets import open_data
     from ..runtime.evaluation.run import EvaluationRun, read_evaluation
     from ..runtime.evaluation.run import compare as compared
-    from ..runtime.fastvlm import load
     from ..runtime.request import prepare
 
     check_data(data, task, images)
@@ -69,15 +68,7 @@ def eval_command(
         None, "", system=system, max_tokens=1 if max_tokens is None else max_tokens
     )  # wrong options are reported before the model is loaded
     questions = open_data(data, limit, task, images)
-    with LoadProgress() as progress:
-        model = load(
-            folder,
-            backend,
-            compute_units=compute_units,
-            kv_bits=given.as_int(kv_bits),
-            verify_hashes=verify_hashes,
-            on_wait=progress,
-        )
+    model = given.loaded(folder, backend, compute_units, kv_bits, verify_hashes)
     run = EvaluationRun(model, questions, system, max_tokens)
     interrupted = ask(run, questions.count)
     evaluation = run.evaluation

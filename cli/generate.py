@@ -12,7 +12,7 @@ import typer
 from ..models.errors import FastVLMError
 from . import options as given
 from .interrupt import Interrupted
-from .progress import LoadProgress, note
+from .progress import note
 
 if TYPE_CHECKING:
     from ..runtime.generate import Generation
@@ -52,7 +52,6 @@ def generate_command(
     as_json: given.AsJson = False,
 ) -> None:
     """Answer a prompt about an image. Streams text to stdout, and prints timings to stderr."""
-    from ..runtime.fastvlm import load
     from ..runtime.request import prepare
 
     options: dict[str, Any] = {
@@ -72,16 +71,7 @@ def generate_command(
         **given.structure(json_schema, choice, regex, grammar),
     }
     request = prepare(image or None, given.text_from(sys.stdin) if prompt == "-" else prompt, **options)
-    with LoadProgress() as progress:
-        model = load(
-            folder,
-            backend,
-            compute_units=compute_units,
-            kv_bits=given.as_int(kv_bits),
-            verify_hashes=verify_hashes,
-            encoder_process=encoder_process,
-            on_wait=progress,
-        )
+    model = given.loaded(folder, backend, compute_units, kv_bits, verify_hashes, encoder_process)
     stream = model.engine.stream(request)
     if as_json:
         for _ in stream:

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeAlias, get_args
 
 import typer
 
 from ..models.errors import PromptError, UsageError
+from .progress import LoadProgress
+
+if TYPE_CHECKING:
+    from ..runtime.fastvlm import FastVLM
 
 MODEL, SAMPLING, STRUCTURE, OUTPUT = "Model", "Sampling", "Structure of the answer", "Output"
 """Panels of `--help`."""
@@ -188,6 +192,29 @@ def beams(num_beams: int, length_penalty: float, early_stopping: str) -> dict[st
     """Returns the arguments of `prepare` for beam search."""
     ends: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
     return {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": ends[early_stopping]}
+
+
+def loaded(
+    folder: Path,
+    backend: str | None,
+    compute_units: str | None,
+    kv_bits: str | None,
+    verify_hashes: bool,
+    encoder_process: bool = False,
+) -> FastVLM:
+    """Loads a model by these options, and shows what loading waits for. See `FastVLM.load`."""
+    from ..runtime.fastvlm import load
+
+    with LoadProgress() as progress:
+        return load(
+            folder,
+            backend,
+            compute_units=compute_units,
+            kv_bits=as_int(kv_bits),
+            verify_hashes=verify_hashes,
+            encoder_process=encoder_process,
+            on_wait=progress,
+        )
 
 
 def as_int(bits: str | None) -> int | None:

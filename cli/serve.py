@@ -12,7 +12,7 @@ import typer
 from ..models.errors import FastVLMError, MachineError
 from . import options as given
 from .arguments import in_options
-from .progress import LoadProgress, note, one_line
+from .progress import note, one_line
 
 if TYPE_CHECKING:
     from ..runtime.server.run import Server
@@ -126,18 +126,7 @@ def serve_command(
     from ..runtime.server.run import bind, serve
 
     listener = bind(settings)
-    from ..runtime.fastvlm import load
-
-    with LoadProgress() as progress:
-        model = load(
-            folder,
-            backend,
-            compute_units=compute_units,
-            kv_bits=given.as_int(kv_bits),
-            verify_hashes=verify_hashes,
-            encoder_process=encoder_process,
-            on_wait=progress,
-        )
+    model = given.loaded(folder, backend, compute_units, kv_bits, verify_hashes, encoder_process)
     for text in model.notes:
         note(text)
     _log_to_stderr(quiet)
