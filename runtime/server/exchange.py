@@ -1,7 +1,8 @@
 """One answer on its way from the engine's thread to a client that may be slow, silent or gone.
 
-The engine never waits for a client. Its pieces go into a bounded buffer, which the event loop empties. A client that
-disconnects, stops reading or exceeds its time loses its answer, and its place in the batch is free at once.
+The engine never waits for a client. Its pieces go into a bounded buffer, which the event loop empties. Only the first
+text of a stream is handed to the connection before the next step begins. A client that disconnects, stops reading or
+exceeds its time loses its answer, and its place in the batch is free at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ STATUS_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 10.0
 """The time between two comments in a stream without tokens, so that proxies keep the connection."""
 
+FIRST_TEXT_SECONDS = 0.02
+"""The longest time that the engine gives the event loop to send the first text of a stream, which takes it about 1 ms.
+
+Without it the loop competes with the next step for the interpreter and the cores, and the time to first token contains
+most of that step.
+"""
+
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -59,6 +67,7 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
+        self._first_sent = threading.Event()
         self._pieces: list[str] = []
         self._end: Generation | FastVLMError | Exception | None = None
         self.answer: Answer | None = None
@@ -114,6 +123,10 @@ class Exchange:
             )
         return None
 
+    def sent(self) -> None:
+        """Tells the engine that a text has been handed to the connection."""
+        self._first_sent.set()
+
     @property
     def generation(self) -> Generation | None:
         """The whole answer, or None if it has not ended, or failed."""
@@ -132,6 +145,7 @@ class Exchange:
             if self._end is None:
                 self._end = reason
         self._ready.set()
+        self._first_sent.set()
         self.cancel()
 
     def cancel(self) -> None:
@@ -156,6 +170,9 @@ class Exchange:
                 self._loop.call_soon_threadsafe(self.stop, ClientGone())
             else:
                 self._loop.call_soon_threadsafe(self._ready.set)
+                if self._streams and isinstance(event, Piece) and not self._first_sent.is_set():
+                    self._first_sent.wait(FIRST_TEXT_SECONDS)
+                    self._first_sent.set()
 
 
 def _with_preprocess(generation: Generation, milliseconds: float) -> Generation:
@@ -211,6 +228,8 @@ class AnswerResponse:
             await write(*map(_event, events(None)))
             async for piece in self._pieces(first):
                 await write(*(map(_event, events(piece)) if piece is not None else [KEEP_ALIVE]))
+                if piece is not None:
+                    self._exchange.sent()
             await write(DONE, last=True)
         except ApiError as error:  # too late for a status
             await write(_event(error.body().model_dump_json().encode()), last=True)

@@ -166,6 +166,28 @@ def test_stopped_answer_ends_with_an_event(scheduler: Scheduler) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(("seconds", "waits"), [(30.0, True), (0.0, False)])
+def test_first_text_is_sent_before_the_next_step(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, seconds: float, waits: bool
+) -> None:
+    monkeypatch.setattr(exchange_module, "FIRST_TEXT_SECONDS", seconds)
+    steps_meanwhile: list[int] = []
+
+    class SlowLoop(Client):
+        async def send(self, message: dict[str, Any]) -> None:
+            if b"data: ." in message.get("body", b"") and not steps_meanwhile:
+                before = scheduler.stats().generated_tokens
+                await asyncio.sleep(0.1)  # steps of `tiny` take some milliseconds
+                steps_meanwhile.append(scheduler.stats().generated_tokens - before)
+            await super().send(message)
+
+    async def work() -> None:
+        await SlowLoop().take(ask(scheduler, 60))
+        assert (steps_meanwhile[0] == 0) == waits
+
+    run(work)
+
+
 def test_error_before_the_first_token_has_its_status(scheduler: Scheduler) -> None:
     async def work() -> None:
         client = Client()
