@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models import mlprogram as mlprogram
     from .models.errors import FastVLMError as FastVLMError
     from .runtime.benchmark.run import benchmark as benchmark
+    from .runtime.bulk import ray_data as ray  # noqa: F401
     from .runtime.conversation import Conversation as Conversation
     from .runtime.evaluation.run import evaluate as evaluate
     from .runtime.fastvlm import FastVLM as FastVLM
@@ -39,11 +40,12 @@ PUBLIC = {
     "export": ".export",
     "load": ".runtime.fastvlm",
     "mlprogram": ".models.mlprogram",
+    "ray": ".runtime.bulk.ray_data",
     "verify": ".export.verify",
 }
 """Public name -> the module that holds it. `fastvlm.export` is a package that can be called."""
 
-MODULES = frozenset(("export", "mlprogram"))
+MODULES = frozenset(("export", "mlprogram", "ray"))
 """The public names that are modules themselves."""
 
 __all__ = ["__version__", *PUBLIC]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from ..models.errors import UsageError
 from . import options as given
 from .interrupt import Interrupted
-from .progress import RateProgress, note, one_line
+from .progress import LoadProgress, RateProgress, note, one_line
 
 if TYPE_CHECKING:
-    from ..runtime.bulk.job import Job
-    from ..runtime.bulk.pipeline import Captioner
+    from ..runtime.bulk.job import Job, RowMaker
+
+RAY = "Ray"
+"""The panel of `--help` with the options of a cluster."""
 
 
 def caption_command(
@@ -83,16 +87,40 @@ def caption_command(
     encoder_process: given.EncoderProcess = False,
     kv_bits: given.KVBits = None,
     verify_hashes: given.VerifyHashes = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Caption in this process, or by actors of a Ray cluster.", rich_help_panel=RAY),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Connect to this Ray cluster. `auto` finds the one of this machine, `local` starts one.",
+            show_default="local",
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Load the model in N actors.", show_default="1", rich_help_panel=RAY),
+    ] = None,
+    actor_cpus: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Reserve N cores for each actor.", show_default="1", rich_help_panel=RAY),
+    ] = None,
 ) -> None:
     """Caption images in bulk, resumably. Exits with 1 if an image has no caption."""
     from ..runtime.bulk.job import Job
     from ..runtime.bulk.log import run_digest
     from ..runtime.bulk.outputs import output_for
-    from ..runtime.bulk.pipeline import Captioner
     from ..runtime.bulk.sources import Source
     from ..runtime.request import prepare
     from .outputs import check_places
 
+    cluster = {"address": address, "actors": actors, "actor_cpus": actor_cpus}
+    cluster = {name: value for name, value in cluster.items() if value is not None}
+    if engine == "local" and cluster:
+        raise UsageError(f"{next(iter(cluster))} needs engine='ray'.", *cluster, "engine")
     options: dict[str, Any] = {
         "system": system,
         "max_tokens": max_tokens,
@@ -118,11 +146,19 @@ def caption_command(
     check_places(out)
     with Job(source, output_for(out, output_format), run_digest(model, questions, options)) as job:
         if not job.is_complete:
-            vlm = given.loaded(model, backend, compute_units, kv_bits, verify_hashes, encoder_process)
-            captioner = Captioner(vlm, questions, options, batch_size=batch_size, workers=workers)
-            write(job, captioner, source.count())
-            for text in vlm.notes:
-                note(text)
+            load = {
+                "backend": backend,
+                "compute_units": compute_units,
+                "kv_bits": kv_bits,
+                "verify_hashes": verify_hashes,
+                "encoder_process": encoder_process,
+            }
+            width = {"batch_size": batch_size, "workers": workers}
+            opened = on_cluster(cluster) if engine == "ray" else in_process
+            with opened(model, questions, options, load, width) as (captioner, notes):
+                write(job, captioner, source.count())
+                for text in notes():
+                    note(text)
         job.end()
         known = f", {job.known:,} of them from an earlier run" if job.known else ""
         sys.stderr.write(f"{job.seen:,} images in {out}{known}\n")
@@ -134,6 +170,39 @@ def caption_command(
             raise typer.Exit(1)
 
 
+Opened: TypeAlias = "tuple[RowMaker, Callable[[], Sequence[str]]]"
+"""A captioner, and the function that returns the notes on its model."""
+
+
+@contextmanager
+def in_process(
+    model: Path, questions: list[str], options: dict[str, Any], load: dict[str, Any], width: dict[str, Any]
+) -> Iterator[Opened]:
+    """Loads the model into this process, and yields its captioner."""
+    from ..runtime.bulk.pipeline import Captioner
+
+    vlm = given.loaded(model, **load)
+    yield Captioner(vlm, questions, options, **width), lambda: vlm.notes
+
+
+def on_cluster(cluster: dict[str, Any]) -> Callable[..., AbstractContextManager[Opened]]:
+    """Returns the counterpart of `in_process` for a Ray cluster."""
+
+    @contextmanager
+    def opened(
+        model: Path, questions: list[str], options: dict[str, Any], load: dict[str, Any], width: dict[str, Any]
+    ) -> Iterator[Opened]:
+        from ..runtime.bulk.ray_pool import RayCaptioner
+
+        load = {**load, "kv_bits": given.as_int(load["kv_bits"])}
+        with LoadProgress() as progress:
+            captioner = RayCaptioner(model, questions, options, load=load, on_wait=progress, **width, **cluster)
+        with captioner:
+            yield captioner, lambda: captioner.notes
+
+    return opened
+
+
 def parts_of(shard: str) -> tuple[int, int]:
     """Returns K and N of `K/N`. Raises UsageError for another form."""
     part, _, parts = shard.partition("/")
@@ -142,7 +211,7 @@ def parts_of(shard: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def write(job: Job, captioner: Captioner, count: int | None) -> None:
+def write(job: Job, captioner: RowMaker, count: int | None) -> None:
     """Writes the missing captions. After a Ctrl-C it says how to resume."""
     written = 0
     waiting = None if count is None else max(1, count - job.written)

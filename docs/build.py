@@ -27,6 +27,7 @@ GROUPS = {
     "Models": ("load", "FastVLM", "Conversation", "Generation"),
     "Export": ("export", "verify", "bundle"),
     "Measure": ("benchmark", "evaluate"),
+    "Ray Data": ("ray.Captioner",),
     "Any Core ML package": ("mlprogram.load", "mlprogram.Model", "mlprogram.State"),
     "Errors": ("FastVLMError",),
 }

@@ -34,6 +34,9 @@ MAX_PIXELS = 178_956_970
 MAX_SIDE = 65_536
 """The longest side of an image, in pixels."""
 
+MAX_IMAGE_BYTES = 2**29
+"""The largest image in an archive, or for another machine, in bytes: an uncompressed one of 179 megapixels."""
+
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -128,6 +131,22 @@ def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS, *, background: 
     except Exception as reason:  # decoders raise any exception for damaged bytes
         detail = (str(reason) or type(reason).__name__).splitlines()[0]
         raise ImageError(f"{name} cannot be decoded: {detail}") from reason
+
+
+def file_bytes(path: Path) -> bytes:
+    """Returns the bytes of an image file, to be decoded elsewhere.
+
+    Raises:
+        ImageError: the file is missing, empty, unreadable or too large. The first three are errors of `open_image` too.
+    """
+    try:
+        with _stream(path, str(path)) as stream:
+            size = path.stat().st_size
+            if size > MAX_IMAGE_BYTES:
+                raise ImageError(f"{path} must have at most {MAX_IMAGE_BYTES:,} bytes (got {size:,}).")
+            return stream.read()
+    except OSError as reason:
+        raise ImageError(f"{path} cannot be read: {reason.strerror or reason}") from reason
 
 
 def background_color(background: str) -> tuple[int, int, int] | None:

@@ -68,7 +68,7 @@ def test_package_list_is_complete() -> None:
     assert all(ROOT.joinpath(*name.split(".")[1:], "__init__.py").exists() for name in listed)
 
 
-HEAVY = ("numpy", "torch", "coremltools", "mlx", "transformers", "matplotlib", "mlx_lm")
+HEAVY = ("numpy", "torch", "coremltools", "mlx", "transformers", "matplotlib", "mlx_lm", "ray")
 
 
 @pytest.mark.parametrize("statement", ["import fastvlm", "import fastvlm.cli.main", "import fastvlm; dir(fastvlm)"])

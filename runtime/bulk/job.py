@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from ...models.errors import ImageError
 from .log import CaptionLog
 from .outputs import Output
-from .pipeline import Captioner, Row
+from .pipeline import Row
 from .sources import Item
+
+
+class RowMaker(Protocol):
+    """A captioner: `pipeline.Captioner` in this process, or `ray_pool.RayCaptioner` on a cluster."""
+
+    def rows(self, items: Iterable[Item]) -> Iterator[Row]:
+        """Yields a row for each image, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Job:
             self._first = next(self._waiting(), None)
         return self._first is None
 
-    def captions(self, captioner: Captioner) -> Iterator[Captioned]:
+    def captions(self, captioner: RowMaker) -> Iterator[Captioned]:
         """Captions the images that wait, and yields each outcome once it is written.
 
         Raises:

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...models.errors import ImageError, UsageError
-from ...models.images import SUFFIXES
+from ...models.images import MAX_IMAGE_BYTES, SUFFIXES
 from .tables import TABLE_SUFFIXES, arrow_files, is_data_set, table_items
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES, *TABLE_SUFFIXES)
 """The suffixes of files that hold many images."""
-
-MAX_IMAGE_BYTES = 2**29
-"""The largest image in an archive, in bytes: an uncompressed image of 179 megapixels. Zip bombs declare more."""
 
 MAX_PATH_BYTES = 2**16
 """The longest line of a list of images, in bytes."""

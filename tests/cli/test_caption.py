@@ -60,6 +60,16 @@ def test_patterns_shards_and_prompts_fill_a_table(fastvlm: Callable, model: Path
     assert not (tmp_path / "c.csv.jsonl").exists()
 
 
+def test_options_of_a_cluster_need_the_engine(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    given = ("caption", SAMPLES, "--model", model, "-o", "c.jsonl")
+    done = fastvlm(*given, "--actors", 2, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: --actors needs --engine ray.\n")
+    nowhere = fastvlm(*given, "--engine", "ray", "--address", "127.0.0.1:1", cwd=tmp_path)
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.startswith("error: --address 127.0.0.1:1 has no Ray cluster: Connection refused.")
+    assert not (tmp_path / "c.jsonl").exists()
+
+
 def test_model_and_out_are_required(fastvlm: Callable, tmp_path: Path) -> None:
     assert fastvlm("caption", ".", "-o", "c.jsonl", cwd=tmp_path).returncode == 2
     assert fastvlm("caption", ".", "--model", "m", cwd=tmp_path).returncode == 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,3 +77,43 @@ def digest(pictures: Path, tmp_path: Path) -> Callable[..., Job]:
             return job
 
     return run
+
+
+def make_images(folder: Path, count: int) -> None:
+    """Writes small images, all different, and one that is broken."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for n in range(count):
+        Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(folder / f"{n:03d}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+
+
+def export_tiny(folder: Path) -> Path:
+    """Exports `random:tiny`, and returns the folder."""
+    command = [sys.executable, "-m", "fastvlm.cli.main", "export", "random:tiny", "-o", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported `random:tiny`."""
+    return export_tiny(tmp_path_factory.mktemp("bulk") / "model")
+
+
+@contextlib.contextmanager
+def two_nodes(head_cpus: int = 1) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yields the address of a Ray cluster of two nodes, and a function that kills all processes of the second."""
+    pytest.importorskip("ray", reason="needs the extra ray")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    memory = 100 * 2**20
+    head = {"num_cpus": head_cpus, "object_store_memory": memory, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        node = cluster.add_node(num_cpus=1, object_store_memory=memory)
+        yield cluster.address, lambda: cluster.remove_node(node, allow_graceful=False)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
