@@ -183,7 +183,7 @@ class RayCaptioner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about the folder on the machines, and about actors that ended."""
+        """Notes for a user: on the folder, and on actors that ended."""
         if not self.lost:
             return self._notes
         actors = "1 actor" if self.lost == 1 else f"{self.lost} actors"
@@ -390,7 +390,7 @@ def connect(address: str, actors: int, actor_cpus: int) -> bool:
     Ray's messages are for its own logs. Usage statistics are off unless RAY_USAGE_STATS_ENABLED turns them on.
 
     Raises:
-        MachineError: there is no cluster at the address.
+        MachineError: the address has no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -408,7 +408,7 @@ def connect(address: str, actors: int, actor_cpus: int) -> bool:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as reason:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as reason:
         raise no_cluster(address, first_line(reason)) from None
     finally:
         if on_main_thread:

@@ -73,11 +73,11 @@ def main() -> None:
                 if run:  # the first run warms up
                     rates[title].append(rate)
     print(f"{given.images} images of {SIDE} px, {given.tokens} tokens, median of {given.runs}, identical rows")
-    base = statistics.median(rates["1 actor"])
     for title, values in rates.items():
-        rate = statistics.median(values)
+        gains = [value / base for value, base in zip(values, rates["1 actor"], strict=True)]
         print(
-            f"  {title:<14} {rate:7.2f} images/s   {rate / base:.2f} x 1 actor   {' '.join(f'{v:.1f}' for v in values)}"
+            f"  {title:<14} {statistics.median(values):7.2f} images/s   {statistics.median(gains):.2f} x 1 actor"
+            f"   (runs: {' '.join(f'{gain:.2f}' for gain in gains)})"
         )
     sys.stdout.flush()
 
