@@ -53,6 +53,14 @@ def export_command(
             help="Write the encoder as a Core ML package, or as MLX weights for MLX clients.", rich_help_panel=ENCODER
         ),
     ] = "coreml",
+    format: Annotated[
+        Literal["coreml", "coreai", "both"] | None,
+        typer.Option(
+            help="Write a Core ML package, a Core AI asset (experimental, for macOS and iOS 27), or both.",
+            show_default="coreml",
+            rich_help_panel=ENCODER,
+        ),
+    ] = None,
     quant: Annotated[
         given.EncoderQuant | None,
         typer.Option(
@@ -218,17 +226,19 @@ def export_command(
 
 def summary(result: Export, seconds: float) -> str:
     """Returns the sizes of a finished export, and how close it is to its checkpoint."""
-    encoder, decoder = result.verification.encoder.output, result.verification.decoder
-    other_bytes = result.total_bytes - result.encoder_bytes
-    return "\n".join(
-        (
-            f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
-            f"compared with {result.checkpoint} in float32, on held-out images:",
-            f"  encoder {megabytes(result.encoder_bytes):>12}   image_features {encoder.snr_db:.1f} dB",
-            f"  decoder {megabytes(other_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
-            f"{decoder.logits.same_argmax:.0%} of greedy tokens agree",
-        )
-    )
+    found, decoder = result.verification, result.verification.decoder
+    asset = found.asset if found.asset is not found.encoder else None
+    other_bytes = result.total_bytes - result.encoder_bytes - (result.asset_bytes if asset else 0)
+    lines = [
+        f"{result.folder}: {megabytes(result.total_bytes)} in {seconds:.0f} s",
+        f"compared with {result.checkpoint} in float32, on held-out images:",
+        f"  encoder {megabytes(result.encoder_bytes):>12}   image_features {found.encoder.output.snr_db:.1f} dB",
+        f"  decoder {megabytes(other_bytes):>12}   logits {decoder.logits.snr_db:.1f} dB, "
+        f"{decoder.logits.same_argmax:.0%} of greedy tokens agree",
+    ]
+    if asset:
+        lines.append(f"  Core AI {megabytes(result.asset_bytes):>12}   image_features {asset.output.snr_db:.1f} dB")
+    return "\n".join(lines)
 
 
 @contextmanager

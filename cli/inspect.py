@@ -13,6 +13,7 @@ from . import options as given
 from .progress import megabytes
 
 if TYPE_CHECKING:
+    from ..export.inspect_asset import AssetReport
     from ..export.inspect_package import PackageReport
     from ..models.compute_plan import Placement
 
@@ -21,22 +22,31 @@ LISTED_PLACES = 5
 
 
 def inspect_command(
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported model folder, or a .mlpackage.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An exported model folder, a .mlpackage, or a .aimodel.")
+    ],
     with_placement: Annotated[
         bool, typer.Option("--placement", help="Also show where Core ML runs each operation (macOS only).")
     ] = False,
     as_json: given.AsJson = False,
 ) -> None:
     """Describe a package: inputs, operations, bytes, FLOPs. Exits with 1 if it breaks a rule of the Neural Engine."""
+    from ..export.inspect_asset import asset_of, inspect_asset, is_only_asset
     from ..export.inspect_package import inspect
 
+    asset = inspect_asset(given_asset) if (given_asset := asset_of(path)) else None
+    if asset and is_only_asset(path) and not with_placement:
+        typer.echo(json.dumps({"coreai": asset.as_dict()}, indent=2) if as_json else "\n".join(asset_lines(asset)))
+        return
     report = inspect(path)
     found = placement_of(report.path) if with_placement else None
     if as_json:
         places = {} if found is None else {"placement": found.as_dict()}
-        typer.echo(json.dumps({**report.as_dict(), **places}, indent=2))
+        assets = {} if asset is None else {"coreai": asset.as_dict()}
+        typer.echo(json.dumps({**report.as_dict(), **places, **assets}, indent=2))
     else:
-        typer.echo("\n".join((*lines(report), *(placement_lines(found) if found else ()))))
+        more = (*(placement_lines(found) if found else ()), *(asset_lines(asset) if asset else ()))
+        typer.echo("\n".join((*lines(report), *more)))
     raise typer.Exit(1 if report.errors else 0)
 
 
@@ -68,6 +78,22 @@ def lines(report: PackageReport) -> Iterator[str]:
         yield f"{'':11}{finding.reason}; {finding.advice}"
         if finding.source:
             yield f"{'':11}{finding.source}"
+
+
+def asset_lines(asset: AssetReport) -> Iterator[str]:
+    """Yields the lines that describe a Core AI asset."""
+    producer = asset.metadata.get("producer", "an unknown writer")
+    size = megabytes(asset.nbytes)
+    yield f"{'Core AI':11}experimental: {asset.path.name}, {size}, for {asset.systems}, by {producer}"
+    if asset.unread:
+        yield f"{'':11}the program was not read: {asset.unread}"
+        return
+    for what, tensors in (("input", asset.inputs), ("output", asset.outputs)):
+        for name, kind in tensors.items():
+            yield f"{'':11}{what} {name} {kind}"
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(asset.operations.items(), key=lambda one: -one[1]))
+    yield f"{'':11}operations: {kinds}"
+    yield f"{'':11}stored numbers: {', '.join(f'{kind} {count:,}' for kind, count in asset.numbers.items())}"
 
 
 def placement_lines(found: Placement) -> Iterator[str]:

@@ -103,6 +103,7 @@ def verify_command(
     if as_json:
         parts = {
             **(compared.as_dict() if compared else {}),
+            **({"unchecked": list(compared.unchecked)} if compared and compared.unchecked else {}),
             **({"judge": judged.as_dict()} if judged else {}),
             **({"on_device": device.as_dict()} if device else {}),
         }
@@ -119,20 +120,26 @@ def verify_command(
 
 def summary(result: Verification) -> str:
     """Returns the table of a verification."""
-    rows = (
+    rows = [
         ("image_features", result.encoder.output, result.encoder_floor_db),
         ("logits", result.decoder.logits, result.decoder_floor_db),
-    )
-    lines = [f"{'':16}{'SNR':>9}{'floor':>9}{'worst row':>11}{'cosine':>10}"]
+    ]
+    if result.asset and result.asset is not result.encoder:
+        rows.insert(1, ("the same, Core AI", result.asset.output, result.encoder_floor_db))
+    lines = [f"{'':18}{'SNR':>9}{'floor':>9}{'worst row':>11}{'cosine':>10}"]
     lines += [
-        f"{what:16}{agreement.snr_db:6.1f} dB{floor:6.0f} dB{agreement.worst_row_snr_db:8.1f} dB"
+        f"{what:18}{agreement.snr_db:6.1f} dB{floor:6.0f} dB{agreement.worst_row_snr_db:8.1f} dB"
         f"{agreement.cosine:10.6f}"
         for what, agreement, floor in rows
     ]
     lines += by_kind(result)
-    stages = ", ".join(f"{stage} {snr_db:.0f}" for stage, snr_db in result.encoder.stages.items())
+    if result.encoder.stages:
+        stages = ", ".join(f"{stage} {snr_db:.0f}" for stage, snr_db in result.encoder.stages.items())
+        lines.append(f"stages, dB: {stages}")
+    if result.asset:
+        lines.append(f"images that Core AI ran: {result.asset.images}")
     lines += [
-        f"stages, dB: {stages}",
+        *(f"not checked: {text}" for text in result.unchecked),
         answer(result),
         f"weights compared: {result.encoder.weights.count + result.decoder.weights.count}",
         "passed" if result.passed else f"failed: {'; '.join(result.failures)}",

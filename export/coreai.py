@@ -2,13 +2,14 @@
 
 Core AI is the successor of Core ML on macOS and iOS 27. Apple's packages for Python convert and run its models on Linux
 too. That runs in a process of its own, because a fault of the native interpreter ends the process. This module is both
-sides: `interpret` starts the process, which runs `main`.
+sides: `interpret` starts the process, which runs `main`. `coreai_asset` does the same for the file of an export.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -96,8 +97,10 @@ class StoredConv(nn.Module):
         self.is_palette = isinstance(stored, PaletteWeight)
         # coreai-torch narrows integers to their bits only in buffers that are called `indices` and `lut`.
         if isinstance(stored, PaletteWeight):
+            groups = stored.lut.size >> stored.bits
+            lut = stored.lut.reshape(groups, *[1] * (stored.indices.ndim - 1), -1, 1)
             self.register_buffer("indices", torch.from_numpy(stored.indices.copy()))
-            self.register_buffer("lut", torch.from_numpy(stored.lut.reshape(*[1] * stored.indices.ndim, -1, 1).copy()))
+            self.register_buffer("lut", torch.from_numpy(lut.copy()))
         else:
             self.register_buffer("data", torch.from_numpy(stored.data.copy()))
             self.register_buffer("scale", torch.from_numpy(stored.scale.copy()))
@@ -124,13 +127,18 @@ def with_stored_convolutions(network: nn.Sequential, stored: Mapping[str, Stored
         setattr(network.get_submodule(owner), own, StoredConv(convs[name], weight))
 
 
-def require_coreai() -> None:
-    """Raises MachineError if Apple's packages are missing."""
-    if importlib.util.find_spec("coreai") is None or importlib.util.find_spec("coreai_torch") is None:
+def has_coreai() -> bool:
+    """Returns True if Apple's packages are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("coreai", "coreai_torch"))
+
+
+def require_coreai(subject: str = "judge='coreai'", *arguments: str) -> None:
+    """Raises MachineError if Apple's packages are missing. `arguments` occur in `subject`, which needs them."""
+    if not has_coreai():
         raise MachineError(
-            f"judge='coreai' needs Apple's packages coreai-core and coreai-torch. Run `{INSTALL}` "
+            f"{subject} needs Apple's packages coreai-core and coreai-torch. Run `{INSTALL}` "
             "(Linux x86_64, or macOS 26 and later on Apple Silicon).",
-            "judge",
+            *(arguments or ("judge",)),
         )
 
 
@@ -157,10 +165,7 @@ def interpret(
         folder = Path(scratch)
         torch.save({"network": network, "stored": dict(stored)}, folder / "network.pt")
         np.save(folder / "image.npy", image)
-        command = [sys.executable, "-m", "fastvlm.export.coreai", scratch, *precisions]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-        if done.returncode:
-            raise CrashError(f"Core AI: {ending(done.returncode, done.stderr)}. The package was not judged.")
+        run_child("fastvlm.export.coreai", scratch, *precisions, failed="The package was not judged.")
         return {precision: read_results(folder / f"{precision}.npz", network) for precision in precisions}
 
 
@@ -169,6 +174,27 @@ def read_results(path: Path, network: nn.Sequential) -> Interpreted:
     with np.load(path) as found:
         results = {name: found[name] for name in stage_names(network)}
         return Interpreted(results, float(found["seconds"]), int(found["nbytes"]))
+
+
+def run_child(module: str, *arguments: str, failed: str, scratch: str | None = None) -> None:
+    """Runs a module in a process of its own.
+
+    Args:
+        failed: a sentence for the error.
+        scratch: the folder of its temporary files. The default is the system's.
+
+    Raises:
+        CrashError: it ended early. The message has its last line, or its signal.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+        env=None if scratch is None else {**os.environ, "TMPDIR": scratch},
+    )
+    if done.returncode:
+        raise CrashError(f"Core AI: {ending(done.returncode, done.stderr)}. {failed}")
 
 
 def ending(code: int, stderr: bytes) -> str:
@@ -184,31 +210,36 @@ def save_asset(network: nn.Sequential, stored: Mapping[str, StoredWeight], size:
 
     `network` is changed: it computes in `dtype` with the stored weights afterwards.
     """
+    with_stored_convolutions(network, stored)
+    names = [name.replace(" ", "_") for name in stage_names(network)]
+    staged = Staged(network, getattr(torch, dtype))
+    return converted(staged, torch.zeros(1, 3, size, size), names).save_asset(path)
+
+
+def converted(module: nn.Module, image: Tensor, output_names: Sequence[str]) -> Any:
+    """Returns Apple's program of a module that takes images like `image`. Equal modules give equal programs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's version
         import coreai.authoring  # before the runtime, which fails to load otherwise
         import coreai_torch._compression.custom_layers  # defines the operations of stored weights
         from coreai_torch import TorchConverter, get_decomp_table
 
-        with_stored_convolutions(network, stored)
-        names = [name.replace(" ", "_") for name in stage_names(network)]
-        staged = Staged(network, getattr(torch, dtype)).eval()
-        exported = torch.export.export(staged, (torch.zeros(1, 3, size, size),))
-        exported = exported.run_decompositions(get_decomp_table())
+        exported = torch.export.export(module.eval(), (image,)).run_decompositions(get_decomp_table())
         # Assets of the debug mode embed the paths of this machine's source files.
         converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
-        converter.add_exported_program(exported, input_names=[INPUT_NAME], output_names=names)
+        converter.add_exported_program(exported, input_names=[INPUT_NAME], output_names=list(output_names))
         assert coreai.authoring and coreai_torch
-        return converter.to_coreai().save_asset(path)
+        return converter.to_coreai()
 
 
-async def run_asset(asset: Any, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Runs an asset's function once, and returns its results by name."""
+async def run_asset(asset: Any, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Runs an asset's function once for each image, and returns the results by name."""
     from coreai.runtime import NDArray
 
     async with asset.executable() as model:
-        found = await model.load_function("main")({INPUT_NAME: NDArray(image)})
-    return {name: np.array(value.numpy(), dtype=np.float32) for name, value in found.items()}
+        function = model.load_function("main")
+        found = [await function({INPUT_NAME: NDArray(image)}) for image in images]
+    return [{name: np.array(value.numpy(), dtype=np.float32) for name, value in one.items()} for one in found]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -221,7 +252,7 @@ def main(arguments: Sequence[str]) -> None:
         path, names = folder / f"{precision}.aimodel", stage_names(given["network"])
         asset = save_asset(given["network"], given["stored"], image.shape[-1], precision, path)
         begin = time.perf_counter()
-        found = asyncio.run(run_asset(asset, image))
+        (found,) = asyncio.run(run_asset(asset, [image]))
         seconds = time.perf_counter() - begin
         results: dict[str, Any] = {name: found[name.replace(" ", "_")] for name in names}
         nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -16,7 +16,15 @@ from ..models.blas import disable_tf32
 from ..models.checkpoint import Checkpoint, tensors_under
 from ..models.errors import PackageError, UsageError, VerificationError
 from ..models.files import check_space, write_json
-from ..models.folder_layout import CONFIG_NAME, MANIFEST_FORMAT, MANIFEST_NAME, PACKAGE_NAME
+from ..models.folder_layout import (
+    ASSET_NAME,
+    ASSET_SYSTEMS,
+    CONFIG_NAME,
+    MANIFEST_FORMAT,
+    MANIFEST_NAME,
+    PACKAGE_NAME,
+    folder_bytes,
+)
 from ..models.random_checkpoint import NOTE as RANDOM_NOTE
 from ..models.references import DEFAULT_MODEL, open_checkpoint
 from ..models.safetensors_files import write_weights
@@ -26,6 +34,7 @@ from ..quant.decoder_scheme import DecoderScheme
 from ..quant.prompts import calibration_prompts
 from ..quant.schemes import BLOCKWISE
 from .atomic_folder import check_destination, new_folder
+from .coreai import require_coreai
 from .engine_reports import engine_notes
 from .inspect_package import inspect as inspect_package
 from .mlx_encoder import encoder_bytes, read_encoder, with_encoder
@@ -45,8 +54,19 @@ from .write_encoder import WrittenEncoder, write_encoder
 ENCODER_BYTES_PER_WEIGHT = 4.0
 """The most disk space per encoder weight while a package is written. coremltools keeps a copy of what it saves."""
 
+ASSET_BYTES_PER_WEIGHT = 8.0
+"""The same for a Core AI asset: the network in float32 for the converter, the asset, and Apple's compiled copy."""
+
+ASSET_NOTE = (
+    f"{ASSET_NAME} is experimental: only {ASSET_SYSTEMS} load it, no engine has run it here, and a later beta of "
+    "Core AI may refuse or change it"
+)
+
 OTHER_BYTES = 32 * 2**20
 """The disk space for tokenizer and configs, with some reserve."""
+
+TOOLS, ASSET_TOOLS = ("coremltools", "mlx", "torch"), ("coreai-core", "coreai-torch")
+"""The packages whose versions the manifest has."""
 
 P = ParamSpec("P")
 
@@ -64,6 +84,9 @@ class Export:
     """Remarks for the user, one line each."""
     verification: Verification
     encoder_bytes: int
+    """The bytes of the package, of the encoder in MLX, or of a Core AI asset without a package."""
+    asset_bytes: int
+    """The bytes of the Core AI asset. 0 without one."""
     files: dict[str, dict[str, Any]]
     """The size (`bytes`) and `sha256` of each file, by its path in the folder."""
 
@@ -126,6 +149,9 @@ def export(model: str | Path = DEFAULT_MODEL, out: str | Path | None = None, **o
         calibrate: a folder of images to measure on, in place of the embedded drawings and photographs.
         encoder: `coreml` for a Core ML package, or `mlx` for weights in the decoder's file, for clients that run the
             encoder in MLX. Arguments about the package are then refused.
+        format: `coreml` for a Core ML package (default), `coreai` for a Core AI asset instead, or `both`. An asset is
+            experimental, needs the extra `coreai` to write and macOS 27 or iOS 27 to load, and has `quant` `fp16`,
+            `int8`, `pal8`, `pal6` or `pal4`.
         quant: the format of the encoder's weights: `int8` (default), `fp16`, `pal8`, `pal6`, `pal4`, `int4`, `w8a8`,
             or `mixed`, which chooses per weight by measurement. With `encoder="mlx"`: `bf16` (default) or `fp32`.
         min_snr: the SNR of `image_features` in dB that `mixed` keeps (default 40).
@@ -169,6 +195,8 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
     on_stage = options.on_stage
     saved = earlier_recipe(options)
     recipe = planned_recipe(options, checkpoint.config.image_size, saved)
+    if recipe.has_asset:
+        require_coreai(f"format={recipe.format!r}", "format")
     check_engine(recipe, options.allow_lint)
     calibration = calibration_set(options.calibrate, recipe.image_size, checkpoint.config.image_aspect_ratio, saved)
     destination = Path(out).expanduser() if out is not None else default_destination(checkpoint, recipe)
@@ -177,20 +205,22 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
     tokenizer = export_tokenizer(checkpoint.tokenizer_files())
     check_space(destination, bytes_needed(checkpoint, recipe))
     with new_folder(destination, force=options.force) as folder:
-        if recipe.has_package:
-            encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
-            broken_rules = (
-                *lint_notes(folder / PACKAGE_NAME, options.allow_lint),
-                *engine_notes({recipe.quant, *encoder.plan.values()}, recipe.interface.min_os),
-            )
-        else:
+        if recipe.in_mlx:
             encoder = read_encoder(checkpoint, recipe, calibration, on_stage)
-            broken_rules = ()
+        else:
+            encoder = write_encoder(folder, checkpoint, recipe, calibration, on_stage)
+        package_notes = format_notes(folder, recipe, encoder, options.allow_lint)
         decoder = write_decoder(folder, checkpoint, recipe, encoder, tokenizer, on_stage)
         recipe = recipe.settled(encoder.plan, decoder)
         write_configs(folder, checkpoint, recipe, tokenizer)
         verification = verify_features(
-            folder, checkpoint, encoder.images, encoder.reference, manifest_recipe(recipe, encoder), on_stage=on_stage
+            folder,
+            checkpoint,
+            encoder.images,
+            encoder.reference,
+            manifest_recipe(recipe, encoder),
+            stored_features=encoder.stored_features,
+            on_stage=on_stage,
         )
         check_verification(checkpoint, verification, options.allow_shortfall)
         on_stage("write the manifest")
@@ -202,12 +232,13 @@ def export_checkpoint(model: str | Path, out: str | Path | None, options: Export
                 *checkpoint.notes,
                 *tokenizer_notes(checkpoint, tokenizer),
                 *encoder.notes,
-                *broken_rules,
+                *package_notes,
                 *verification.encoder.notes,
                 *verification.failures,
             ),
             verification=verification,
             encoder_bytes=encoder_bytes(folder),
+            asset_bytes=folder_bytes(folder / ASSET_NAME),
             files=file_table(folder),
         )
         write_json(folder / MANIFEST_NAME, manifest(checkpoint, recipe, encoder, result))
@@ -231,7 +262,7 @@ def write_decoder(
         scheme = scheme.with_layers(mixed_bits(checkpoint, scheme, prompts, on_stage))
     on_stage("write the decoder's weights")
     tensors = saved_tensors(checkpoint, scheme, prompts)
-    write_weights(folder, tensors if recipe.has_package else with_encoder(encoder.tensors, tensors))
+    write_weights(folder, with_encoder(encoder.tensors, tensors) if recipe.in_mlx else tensors)
     return scheme
 
 
@@ -288,7 +319,7 @@ def manifest(checkpoint: Checkpoint, recipe: Recipe, encoder: WrittenEncoder, re
         "trained": result.trained,
         "notes": list(result.notes),
         "recipe": manifest_recipe(recipe, encoder),
-        "tools": {name: version(name) for name in ("coremltools", "mlx", "torch")},
+        "tools": {name: version(name) for name in (*TOOLS, *(ASSET_TOOLS if recipe.has_asset else ()))},
         "parity": result.verification.as_dict(),
         "files": result.files,
     }
@@ -308,6 +339,16 @@ def check_engine(recipe: Recipe, allow_lint: bool) -> None:
             "quant",
             "allow_lint",
         )
+
+
+def format_notes(folder: Path, recipe: Recipe, encoder: WrittenEncoder, allow_lint: bool) -> tuple[str, ...]:
+    """Returns notes on the written package and asset. Raises PackageError for a broken rule unless `allow_lint`."""
+    notes = (ASSET_NOTE,) if recipe.has_asset else ()
+    if not recipe.has_package:
+        return notes
+    schemes = {recipe.quant, *encoder.plan.values()}
+    broken = lint_notes(folder / PACKAGE_NAME, allow_lint)
+    return (*broken, *engine_notes(schemes, recipe.interface.min_os), *notes)
 
 
 def lint_notes(package: Path, allow_lint: bool) -> tuple[str, ...]:
@@ -349,5 +390,6 @@ def bytes_needed(checkpoint: Checkpoint, recipe: Recipe) -> int:
     language = sum(prod(shape) for shape in language_shapes(checkpoint.config).values())
     scheme, decoder = recipe.decoder, checkpoint.config.decoder
     half = 0 if scheme.quantize_embeddings or not scheme.is_quantized else decoder.vocab_size * decoder.hidden_size
-    written = encoder * ENCODER_BYTES_PER_WEIGHT + 2 * half + (language - half) * scheme.bits_per_weight / 8
+    per_weight = ENCODER_BYTES_PER_WEIGHT + (ASSET_BYTES_PER_WEIGHT if recipe.has_asset else 0)
+    written = encoder * per_weight + 2 * half + (language - half) * scheme.bits_per_weight / 8
     return int(written) + OTHER_BYTES

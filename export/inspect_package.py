@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import PackageError
-from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, has_mlx_encoder
+from ..models.folder_layout import ASSET_NAME, CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, has_mlx_encoder
 from ..models.mlprogram import (
     Program,
     TensorType,
@@ -94,6 +94,8 @@ def without_package(folder: Path) -> str:
     """Returns the reason why a model folder has no package. Raises WeightsError if its weights are damaged."""
     if has_mlx_encoder(folder):
         return "has its encoder as MLX weights, for clients that run it in MLX, and no package to inspect."
+    if (folder / ASSET_NAME).is_dir():
+        return f"has its encoder as {ASSET_NAME}, for Core AI, and no package to inspect."
     if (folder / MANIFEST_NAME).is_file():
         return f"lacks {PACKAGE_NAME}. Export the model again."
     return f"is a checkpoint, which has no package yet. Export it first: `fastvlm export {folder}`."

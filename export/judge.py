@@ -21,7 +21,7 @@ from ..models.blas import disable_tf32
 from ..models.config import MAX_IMAGE_SIZE, PATCH_SIZE
 from ..models.errors import UsageError, VerificationError
 from ..models.fastvit import FastViT, bias_of
-from ..models.folder_layout import PACKAGE_NAME
+from ..models.folder_layout import ASSET_NAME, PACKAGE_NAME
 from ..models.mlprogram.constexpr import Constants
 from ..models.mlprogram.cost import flops
 from ..models.mlprogram.executor import Executor
@@ -203,6 +203,11 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Raises UsageError if the folder's encoder is not one that Core AI can judge."""
     if recipe.get("layout") == "mlx":
         raise UsageError(f"{folder}: the encoder is in MLX. Export with encoder='coreml' to judge it.", "encoder")
+    if recipe.get("format") == "coreai":
+        raise UsageError(
+            f"{folder}: there is no Core ML package to judge. Leave judge out: {ASSET_NAME} is run without it.",
+            "judge",
+        )
     if recipe["quant"] == W8A8:
         raise UsageError(f"{folder}: w8a8 rounds inputs of convolutions, which Core AI cannot judge. Judge int8.")
 
@@ -257,8 +262,10 @@ def stored_form(program: Program, weight: Argument) -> StoredWeight | None:
         scheme = (program.types[data] if isinstance(data, str) else data.type).dtype
         return LinearWeight(scheme, part(program, operation, "data"), part(program, operation, "scale"))
     assert operation.kind == "constexpr_lut_to_dense"
-    lut, indices = part(program, operation, "lut").reshape(-1), part(program, operation, "indices")
-    bits = (lut.size - 1).bit_length()
+    lut, indices = part(program, operation, "lut"), part(program, operation, "indices")
+    groups = lut.shape[0] if lut.ndim > 1 else 1  # iOS 18's form is (groups, 1, 1, 1, values, 1)
+    lut = lut.reshape(groups, -1) if groups > 1 else lut.reshape(-1)
+    bits = (lut.shape[-1] - 1).bit_length()
     if "shape" in operation.attributes:  # iOS 16's form has packed bits
         (output,) = operation.outputs
         indices = unpack_bits(indices, bits, output.elements).reshape(output.shape)

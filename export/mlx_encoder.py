@@ -16,7 +16,7 @@ from ..models._mlx import mx
 from ..models.checkpoint import Checkpoint, check_tensors, iter_float_tensors
 from ..models.errors import WeightsError
 from ..models.fastvit_mlx import FastViTMLX
-from ..models.folder_layout import PACKAGE_NAME, saved_encoder
+from ..models.folder_layout import ASSET_NAME, PACKAGE_NAME, folder_bytes, saved_encoder
 from ..models.tensor_names import (
     APPLE_ENCODER_PREFIX,
     HEAD_PROJECTION,
@@ -163,8 +163,8 @@ def audit_tensors(saved: dict[str, mx.array], encoder: FastViT, quant: str) -> W
 
 
 def encoder_bytes(folder: Path) -> int:
-    """Returns the bytes of the encoder in an exported folder, as a package or in MLX."""
-    package = folder / PACKAGE_NAME
-    if package.is_dir():
-        return sum(path.stat().st_size for path in package.rglob("*") if path.is_file())
+    """Returns the bytes of the encoder in an exported folder: its package, else its Core AI asset, or in MLX."""
+    for name in (PACKAGE_NAME, ASSET_NAME):
+        if (folder / name).is_dir():
+            return folder_bytes(folder / name)
     return sum(tensor.nbytes for tensor in saved_encoder(folder).values())

@@ -28,6 +28,7 @@ class ExportOptions:
     recipe: str | Path | None = None
     calibrate: str | Path | None = None
     encoder: str = "coreml"
+    format: str | None = None
     quant: str | None = None
     min_snr: float | None = None
     max_bytes: str | int | None = None

@@ -19,6 +19,12 @@ from ..quant.schemes import WEIGHT_SCHEMES
 from .options import ExportOptions
 
 ENCODERS = ("coreml", "mlx")
+FORMATS = ("coreml", "coreai", "both")
+"""The formats of an encoder for Apple's frameworks: a Core ML package, a Core AI asset, or both."""
+ASSET_SCHEMES = ("fp16", "int8", "pal8", "pal6", "pal4")
+"""The schemes that an asset stores. Scales per block are wrong on the engine in Core AI's beta, and no asset has w8a8's
+int8 inputs."""
+
 IO_KINDS = ("float32", "float16", "image")
 
 ATTENTION_TILES = (1, 2, 4)
@@ -38,8 +44,8 @@ float16 inside the encoder."""
 
 ENCODER_OPTIONS = ("quant", "min_snr", "max_bytes")
 DECODER_OPTIONS = ("decoder_bits", "decoder_quantizer", "decoder_avg_bits", "group_size", "quantize_embeddings")
-PACKAGE_OPTIONS = ("attention_tiles", "io", "min_os", "with_projector", "recipe", "min_snr", "max_bytes")
-"""The options that only a Core ML package has."""
+PACKAGE_OPTIONS = ("format", "attention_tiles", "io", "min_os", "with_projector", "recipe", "min_snr", "max_bytes")
+"""The options that an encoder in MLX does not have."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,14 @@ class Recipe:
     image_size: int
     """The side of the encoder's square input in pixels."""
     interface: PackageInterface
+    format: str = FORMATS[0]
 
     def __post_init__(self) -> None:
         check_image_size(self.image_size)
+        if self.format not in FORMATS:
+            raise UsageError(f"format must be one of {', '.join(FORMATS)} (got {self.format!r:.40}).", "format")
+        if self.has_asset:
+            check_asset_options(self)
 
     @property
     def quant(self) -> str:
@@ -166,9 +177,19 @@ class Recipe:
         return self.encoder.quant
 
     @property
+    def in_mlx(self) -> bool:
+        """True if the encoder becomes MLX weights."""
+        return isinstance(self.encoder, MLXScheme)
+
+    @property
     def has_package(self) -> bool:
-        """True if the encoder becomes a Core ML package, false if it becomes MLX weights."""
-        return not isinstance(self.encoder, MLXScheme)
+        """True if the encoder becomes a Core ML package."""
+        return not self.in_mlx and self.format != "coreai"
+
+    @property
+    def has_asset(self) -> bool:
+        """True if the encoder becomes a Core AI asset."""
+        return not self.in_mlx and self.format != "coreml"
 
     def settled(self, weights: Mapping[str, str], decoder: DecoderScheme) -> Recipe:
         """Returns the recipe with the choices made during the export: each convolution's scheme, and the decoder's."""
@@ -176,8 +197,31 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the manifest's entries."""
-        interface = self.interface.as_dict() if self.has_package else {}
-        return {**self.encoder.as_dict(), "decoder": asdict(self.decoder), "image_size": self.image_size, **interface}
+        interface = {} if self.in_mlx else self.interface.as_dict()
+        if not self.has_package:
+            interface.pop("target", None)
+        formats = {"format": self.format} if self.has_asset else {}
+        decoder = asdict(self.decoder)
+        return {**self.encoder.as_dict(), "decoder": decoder, "image_size": self.image_size, **interface, **formats}
+
+
+def check_asset_options(recipe: Recipe) -> None:
+    """Raises UsageError if a Core AI asset cannot have what the recipe decides."""
+    others = sorted({recipe.quant, *recipe.encoder.weights.values()} - set(ASSET_SCHEMES))
+    if others:
+        raise UsageError(
+            f"format={recipe.format!r} has quant {', '.join(ASSET_SCHEMES)} (got {others[0]!r}). Use one of them, or "
+            "format='coreml'.",
+            "format",
+            "quant",
+        )
+    if recipe.interface.takes_image:
+        raise UsageError(
+            f"format={recipe.format!r} has io float32 or float16 (got io='image'). Use one of them, or "
+            "format='coreml'.",
+            "format",
+            "io",
+        )
 
 
 def earlier_recipe(options: ExportOptions) -> SavedRecipe | None:
@@ -214,11 +258,19 @@ def planned_recipe(options: ExportOptions, trained_size: int, saved: SavedRecipe
         encoder, decoder, settings = saved.encoder, saved.decoder or decoder, saved.settings
         schemes = {encoder.quant, *encoder.weights.values()}
         image_size = trained_size if saved.image_size is None else saved.image_size
+    form = str(settings.get("format", FORMATS[0])) if options.format is None else options.format
+    if form == "coreai" and options.min_os is not None:
+        raise UsageError(
+            "min_os is about the Core ML package, which format='coreai' does not write. Leave it out.",
+            "min_os",
+            "format",
+        )
     return Recipe(
         encoder,
         decoder,
         image_size if options.image_size is None else options.image_size,
         interface_for(schemes, options.io, options.min_os, options.with_projector, settings, options.attention_tiles),
+        form,
     )
 
 

@@ -6,7 +6,7 @@ runs in MLX. Outputs and weights of both are compared with the checkpoint in flo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.config import FastVLMConfig, check_image_size
 from ..models.errors import ModelFolderError, VerificationError, listed
 from ..models.files import read_json_object
-from ..models.folder_layout import CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, saved_weights
+from ..models.folder_layout import ASSET_NAME, CONFIG_NAME, MANIFEST_NAME, PACKAGE_NAME, saved_weights
 from ..models.kv_cache import KVCache
 from ..models.language import load_language, quantized_layers, settled_config
 from ..models.layerwise import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..models.images import Fit
+    from .verify_asset import AssetVerification
     from .verify_encoder import EncoderReference, EncoderVerification
 
 ENCODER_FLOOR_DB = {"fp16": 42.0, "pal8": 28.0, "int8": 28.0, "pal6": 16.0, "int4": 6.0, "pal4": 6.0, "mixed": 12.0,
@@ -72,8 +73,13 @@ class Verification:
     """The agreement of a folder with its checkpoint, and the floors for it."""
 
     encoder: EncoderVerification
+    """The agreement of the package, of the encoder in MLX, or of a Core AI asset without a package."""
     encoder_floor_db: float
     decoder: DecoderVerification
+    asset: AssetVerification | None = None
+    """The agreement of the Core AI asset, if there is one that could be run."""
+    unchecked: tuple[str, ...] = ()
+    """What could not be run on this machine, one line each."""
 
     @property
     def decoder_floor_db(self) -> float:
@@ -88,6 +94,7 @@ class Verification:
         checks = (
             *((f"image_features of {kind}", agreement, self.encoder_floor_db) for kind, agreement in kinds),
             ("logits", self.decoder.logits, self.decoder_floor_db),
+            *self._asset_checks,
         )
         found += [
             f"{what} reach {agreement.snr_db:.1f} dB, the floor is {floor:.0f} dB (worst row {agreement.worst_row}: "
@@ -103,18 +110,29 @@ class Verification:
         return found
 
     @property
+    def _asset_checks(self) -> Iterator[tuple[str, Agreement, float]]:
+        """Yields what is compared of an asset, with its floor. Without a package it is also the encoder."""
+        from .verify_asset import ARITHMETIC_FLOOR_DB
+
+        if self.asset is not None:
+            if self.asset is not self.encoder:
+                for kind, agreement in self.asset.kinds.items():
+                    yield f"{ASSET_NAME}: image_features of {kind}", agreement, self.encoder_floor_db
+            if self.asset.arithmetic is not None:
+                what = f"{ASSET_NAME}: image_features, compared with torch with the same weights,"
+                yield what, self.asset.arithmetic, ARITHMETIC_FLOOR_DB
+
+    @property
     def passed(self) -> bool:
         """True if nothing falls short."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the manifest's `parity`."""
+        largest = {"largest_activation": round(max(self.encoder.ranges.values()), 3)} if self.encoder.ranges else {}
+        asset = {} if self.asset is None else {"coreai": self.asset.as_dict()}
         return {
-            "image_features": {
-                **self.encoder.output.as_dict(),
-                "floor_db": self.encoder_floor_db,
-                "largest_activation": round(max(self.encoder.ranges.values()), 3),
-            },
+            "image_features": {**self.encoder.output.as_dict(), "floor_db": self.encoder_floor_db, **largest},
             "kinds": {kind: agreement.as_dict() for kind, agreement in self.encoder.kinds.items()},
             "float16_load": {
                 kind: {stage: _significant(share) for stage, share in shares.items()}
@@ -123,6 +141,7 @@ class Verification:
             "stages_snr_db": {stage: round(snr_db, 1) for stage, snr_db in self.encoder.stages.items()},
             "logits": {**self.decoder.as_dict(), "floor_db": self.decoder_floor_db},
             "weights": {"encoder": self.encoder.weights.as_dict(), "decoder": self.decoder.weights.as_dict()},
+            **asset,
         }
 
 
@@ -229,22 +248,56 @@ def verify_features(
     reference: EncoderReference,
     recipe: Mapping[str, Any],
     *,
+    stored_features: Sequence[np.ndarray] = (),
     on_stage: OnStage,
 ) -> Verification:
-    """Verifies a folder whose checkpoint's encoder has already run on `images`. `recipe` is the manifest's."""
+    """Verifies a folder whose checkpoint's encoder has already run on `images`. `recipe` is the manifest's.
+
+    `stored_features` is the output with the stored weights that an asset should have (see `verify_asset`).
+    """
+    from .coreai import INSTALL, has_coreai, require_coreai
     from .rewrite import projected
     from .verify_encoder import verify_encoder
 
     if recipe.get("layout") == "mlx":
         return verify_mlx(folder, checkpoint, images, reference, recipe, on_stage)
-    on_stage("run the saved package")
-    scales = recipe["stream_scales"]
-    network = rebuilt(checkpoint, recipe)
     expected = projected(checkpoint, reference.features) if recipe.get("with_projector") else reference.features
-    encoder = verify_encoder(folder / PACKAGE_NAME, images, reference, expected, network, scales)
-    del network
+    form, asset, unchecked = recipe.get("format", "coreml"), None, ()
+    encoder: EncoderVerification | None = None
+    if form == "coreai":
+        require_coreai(f"{folder}: {ASSET_NAME}")
+    else:
+        on_stage("run the saved package")
+        network, scales = rebuilt(checkpoint, recipe), recipe["stream_scales"]
+        encoder = verify_encoder(folder / PACKAGE_NAME, images, reference, expected, network, scales)
+        del network
+    if form != "coreml" and has_coreai():
+        asset = run_asset(folder, images, expected, recipe, stored_features, on_stage)
+    elif form != "coreml":
+        unchecked = (f"{ASSET_NAME}, which needs Apple's packages. Run `{INSTALL}`",)
     on_stage("run the saved decoder")
-    return Verification(encoder, encoder_floor_db(recipe), verify_decoder(folder, checkpoint, reference.features[0]))
+    decoder = verify_decoder(folder, checkpoint, reference.features[0])
+    found = encoder or asset
+    assert found is not None
+    return Verification(found, encoder_floor_db(recipe), decoder, asset, unchecked)
+
+
+def run_asset(
+    folder: Path,
+    images: ImageSet,
+    expected: Sequence[np.ndarray],
+    recipe: Mapping[str, Any],
+    stored_features: Sequence[np.ndarray],
+    on_stage: OnStage,
+) -> AssetVerification:
+    """Runs a folder's asset in Apple's interpreter: see `verify_asset`."""
+    from .recipe import interface_for
+    from .verify_asset import judged_places, verify_asset
+
+    count = len(judged_places(images))
+    on_stage(f"run Core AI on {count} image{'s'[: count > 1]}{', in minutes at 1024 px' * (count == 1)}")
+    interface = interface_for([recipe["quant"]], saved=recipe)
+    return verify_asset(folder / ASSET_NAME, images, expected, interface, stored_features)
 
 
 def verify_mlx(

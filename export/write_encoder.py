@@ -24,7 +24,7 @@ from .._version import __version__
 from ..models.checkpoint import Checkpoint
 from ..models.errors import PackageError
 from ..models.fastvit import FastViT
-from ..models.folder_layout import INPUT_NAME, PACKAGE_NAME
+from ..models.folder_layout import ASSET_NAME, INPUT_NAME, PACKAGE_NAME
 from ..models.versions import import_coremltools
 from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_images, trial_images, verification_images
 from ..quant.constexprs import with_stored_weights
@@ -39,6 +39,7 @@ from ..quant.encoder_scheme import MIXED, EncoderScheme
 from ..quant.int8_inputs import chosen_inputs, input_costs, int8_scales, with_int8_inputs
 from ..quant.schemes import COARSE_PALETTE, W8A8, StoredWeight, with_groups
 from ..quant.search import Images, SearchResult, measured_options, noise_of, outputs, search, search_bytes
+from .coreai_asset import write_asset
 from .lint import COMPRESSED_WEIGHTS_KEY
 from .options import OnStage
 from .recipe import DEFAULT_INTERFACE, DEPLOYMENT_TARGETS, PackageInterface, Recipe
@@ -52,6 +53,7 @@ from .rewrite import (
     stream_maxima,
     stream_scales,
 )
+from .verify_asset import judged_places
 from .verify_encoder import EncoderReference, encoder_reference, reference_features
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ class WrittenEncoder:
     """The scale of each convolution's input with w8a8."""
     tensors: Iterable[tuple[str, mx.array]] = ()
     """The encoder's tensors for `model.safetensors`, with `encoder="mlx"`."""
+    stored_features: Sequence[np.ndarray] = ()
+    """The output of torch, float32, with the stored weights for the images that judge an asset. Empty without one."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -109,7 +113,7 @@ class WrittenEncoder:
 def write_encoder(
     folder: Path, checkpoint: Checkpoint, recipe: Recipe, calibration: ImageSet, on_stage: OnStage
 ) -> WrittenEncoder:
-    """Reparameterizes, folds, converts and compresses the vision encoder into the package in `folder`."""
+    """Reparameterizes, folds, compresses and converts the vision encoder into the package and the asset in `folder`."""
     on_stage("load the encoder")
     encoder = FastViT.from_checkpoint(checkpoint)
     on_stage("run the checkpoint's encoder")
@@ -127,7 +131,7 @@ def write_encoder(
     fed = calibration.scaled(pixel_scale)
     on_stage("compress the encoder's weights")
     stored = encoder_weights(network, recipe.encoder, fed, pixel_scale=pixel_scale, on_stage=on_stage)
-    if recipe.quant == COARSE_PALETTE and recipe.interface.min_os == "ios18":
+    if recipe.quant == COARSE_PALETTE and (recipe.interface.min_os == "ios18" or not recipe.has_package):
         convs = convolutions(network)
         stored = {name: with_groups(convs[name].weight.numpy(), weight) for name, weight in stored.items()}
     if recipe.quant == W8A8:
@@ -135,16 +139,24 @@ def write_encoder(
     else:
         quantize(network, stored, fed)
         int8_inputs = {}
-    convert_encoder(
-        network,
-        recipe.image_size,
-        stored,
-        folder / PACKAGE_NAME,
-        metadata={"fastvlm.version": __version__, "fastvlm.quant": recipe.quant},
-        on_stage=on_stage,
-        interface=recipe.interface,
-        int8_inputs=int8_inputs,
-    )
+    metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
+    if recipe.has_package:
+        convert_encoder(
+            network,
+            recipe.image_size,
+            stored,
+            folder / PACKAGE_NAME,
+            metadata=metadata,
+            on_stage=on_stage,
+            interface=recipe.interface,
+            int8_inputs=int8_inputs,
+        )
+    stored_features: list[np.ndarray] = []
+    if recipe.has_asset:
+        on_stage("convert to Core AI")
+        write_asset(network, stored, recipe.image_size, folder / ASSET_NAME, recipe.interface, metadata)
+        with torch.inference_mode():
+            stored_features = [network(torch.from_numpy(images[place])).numpy() for place in judged_places(images)]
     return WrittenEncoder(
         images,
         reference,
@@ -153,6 +165,7 @@ def write_encoder(
         plan=plan_of(network, stored),
         stream_scales=scales,
         int8_inputs=int8_inputs,
+        stored_features=stored_features,
     )
 
 

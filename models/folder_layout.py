@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ._mlx import mx
 
 PACKAGE_NAME = "fastvithd.mlpackage"
+ASSET_NAME = "fastvithd.aimodel"
+"""The encoder for Core AI, the successor of Core ML: experimental, next to the package or instead of it."""
+ASSET_SYSTEMS = "macOS 27, iOS 27 and later"
+"""The systems that load it."""
 INPUT_NAME = "images"
 """The package's input. Its value is pixels (1, 3, S, S) in 0..1, float32 or float16, or an RGB image of S x S."""
 OUTPUT_NAME = "image_features"
@@ -83,3 +87,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not names:
         raise ModelFolderError(f"{folder / INDEX_NAME}: 'weight_map' is empty")
     return [folder / name for name in names]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of all files under a folder. 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,6 +11,8 @@ from ..models.config import FastVLMConfig
 from ..models.errors import ModelFolderError
 from ..models.files import is_file, read_json_object, sample_sha256, sha256
 from ..models.folder_layout import (
+    ASSET_NAME,
+    ASSET_SYSTEMS,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     MANIFEST_FORMAT,
@@ -76,6 +78,12 @@ def open_folder(path: str | Path, *, verify_hashes: bool = False) -> ModelFolder
     elif verify_hashes:
         raise ModelFolderError(f"{path}: no {MANIFEST_NAME} to verify its files with. Export the model again.")
     has_encoder = (path / PACKAGE_NAME).is_dir() or has_mlx_encoder(path)
+    if not has_encoder and (path / ASSET_NAME).is_dir():
+        raise ModelFolderError(
+            f"{path}: its only encoder is {ASSET_NAME}, which apps run on {ASSET_SYSTEMS}, and fastvlm does not. "
+            "Export it with format='both' to run it here.",
+            "format",
+        )
     if not (path / CONFIG_NAME).is_file() or not has_encoder:
         missing = PACKAGE_NAME if (path / CONFIG_NAME).is_file() else CONFIG_NAME
         raise ModelFolderError(f"{path} is not a model folder: it has no {missing}. Make one with `fastvlm export`.")

@@ -15,6 +15,7 @@ from ...models.errors import ModelFolderError, UsageError, VerificationError
 from ...models.fastvit_config import FastViTConfig
 from ...models.files import check_space, read_json_object, write_json
 from ...models.folder_layout import (
+    ASSET_NAME,
     CONFIG_NAME,
     EMBEDS_NAME,
     GENERATION_CONFIG_NAME,
@@ -58,7 +59,7 @@ LICENCE_NOTE = "FastVLM's weights have Apple's research-only model licence: chec
 MAX_LISTED = 4
 """The most faults in an error."""
 
-EXPORT_ARGUMENTS = ("encoder", "decoder_bits", "io", "with_projector", "image_size")
+EXPORT_ARGUMENTS = ("encoder", "format", "decoder_bits", "io", "with_projector", "image_size")
 """The arguments of an export that an error of `check_requirements` may name."""
 
 COPIED = ("tokenizer.json", "special_tokens_map.json", GENERATION_CONFIG_NAME)
@@ -184,7 +185,8 @@ def _package_lacks(folder: Path, contract: Contract) -> Iterator[str]:
     from ...models.mlprogram import read_package
 
     if not (folder / PACKAGE_NAME).is_dir():
-        yield f"{contract.title} runs a Core ML package. Export again with encoder='coreml'"
+        wanted = "format='coreml' or 'both'" if (folder / ASSET_NAME).is_dir() else "encoder='coreml'"
+        yield f"{contract.title} runs a Core ML package. Export again with {wanted}"
         return
     program = read_package(folder / PACKAGE_NAME)
     options = list(_interface_options(program, contract))
@@ -244,9 +246,13 @@ def check_faults(written: Path, contract: Contract) -> None:
 
 
 def bundle_notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the notes of the export, with one about the licence of Apple's weights."""
+    """Returns the notes of the export, with one about the licence of Apple's weights.
+
+    No client loads a Core AI asset, so bundles have neither the asset nor the note about it.
+    """
     found = manifest.get("notes")
     notes = [note for note in found if isinstance(note, str)] if isinstance(found, list) else []
+    notes = [note for note in notes if not note.startswith(ASSET_NAME)]
     name = manifest.get("source", {}).get("name") if isinstance(manifest.get("source"), Mapping) else None
     if manifest.get("trained") is not False and name != "tiny":
         notes.append(LICENCE_NOTE)

@@ -16,14 +16,15 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 import fastvlm
-from fastvlm.export import atomic_folder, exporter, write_encoder
+from fastvlm.export import atomic_folder, coreai, exporter, write_encoder
+from fastvlm.export.coreai import has_coreai
 from fastvlm.export.exporter import export, tokenizer_notes
 from fastvlm.export.inspect_package import inspect
 from fastvlm.export.tokenizer import export_tokenizer
 from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
 from fastvlm.models import safetensors_files
 from fastvlm.models.checkpoint import FolderCheckpoint
-from fastvlm.models.errors import ConfigError, OutputError, UsageError, VerificationError, WeightsError
+from fastvlm.models.errors import ConfigError, MachineError, OutputError, UsageError, VerificationError, WeightsError
 from fastvlm.models.folder_layout import saved_weights
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
@@ -99,6 +100,66 @@ def test_two_exports_with_other_thread_counts_are_identical(exported: Path, tmp_
     finally:
         torch.set_num_threads(threads)
     assert contents(again) == contents(exported)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, exporter.Export]:
+    """`random:tiny` with a Core AI asset instead of the package, and with both."""
+    if not has_coreai():
+        pytest.skip("the extra coreai is not installed (Apple's wheels: Linux x86_64, macOS 26 and later)")
+    root = tmp_path_factory.mktemp("formats")
+    return {form: export("random:tiny", root / form, format=form) for form in ("coreai", "both")}
+
+
+def test_asset_is_written_instead_of_the_package_or_with_it(
+    exports: dict[str, exporter.Export], exported: Path
+) -> None:
+    alone, both, plain = contents(exports["coreai"].folder), contents(exports["both"].folder), contents(exported)
+    asset = {f"fastvithd.aimodel/{name}" for name in ("main.mlirb", "main.hash", "metadata.json")}
+    package = {name for name in plain if name.startswith("fastvithd.mlpackage")}
+    assert both.keys() == plain.keys() | asset and alone.keys() == both.keys() - package
+    for name in both.keys() - {"fastvlm.json"}:  # a package next to an asset, and an asset without one, are the same
+        assert both[name] == plain.get(name, both[name]) and both[name] == alone.get(name, both[name]), name
+    sizes = [sum(len(both[name]) for name in names) for names in (asset, package)]
+    assert [exports["both"].asset_bytes, exports["both"].encoder_bytes] == sizes
+    assert exports["coreai"].asset_bytes == exports["coreai"].encoder_bytes == sizes[0]
+
+
+def test_manifest_of_an_asset_says_that_it_is_experimental(exports: dict[str, exporter.Export], exported: Path) -> None:
+    for form, result in exports.items():
+        manifest = json.loads((result.folder / "fastvlm.json").read_text())
+        assert manifest["recipe"]["format"] == form
+        assert ("target" in manifest["recipe"]) == (form == "both")
+        assert {"coreai-core", "coreai-torch"} <= manifest["tools"].keys()
+        (note,) = [note for note in manifest["notes"] if note.startswith("fastvithd.aimodel is experimental")]
+        assert "macOS 27" in note and note in result.notes
+        found = manifest["parity"]
+        assert abs(found["coreai"]["snr_db"] - found["image_features"]["snr_db"]) < 1
+        assert found["coreai"]["stored_weights"]["snr_db"] > 50
+    plain = json.loads((exported / "fastvlm.json").read_text())
+    assert "format" not in plain["recipe"] and "coreai" not in plain["parity"] and "coreai-core" not in plain["tools"]
+
+
+def test_asset_is_verified_or_reported_as_unchecked(
+    exports: dict[str, exporter.Export], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, both = exports["coreai"].folder, exports["both"].folder
+    found = verify(alone, "random:tiny")
+    assert found.passed and found.asset is found.encoder and found.asset.images == 4
+    monkeypatch.setattr(coreai.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r'pip install "fastvlm\[coreai\]"'):
+        verify(alone, "random:tiny")
+    unchecked = verify(both, "random:tiny")
+    assert unchecked.passed and unchecked.asset is None
+    assert "fastvithd.aimodel" in unchecked.unchecked[0]
+
+
+def test_asset_without_the_extra_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreai.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"format='both' needs .*pip install") as raised:
+        export("random:tiny", tmp_path / "model", format="both")
+    assert raised.value.arguments == ("format",)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("bits", "embeddings"), [(16, True), (8, False), (4, True)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvlm.export.exporter import export
-from fastvlm.export.judge import FLOAT16_BOUND_DB, Judgement, judge, take_numbers
+from fastvlm.export.judge import FLOAT16_BOUND_DB, Judgement, check_recipe, judge, take_numbers
 from fastvlm.export.options import silent
 from fastvlm.export.recipe import PackageInterface
 from fastvlm.export.rewrite import rewrite
@@ -22,7 +22,7 @@ from fastvlm.models.fastvit import FastViT
 from fastvlm.models.mlprogram import read_package
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.quant.encoder import apply_weights, convolutions, stored_by_plan
-from fastvlm.quant.schemes import PaletteWeight, is_candidate
+from fastvlm.quant.schemes import PaletteWeight, is_candidate, with_groups
 
 needs_coreai = pytest.mark.skipif(
     importlib.util.find_spec("coreai_torch") is None,
@@ -71,6 +71,10 @@ def test_weights_are_read_as_they_are_stored(tmp_path: Path, min_os: str, scheme
     network = rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), 128)
     chosen = [one for one, conv in convolutions(network).items() if is_candidate(conv.weight.numpy())]
     stored = stored_by_plan(network, {one: schemes[i % len(schemes)] for i, one in enumerate(chosen)})
+    if min_os == "ios18":
+        convs = convolutions(network)
+        stored = {one: with_groups(convs[one].weight.numpy(), weight) for one, weight in stored.items()}
+        assert any(isinstance(weight, PaletteWeight) and weight.lut.ndim == 2 for weight in stored.values())
     apply_weights(network, stored, {})
     package, interface = tmp_path / "encoder.mlpackage", PackageInterface(min_os=min_os)
     convert_encoder(network, 128, stored, package, metadata={}, on_stage=silent, interface=interface)
@@ -84,6 +88,11 @@ def test_weights_are_read_as_they_are_stored(tmp_path: Path, min_os: str, scheme
     for (one, conv), taken in zip(convolutions(network).items(), convolutions(other).values(), strict=True):
         assert torch.equal(conv.weight.half(), taken.weight.half()), one
         assert torch.equal(conv.bias.half(), taken.bias.half()), one
+
+
+def test_folder_without_a_package_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no Core ML package to judge.*fastvithd\.aimodel is run without it"):
+        check_recipe(Path("model"), {"format": "coreai", "quant": "int8"})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import torch
 import fastvlm
 from fastvlm.export.exporter import Export, export
 from fastvlm.export.inspect_package import inspect
-from fastvlm.export.recipe import DECODER_FIELDS, PackageInterface, interface_for, read_recipe
+from fastvlm.export.options import ExportOptions
+from fastvlm.export.recipe import DECODER_FIELDS, PackageInterface, interface_for, planned_recipe, read_recipe
 from fastvlm.export.rewrite import ProjectorConvs, projected, rewrite
 from fastvlm.export.verify import verify
 from fastvlm.export.write_encoder import convert_encoder
@@ -39,6 +40,35 @@ RECIPE: dict[str, Any] = {"quant": "mixed", "min_snr": 35, "weights": {"0.0": "f
 def written(folder: Path, content: object, name: str = "recipe.json") -> Path:
     (folder / name).write_text(json.dumps(content))
     return folder / name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "onnx"}, "format must be one of coreml, coreai, both"),
+        ({"format": "coreai", "quant": "w8a8"}, r"has quant fp16, int8, pal8, pal6, pal4 \(got 'w8a8'\)"),
+        ({"format": "both", "quant": "int4"}, r"\(got 'int4'\)"),
+        ({"format": "both", "quant": "mixed"}, r"\(got 'mixed'\)"),
+        ({"format": "both", "io": "image"}, "has io float32 or float16"),
+        ({"format": "coreai", "min_os": "ios18"}, "min_os is about the Core ML package"),
+        ({"format": "coreai", "encoder": "mlx"}, "format is about the Core ML package"),
+    ],
+)
+def test_asset_that_cannot_be_written_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        planned_recipe(ExportOptions(**options), 256, None)
+    assert set(options) >= {name for name in raised.value.arguments if name in ("format", "quant", "io", "min_os")}
+
+
+def test_recipe_repeats_the_format(tmp_path: Path) -> None:
+    plans = {"weights": {"0.0": "int8"}, "quant": "int8"}
+    for form, written_format in (("coreai", {"format": "coreai"}), ("both", {"format": "both"}), ("coreml", {})):
+        saved = read_recipe(written(tmp_path, {**plans, **written_format}))
+        assert planned_recipe(ExportOptions(), 256, saved).format == form
+        assert planned_recipe(ExportOptions(format="both"), 256, saved).format == "both"
+    with pytest.raises(UsageError, match=r"\(got 'int4'\)"):
+        blocks = read_recipe(written(tmp_path, {**plans, "weights": {"0.0": "int4"}}))
+        planned_recipe(ExportOptions(format="coreai"), 256, blocks)
 
 
 def test_recipe_is_read_alone_or_from_a_manifest(tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_note_is_made_when_there_is_no_manifest(write_folder: Write) -> None:
     assert (folder.trained, folder.notes) == (True, (NO_MANIFEST_NOTE,))
 
 
+def test_folder_with_only_a_core_ai_asset_says_what_runs_it(write_folder: Write) -> None:
+    folder = write_folder(manifest=None)
+    (folder / "fastvithd.mlpackage").rename(folder / "fastvithd.aimodel")
+    with pytest.raises(ModelFolderError, match=r"apps run on macOS 27.* format='both' to run it here") as raised:
+        open_folder(folder)
+    assert raised.value.arguments == ("format",)
+
+
 @pytest.mark.parametrize(
     ("manifest", "trained", "notes"),
     [

@@ -48,6 +48,20 @@ def test_two_bundles_are_equal(bundles: dict[str, Path], folders: dict[str, Path
     )
 
 
+def test_core_ai_asset_is_left_out_and_does_not_replace_a_package(folders: dict[str, Path], tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(folders["coreml"], both)
+    (both / "fastvithd.aimodel").mkdir()
+    manifest = read_json_object(both / "fastvlm.json")
+    manifest["notes"].append("fastvithd.aimodel is experimental: no client loads it")
+    (both / "fastvlm.json").write_text(json.dumps(manifest))
+    found = bundle(both, "apple-app", tmp_path / "bundle")
+    assert not (found.path / "fastvithd.aimodel").exists() and not any("aimodel" in note for note in found.notes)
+    shutil.rmtree(both / "fastvithd.mlpackage")
+    with pytest.raises(UsageError, match="runs a Core ML package. Export again with format='coreml' or 'both'"):
+        check_requirements(both, CONTRACTS["apple-app"])
+
+
 @pytest.mark.parametrize(
     ("quantization", "fault"),
     [
