@@ -205,7 +205,7 @@ def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         raise UsageError(f"{folder}: the encoder is in MLX. Export with encoder='coreml' to judge it.", "encoder")
     if recipe.get("format") == "coreai":
         raise UsageError(
-            f"{folder}: there is no Core ML package to judge. Leave judge out: {ASSET_NAME} is run without it.",
+            f"{folder}: the folder has no Core ML package to judge. Leave judge out: {ASSET_NAME} is run without it.",
             "judge",
         )
     if recipe["quant"] == W8A8:

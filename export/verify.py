@@ -79,7 +79,7 @@ class Verification:
     asset: AssetVerification | None = None
     """The agreement of the Core AI asset, if there is one that could be run."""
     unchecked: tuple[str, ...] = ()
-    """What could not be run on this machine, one line each."""
+    """The parts that could not be run on this machine, one line each."""
 
     @property
     def decoder_floor_db(self) -> float:
@@ -262,7 +262,8 @@ def verify_features(
     if recipe.get("layout") == "mlx":
         return verify_mlx(folder, checkpoint, images, reference, recipe, on_stage)
     expected = projected(checkpoint, reference.features) if recipe.get("with_projector") else reference.features
-    form, asset, unchecked = recipe.get("format", "coreml"), None, ()
+    form, asset = recipe.get("format", "coreml"), None
+    unchecked: tuple[str, ...] = ()
     encoder: EncoderVerification | None = None
     if form == "coreai":
         require_coreai(f"{folder}: {ASSET_NAME}")
