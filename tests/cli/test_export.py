@@ -62,7 +62,8 @@ def test_existing_folder_needs_force(fastvlm: Callable, one_line_error: Callable
 
 
 @pytest.mark.parametrize(
-    "words", [("--quant", "int3"), ("--decoder-bits", "3"), ("--io", "png"), ("--min-os", "ios16")]
+    "words",
+    [("--quant", "int3"), ("--decoder-bits", "3"), ("--io", "png"), ("--min-os", "ios16"), ("--format", "onnx")],
 )
 def test_unknown_choice_lists_the_known_ones(fastvlm: Callable, tmp_path: Path, words: tuple[str, str]) -> None:
     done = fastvlm("export", *words, cwd=tmp_path)
