@@ -117,7 +117,7 @@ def open_image(image: ImageSource, max_pixels: int = MAX_PIXELS, *, background: 
                 head = stream.read(HEAD_BYTES)
                 stream.seek(0)
                 with Image.open(stream, formats=_formats(head)) as opened:
-                    return _upright_rgb(opened, name, max_pixels, color)
+                    return _upright_rgb(opened, name, max_pixels, color, own=True)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -184,6 +184,9 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side))
+    if image.width == side:  # no black columns, so nothing is copied
+        narrow.paste(image.resize((size, image.height), Image.Resampling.BICUBIC), (0, top))
+        return narrow.resize((size, size), Image.Resampling.BICUBIC)
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, image.height, rows):
         stop = min(start + rows, image.height)
@@ -301,8 +304,9 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _upright_rgb(
-    image: Image.Image, name: str, max_pixels: int, background: tuple[int, int, int] | None
+    image: Image.Image, name: str, max_pixels: int, background: tuple[int, int, int] | None, own: bool = False
 ) -> Image.Image:
+    """Returns an image upright and in RGB. One that is nobody else's (`own`) need not be copied."""
     width, height = image.size
     if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ImageError(
@@ -318,7 +322,10 @@ def _upright_rgb(
         silence_libtiff()
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation)
-    rgb = _on_background(_without_high_depth(image, name), background)
+    if own and image.format == "JPEG" and image.mode == "RGB":
+        rgb = image  # without the 50 MB that `convert` copies of a photo
+    else:
+        rgb = _on_background(_without_high_depth(image, name), background)
     transpose = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if transpose is None else rgb.transpose(transpose)
 

@@ -131,6 +131,17 @@ def test_image_opens_when_its_metadata_are_damaged(exif: bytes, recwarn: pytest.
     assert not recwarn.list
 
 
+def test_photo_is_not_copied_but_a_given_image_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = encoded(noise(24, 16), "JPEG")
+    given_image = Image.open(io.BytesIO(photo))
+    assert open_image(given_image) is not given_image
+    monkeypatch.setattr(Image.Image, "convert", None)
+    found = open_image(photo)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(given_image.convert("RGB")))
+    np.testing.assert_array_equal(preprocess(found, 64, "pad"), padded_then_resized(given_image, 64))
+
+
 def test_source_image_is_unchanged() -> None:
     image = noise(9, 7, "P")
     before = image.copy()
@@ -350,8 +361,16 @@ def test_padding_takes_little_memory_when_an_image_is_thin(
         squares.append((box[2] - box[0]) * (box[3] - box[1]))
         return crop(self, box)
 
+    new = Image.new
+
+    def watched_new(mode: str, size: tuple[int, int]) -> Image.Image:
+        squares.append(size[0] * size[1])
+        return new(mode, size)
+
+    image = Image.new("RGB", (width, height), (200, 10, 90))
     monkeypatch.setattr(Image.Image, "crop", watched)
-    pixels = preprocess(Image.new("RGB", (width, height), (200, 10, 90)), 128, "pad")
+    monkeypatch.setattr(Image, "new", watched_new)
+    pixels = preprocess(image, 128, "pad")
     assert pixels[0].max() > 10
     assert max(squares) <= images.STRIP_PIXELS  # the whole square has 144 million
 
