@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import FastVLMError, UsageError
@@ -217,11 +217,21 @@ class BatchDecoder:
             self._engine.prefix_cache.add([*row.prefilled.items, *known], cache)
 
 
+@runtime_checkable
+class Arriving(Protocol):
+    """Requests that are prepared elsewhere, so that the next one may not be ready."""
+
+    @property
+    def is_ready(self) -> bool:
+        """True if the next request can be taken without waiting."""
+
+
 class Upcoming:
     """The next requests in order. An encoder process encodes the images of the first few ahead."""
 
     def __init__(self, engine: Engine, requests: Iterable[Asked | Outcome]) -> None:
         self._engine = engine
+        self._source = requests if isinstance(requests, Arriving) else None
         self._waiting = enumerate(requests)
         self._more = True
         self._taken: deque[tuple[int, Asked | Outcome]] = deque()
@@ -233,7 +243,9 @@ class Upcoming:
 
     @property
     def is_ready(self) -> bool:
-        """True if the images of the next request are encoded."""
+        """True if the next request is here, and its images are encoded."""
+        if not self._taken:
+            return False
         request = self._taken[0][1]
         return not isinstance(request, PreparedRequest) or request.is_encoded
 
@@ -241,9 +253,12 @@ class Upcoming:
         """Returns the next request and its number."""
         return self._taken.popleft()
 
-    def fill(self, count: int) -> None:
-        """Takes requests from the source until `count` are here or the source is empty."""
-        while self._more and len(self._taken) < count:
+    def fill(self, count: int, wait: bool = True) -> None:
+        """Takes requests from the source until `count` are here or the source is empty.
+
+        Without `wait` it ends at a request that is not ready.
+        """
+        while self._more and len(self._taken) < count and (wait or self._source is None or self._source.is_ready):
             number, request = next(self._waiting, (-1, None))
             if request is None:
                 self._more = False
@@ -252,7 +267,7 @@ class Upcoming:
 
     def look_ahead(self) -> None:
         """Submits the images of the next few requests to the encoder process, and returns at once."""
-        self.fill(self._engine.encode_ahead_limit)
+        self.fill(self._engine.encode_ahead_limit, wait=False)
         for place, (number, request) in enumerate(self._taken):
             if place >= self._engine.encode_ahead_limit:
                 break
@@ -300,7 +315,7 @@ class Batch:
     def _begin_ready(self, upcoming: Upcoming) -> None:
         """Starts answers while there is room. It waits for an image only if no other answer can continue."""
         while len(self._decoder.rows) < self._size and len(self._done) < MAX_DONE * self._size:
-            upcoming.fill(1)
+            upcoming.fill(1, wait=not self._decoder.rows)
             upcoming.look_ahead()  # in their order, so that the first image is the first to be encoded
             if upcoming.is_empty or (self._decoder.rows and not upcoming.is_ready):
                 break

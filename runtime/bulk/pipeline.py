@@ -1,24 +1,24 @@
-"""From images to rows: they are read, decoded and scaled in threads, a few ahead of the batch that answers."""
+"""From images to rows: each image gets the answers to some prompts, and a duplicate those of its twin."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import OrderedDict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ...models.errors import FastVLMError, ImageError, PackageError, UsageError
 from ...models.images import Fit, preprocess
-from ..batch import BATCH_SIZE, Batch
+from ..batch import BATCH_SIZE
 from ..engine import PreparedRequest
 from ..generate import Generation
 from ..prompt_cache import ImageItem
 from ..request import Request, opened, prepare
 from ..timings import LapClock
+from .answers import Answered, Asked, answers
 from .sources import Item
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 MAX_REMEMBERED = 2048
 """The images whose answers are remembered for duplicates. One takes a few kilobytes."""
-
-AHEAD_PER_WORKER = 2
-"""The images per thread that are prepared ahead. One takes up to 3 MB, once it is scaled to 1024 px."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An image that is ready for its prompts, or the reason why it is not."""
+    """An image that was read, or could not be."""
 
     key: str
     image: Path | bytes | None
     digest: bytes = b""
-    outcomes: tuple[PreparedRequest | Generation | FastVLMError, ...] = ()
+    repeated: bool = False
 
 
 class Captioner:
@@ -69,8 +66,7 @@ class Captioner:
     Images with the same bytes as one of the last MAX_REMEMBERED get its answers, unless answers are sampled without a
     seed. The encoder then still sees them once, while its features are cached.
 
-    Arguments: `options` are those of `prepare`. `workers` threads decode images (default: one per core, at most 4).
-    The batch has `batch_size` answers.
+    Arguments: `options` are those of `prepare`. `batch_size` and `workers` are those of `answers`.
 
     Raises:
         UsageError: an option is out of range, or `prompts` is empty.
@@ -96,61 +92,34 @@ class Captioner:
         self._remembers = sampling.temperature == 0 or sampling.seed is not None
         self._known: OrderedDict[bytes, tuple[Generation, ...]] = OrderedDict()
         self._batch_size = batch_size
-        self._workers = workers or min(4, os.cpu_count() or 2)
+        self._workers = workers
 
     def rows(self, items: Iterable[Item]) -> Iterator[Row]:
         """Yields a row for each image, in their order.
 
         An image that cannot be opened or encoded gets a row with an error. Raises FastVLMError for anything else.
         """
-        entries: deque[Loaded] = deque()
-        outcomes: list[Generation | FastVLMError] = []
-        with ThreadPoolExecutor(self._workers, "fastvlm-images") as pool:
-            requests = self._requests(iter(items), pool, entries)
-            try:
-                for outcome in Batch(self._engine, self._batch_size).outcomes(requests):
-                    outcomes.append(outcome)
-                    if len(outcomes) == len(self._prompts):
-                        yield self._row(entries.popleft(), outcomes)
-                        outcomes = []
-            finally:
-                requests.close()
+        for answered in answers(self._engine, self.subjects(items), self._batch_size, self._workers):
+            yield self._row(answered)
 
-    def _requests(
-        self, items: Iterator[Item], pool: ThreadPoolExecutor, entries: deque[Loaded]
-    ) -> Generator[PreparedRequest | Generation | FastVLMError, None, None]:
-        """Yields a request per image and prompt, and notes their images in `entries`."""
-        ahead: deque[Future[Loaded]] = deque()
-        more = True
-        try:
-            while more or ahead:
-                while more and len(ahead) < AHEAD_PER_WORKER * self._workers:
-                    item = next(items, None)
-                    more = item is not None
-                    if item is not None:
-                        ahead.append(pool.submit(self._prepared, *loaded(item)))
-                if ahead:
-                    image = ahead.popleft().result()
-                    entries.append(image)
-                    yield from image.outcomes
-        finally:
-            for future in ahead:
-                future.cancel()
+    def subjects(self, items: Iterable[Item]) -> Iterator[Callable[[], Asked[Loaded]]]:
+        """Yields a function for each image, to be called in any thread, that decodes it and prepares its requests."""
+        return (partial(self._asked_about, *loaded(item)) for item in items)
 
-    def _prepared(self, key: str, image: Path | bytes | ImageError) -> Loaded:
+    def _asked_about(self, key: str, image: Path | bytes | ImageError) -> Asked[Loaded]:
         """Reads, decodes and scales an image. Runs in a thread."""
         count = len(self._prompts)
         if isinstance(image, ImageError):
-            return Loaded(key, None, outcomes=(image,) * count)
+            return Asked(Loaded(key, None), (image,) * count)
         digest = b""
         try:
             digest = bytes_digest(image) if self._remembers else b""
             if digest and (known := self._known.get(digest)) is not None:
-                return Loaded(key, image, digest, known)
-            return Loaded(key, image, digest, tuple(self._each(image)))
+                return Asked(Loaded(key, image, digest, repeated=True), known)
+            return Asked(Loaded(key, image, digest), tuple(self._each(image)))
         except ImageError as reason:
             named = reason if isinstance(image, Path) else ImageError(str(reason).replace("the image", key, 1))
-            return Loaded(key, image, digest, (named,) * count)
+            return Asked(Loaded(key, image, digest), (named,) * count)
 
     def _each(self, image: Path | bytes) -> Iterator[PreparedRequest]:
         """Yields the requests of an image, which is scaled once and not kept in its full size."""
@@ -164,20 +133,20 @@ class Captioner:
             ready = self._engine.prepare(replace(asked, image_open_ms=open_ms), [pixels])
             yield replace(ready, preprocess_ms=ready.preprocess_ms + scale_ms)
 
-    def _row(self, image: Loaded, outcomes: Sequence[Generation | FastVLMError]) -> Row:
+    def _row(self, answered: Answered[Loaded]) -> Row:
         """Returns the row of an image whose prompts are answered. Raises an error that is not about the image."""
-        for outcome in outcomes:
+        image = answered.subject
+        for outcome in answered.outcomes:
             if isinstance(outcome, ImageError | PackageError):
                 return Row(image.key, image.image, error=str(outcome))
             if isinstance(outcome, FastVLMError):
                 raise outcome
-        answers = tuple(outcome for outcome in outcomes if isinstance(outcome, Generation))
+        found = tuple(outcome for outcome in answered.outcomes if isinstance(outcome, Generation))
         if image.digest:
-            self._known[image.digest] = answers
+            self._known[image.digest] = found
             if len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
-        repeated = bool(image.outcomes) and isinstance(image.outcomes[0], Generation)
-        return Row(image.key, image.image, answers, repeated=repeated)
+        return Row(image.key, image.image, found, repeated=image.repeated)
 
 
 def with_image(request: Request) -> Request:

@@ -104,9 +104,9 @@ def test_few_images_are_taken_ahead_and_threads_end(vlm: FastVLM, pictures: Path
     found = Captioner(vlm, "a", OPTIONS, batch_size=2, workers=2).rows(endless())
     errors = [next(found).error for _ in range(100)]
     assert errors[6] is not None and errors[6].startswith("7 is a text")
-    assert taken <= 100 + 2 * 2 * 16 + 4
+    assert taken <= 100 + 2 * 2 * 16 + 2 + 2 * 2
     found.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastvlm-images")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastvlm-ahead")]
 
 
 def test_structured_answer_is_in_the_entry(rows: Callable[..., list[Row]]) -> None:
