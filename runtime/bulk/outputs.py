@@ -53,10 +53,15 @@ def format_of(out: Path, chosen: str | None = None) -> OutputFormat:
         UsageError: the format is unknown, or does not fit the kind of output.
     """
     kind = chosen or BY_SUFFIX.get(out.suffix.lower())
+    names = ", ".join(get_args(OutputFormat))
     if kind is None and not out.is_dir():
-        kind = "jsonl"  # as before formats were known, whatever the name
+        ending = f"suffix {out.suffix}" if out.suffix else "no suffix"
+        raise UsageError(
+            f"{out}: the suffix must be one of {', '.join(BY_SUFFIX)} (got {ending}). Rename it, or set format to one "
+            f"of {names}.",
+            "format",
+        )
     if kind not in get_args(OutputFormat):
-        names = ", ".join(get_args(OutputFormat))
         raise UsageError(f"{out}: format must be one of {names} (got {chosen}). Choose one for a folder.", "format")
     folder = kind in ("txt", "xmp") or (kind == "webdataset" and out.suffix.lower() != ".tar")
     if folder and out.exists() and not out.is_dir():

@@ -200,7 +200,8 @@ def test_webdataset_reads_the_shards(digest: Callable[..., Job], tmp_path: Path)
     ("out", "chosen", "expected"),
     [
         ("a.jsonl", None, "jsonl"),
-        ("a.anything", None, "jsonl"),
+        ("a.ndjson", None, "jsonl"),
+        ("a.anything", "jsonl", "jsonl"),
         ("a.CSV", None, "csv"),
         ("a.tar", None, "webdataset"),
         ("a", "webdataset", "webdataset"),
@@ -209,6 +210,13 @@ def test_webdataset_reads_the_shards(digest: Callable[..., Job], tmp_path: Path)
 )
 def test_format_follows_the_suffix(tmp_path: Path, out: str, chosen: str | None, expected: str) -> None:
     assert format_of(tmp_path / out, chosen) == expected
+
+
+@pytest.mark.parametrize("out", ["out.xyz", "out.json", "out", "out.tar.gz"])
+def test_unknown_suffix_is_an_error_that_lists_them(tmp_path: Path, out: str) -> None:
+    with pytest.raises(UsageError, match=r"one of \.jsonl, \.ndjson, \.csv, \.parquet, \.tar \(got .*format to one of"):
+        output_for(tmp_path / out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_usage_error_when_a_format_does_not_fit(tmp_path: Path) -> None:
