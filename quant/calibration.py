@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast, overload
 
 import numpy as np
 
+from ..models.ahead import Ahead
 from ..models.errors import ImageError
 from ..models.images import SUFFIXES, Fit, open_image, preprocess, to_pixel_values
 from ..models.tiny.scenes import draw_scene, scene_seeds
@@ -128,14 +130,15 @@ def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     pixels: list[np.ndarray] = []
     broken: list[str] = []
-    for index, file in enumerate(files):
-        if len(pixels) == MAX_FOLDER_IMAGES:
-            broken.append(f"{len(files) - index} files beyond the limit of {MAX_FOLDER_IMAGES}")
-            break
-        try:
-            pixels.append(preprocess(open_image(file), image_size, cast("Fit", fit)))
-        except ImageError as reason:
-            broken.append(str(reason).replace(str(file), file.name))  # without paths, as it goes into a manifest
+    with Ahead(partial(_squared, file, image_size, cast("Fit", fit)) for file in files) as squares:
+        for index, file in enumerate(files):
+            if len(pixels) == MAX_FOLDER_IMAGES:
+                broken.append(f"{len(files) - index} files beyond the limit of {MAX_FOLDER_IMAGES}")
+                break
+            try:
+                pixels.append(next(squares))
+            except ImageError as reason:
+                broken.append(str(reason).replace(str(file), file.name))  # without paths, as it goes into a manifest
     if not pixels:
         found = broken[0] if broken else f"none of {', '.join(SUFFIXES)}"
         raise ImageError(f"{folder} has no readable image ({found}).")
@@ -143,6 +146,11 @@ def folder_images(folder: str | Path, image_size: int, fit: str) -> ImageSet:
     notes = (f"images skipped: {', '.join(broken[:MAX_LISTED] + more)}",) if broken else ()
     kinds: list[Kind] = ["images"] * len(pixels)
     return ImageSet(tuple(pixels), "folder", tuple(kinds), notes)
+
+
+def _squared(file: Path, image_size: int, fit: Fit) -> np.ndarray:
+    """Returns the pixels (3, S, S) of a file, uint8. Raises ImageError."""
+    return preprocess(open_image(file), image_size, fit)
 
 
 def _busy_picture(size: int, seed: int) -> np.ndarray:

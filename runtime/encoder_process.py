@@ -358,6 +358,11 @@ class Pending:
         """True if `result` does not wait, except for the next process after a crash."""
         return self.reply.outcome is not None
 
+    @property
+    def predict_ms(self) -> float:
+        """The time of the image inside the process, 0 before it is done."""
+        return self.reply.predict_ms
+
     def result(self) -> NDArray[np.float32]:
         """Waits for the features and returns them. Raises as `EncoderProcess.encode` does."""
         return self._encoder._features(self)

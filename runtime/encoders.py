@@ -80,6 +80,10 @@ class PendingFeatures(Protocol):
     def done(self) -> bool:
         """True if `result` returns or raises without waiting."""
 
+    @property
+    def predict_ms(self) -> float:
+        """The time of the image inside the encoder, 0 before it is done."""
+
     def result(self) -> NDArray[np.float32]:
         """Waits for the features and returns them. Raises as `encode` does."""
 

@@ -23,8 +23,8 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
@@ -34,8 +34,11 @@ from ..._version import __version__
 from ...models.errors import DataSetError, FastVLMError, ModelFolderError
 from ...models.files import read_json_object
 from ...models.folder_layout import MANIFEST_NAME
+from ..bulk.answers import Asked, answers
+from ..engine import PreparedRequest
 from ..fastvlm import FastVLM, load
 from ..folder import ModelFolder
+from ..generate import Generation
 from ..request import Request, prepare
 from ..timings import Timings
 from .datasets import DEFAULT_LIMIT, DataSet, Sample, open_data
@@ -320,8 +323,21 @@ def evaluate(
     return run.evaluation
 
 
+@dataclass(frozen=True)
+class Question:
+    """A sample whose request was prepared, or could not be."""
+
+    sample: Sample
+    digest: str = ""
+    request: PreparedRequest | None = None
+
+
 class EvaluationRun:
-    """An iterator that asks one question after the other. `evaluation` has the results so far."""
+    """An iterator that asks one question after the other. `evaluation` has the results so far.
+
+    Images of later questions are decoded in threads meanwhile, and encoded where the encoder has a process. Answers
+    are decoded one at a time, because a batch on Metal rounds by how many are in it, and runs must repeat.
+    """
 
     def __init__(self, model: FastVLM, data: DataSet, system: str | None = None, max_tokens: int | None = None) -> None:
         self._model = model
@@ -334,19 +350,19 @@ class EvaluationRun:
     def __iter__(self) -> Iterator[Answer]:
         """Yields each answer. Raises FastVLMError if none of the first questions can be answered."""
         failed: FastVLMError | None = None
-        for sample in self._data.samples:
-            begin = time.perf_counter()
-            try:
-                answer = self._answer(sample)
-            except FastVLMError as reason:
-                if failed is None and not self._answers:
-                    failed = reason
-                answer = Answer(sample, None, 0.0, "", None, str(reason))
+        begin = time.perf_counter()
+        questions = (partial(self._question, sample) for sample in self._data.samples)
+        for answered in answers(self._model.engine, questions, batch_size=1):
+            (outcome,) = answered.outcomes
+            if isinstance(outcome, FastVLMError) and failed is None and not self._answers:
+                failed = outcome
+            answer = self._answer(answered.subject, outcome)
             self._answers.append(answer)
             self._seconds += time.perf_counter() - begin
             if failed and len(self._answers) == GIVE_UP_AFTER and all(one.error for one in self._answers):
                 raise failed
             yield answer
+            begin = time.perf_counter()
         if failed and all(one.error for one in self._answers):
             raise failed
 
@@ -363,11 +379,27 @@ class EvaluationRun:
             seconds=self._seconds,
         )
 
-    def _answer(self, sample: Sample) -> Answer:
-        request = prepare(sample.image, self._data.prompt(sample), **self._options)
-        found = self._model.engine.stream(request).read()
-        score = self._data.score(sample, found.text)
-        return Answer(sample, found.text, score, digest(sample, request), found.timings)
+    def _question(self, sample: Sample) -> Asked[Question]:
+        """Opens the image of a sample and prepares its request. Runs in a thread."""
+        try:
+            request = prepare(sample.image, self._data.prompt(sample), **self._options)
+            prepared = self._model.engine.prepare(request)
+        except FastVLMError as reason:
+            return Asked(Question(sample), (reason,))
+        return Asked(Question(sample, digest(sample, request), prepared), (prepared,))
+
+    def _answer(self, question: Question, outcome: Generation | FastVLMError) -> Answer:
+        sample = question.sample
+        if isinstance(outcome, FastVLMError):
+            return Answer(sample, None, 0.0, "", None, str(outcome))
+        score = self._data.score(sample, outcome.text)
+        return Answer(sample, outcome.text, score, question.digest, timings_of(question, outcome))
+
+
+def timings_of(question: Question, found: Generation) -> Timings:
+    """Returns the times of an answer as if its image had not been encoded ahead: with the whole time of the encoder."""
+    ahead_ms = sum(pending.predict_ms for pending in question.request.submitted) if question.request else 0.0
+    return replace(found.timings, encode_ms=max(found.timings.encode_ms, ahead_ms))
 
 
 def digest(sample: Sample, request: Request) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from fastvlm.runtime.evaluation.run import (
     Answer,
     Evaluation,
     EvaluationRun,
+    Question,
     compare,
     evaluate,
     read_evaluation,
+    timings_of,
 )
 from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.request import prepare
 
 Own = Callable[[int], Path]
 SHORT = {"max_tokens": 5}
@@ -136,6 +140,29 @@ def test_answers_are_those_of_generate(vlm: FastVLM, own_questions: Own) -> None
     assert [answer.sample.id for answer in found.answers] == ["q0", "q1", "q2", "q3"]
     assert found.complete
     assert found.seconds > 0
+
+
+def test_later_images_are_prepared_before_an_answer_ends(vlm: FastVLM, own_questions: Own) -> None:
+    data = open_data(own_questions(4))
+    taken: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        for sample in data.samples:
+            taken.append(sample.id)
+            yield sample
+
+    answers = iter(EvaluationRun(vlm, dataclasses.replace(data, samples=samples()), max_tokens=1))
+    assert next(answers).sample.id == "q0"
+    assert taken == ["q0", "q1", "q2", "q3"]
+
+
+def test_ttft_has_the_whole_time_of_an_image_encoded_ahead(vlm: FastVLM, own_questions: Own) -> None:
+    sample = next(iter(open_data(own_questions(1)).samples))
+    request = vlm.engine.prepare(prepare(sample.image, "Why?", max_tokens=1))
+    found = vlm.engine.stream(request.request).read()
+    request.submitted.append(SimpleNamespace(predict_ms=12_345.0))
+    assert timings_of(Question(sample, "", request), found).encode_ms == 12_345.0
+    assert timings_of(Question(sample), found) == found.timings
 
 
 def test_every_image_is_encoded_once(vlm: FastVLM, own_questions: Own) -> None:
