@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,8 @@ from .progress import StageProgress, note
 if TYPE_CHECKING:
     from ..runtime.benchmark.comparison import Comparison
     from ..runtime.benchmark.report import Benchmark
-    from ..runtime.benchmark.workload import Case
+    from ..runtime.benchmark.workload import Case, Workload
+    from ..runtime.bulk.sources import Source
     from ..runtime.estimate.roofline import Estimate
     from ..runtime.estimate.work import Work
 
@@ -28,6 +29,10 @@ MEASURING = "Measuring"
 """A panel of `--help`."""
 
 LIST = "list"
+
+CAPTIONING = ("models", "captions", "prompt", "max_tokens", "runs", "image_size", "quant", "backend", "compute_units",
+              "encoder_process", "kv_bits", "as_json", "report")  # fmt: skip
+"""The parameters of `bench` that `--captions` uses."""
 
 USED = ("models", "image_size", "quant", "prompt_tokens", "as_json", "report", "markdown", "plot", "estimate")
 """The parameters of `bench` that change an estimate. `published` does not: its times are printed anyway."""
@@ -51,6 +56,13 @@ def bench_command(
         typer.Option(metavar="N,...", help="Measure at these prompt lengths, including the image's tokens."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Generate N tokens per answer.")] = 32,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Measure the images/s of `caption` on these images, and of each stage alone. Repeat for several.",
+        ),
+    ] = None,
     runs: Annotated[
         int, typer.Option(metavar="N", help="Measure N answers per process.", rich_help_panel=MEASURING)
     ] = 5,
@@ -105,6 +117,7 @@ def bench_command(
     ] = None,
     backend: given.Backend = None,
     compute_units: given.ComputeUnits = None,
+    encoder_process: given.EncoderProcess = False,
     kv_bits: given.KVBits = None,
     as_json: given.AsJson = False,
     report: given.Report = None,
@@ -140,12 +153,23 @@ def bench_command(
     check_picture(plot)
     lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
     if estimate is not None:
-        check_used(context, estimate)
+        check_used(context, "estimate", ("estimate",) if is_list(estimate) else USED)
         outputs = Outputs(as_json, report, markdown, plot)
         print_estimates(estimate, models or [], sizes, lengths, quant, outputs)
         return
     if not models:
         raise typer.BadParameter("give at least one exported folder", param_hint="FOLDER...")
+    if captions is not None:
+        from ..runtime.bulk.sources import Source
+
+        check_used(context, "captions", CAPTIONING)
+        workload = Workload(SAMPLE, prompt, max_tokens, runs)
+        loading = (backend, compute_units, kv_bits, False, encoder_process)
+        with StageProgress() as progress, prepared(models, sizes, quant, progress) as cases:
+            print_rates(cases, loading, Source(captions), workload, as_json, report, progress)
+        return
+    if encoder_process:
+        raise typer.BadParameter("needs --captions IMAGES", param_hint="--encoder-process")
     check_gate(fail_above, compare, processes)
     workload = Workload(image or SAMPLE, prompt, max_tokens, runs, warmup)
     old = None if compare is None else read_benchmark(compare)
@@ -295,22 +319,48 @@ class Outputs:
     plot: Path | None = None
 
 
-def check_used(context: typer.Context, chips: str) -> None:
-    """Raises BadParameter with every option that was given and does not change an estimate."""
-    used = ("estimate",) if is_list(chips) else USED
+def check_used(context: typer.Context, name: str, used: Sequence[str]) -> None:
+    """Raises BadParameter with every option that was given and that the option `name` does not use."""
     ignored = [
         "FOLDER" if parameter.name == "models" else parameter.opts[0]
         for parameter in context.command.params
         if parameter.name and parameter.name not in used and was_given(context, parameter.name)
     ]
     if ignored:
-        raise typer.BadParameter(f"does not measure: leave out {', '.join(ignored)}", param_hint="--estimate")
+        does = "does not measure" if name == "estimate" else "measures images per second"
+        raise typer.BadParameter(f"{does}: leave out {', '.join(ignored)}", param_hint=f"--{name}")
 
 
 def was_given(context: typer.Context, name: str) -> bool:
     """Returns whether a parameter is on the command line."""
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE" and context.params.get(name) not in (None, [], ())
+
+
+def print_rates(
+    cases: Sequence[Case],
+    loading: tuple[str | None, str | None, str | None, bool, bool],
+    source: Source,
+    workload: Workload,
+    as_json: bool,
+    report: Path | None,
+    on_stage: StageProgress,
+) -> None:
+    """Prints the images per second of `caption` for each folder. Raises FastVLMError."""
+    from ..runtime.benchmark.captions import CaptionBench, report_of, table
+
+    found = []
+    for case in cases:
+        on_stage(case.label)
+        with closing(given.loaded(case.folder, *loading)) as model:
+            bench = CaptionBench(model, source, workload.prompt, workload.max_tokens)
+            found.append(bench.measured(case.label, workload.runs, on_stage))
+    text = json.dumps(report_of(found), indent=2, ensure_ascii=False) + "\n"
+    typer.echo(text if as_json else "\n\n".join("\n".join(table(one)) for one in found) + "\n", nl=False)
+    for remark in dict.fromkeys(remark for one in found for remark in one.notes):
+        note(remark)
+    if report is not None:
+        write_text(report, text)
 
 
 def is_list(chips: str) -> bool:

@@ -20,6 +20,7 @@ from fastvlm.export import exporter
 from fastvlm.models.errors import UsageError
 from fastvlm.runtime.benchmark import run as measuring
 from fastvlm.runtime.benchmark.report import Benchmark, Configuration, Process, Run
+from fastvlm.runtime.benchmark.workload import SAMPLE
 
 STAGES = ("preprocess_ms", "encode_ms", "project_ms", "prefill_ms", "sample_ms")
 STEADY = (30.0, 30.4, 30.2, 30.6, 30.1)
@@ -295,3 +296,31 @@ def test_assumed_prompt_length_is_printed(words: tuple[str, ...], tokens: int) -
     assert found.exit_code == 0, found.stderr
     assert "an image and 30 tokens of text, unless --prompt-tokens" in found.stdout
     assert f"{tokens} prompt tokens |" in found.stdout
+
+
+@pytest.mark.slow
+def test_captions_are_measured_and_reported(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+    words = ("--captions", SAMPLE.parent, "--runs", 2, "--max-tokens", 2, "--encoder-process", "--report", "r.json")
+    done = fastvlm("bench", model, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 images, " in done.stdout and " of the slowest stage" in done.stdout
+    assert "  model (2 of 2)" in done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    (found,) = report["configurations"]
+    assert (report["schema"], found["encoder"]) == ("fastvlm.captions-benchmark/1", "reference process")
+    assert set(found["images_per_second"]) == {"decode", "encode", "answer"}
+    assert min(found["pipeline"], *found["images_per_second"].values()) > 0
+    check_reports(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--captions", "x", "--plot", "a.png", "--processes", "2"), "leave out --processes, --plot"),
+        (("--encoder-process",), "needs --captions IMAGES"),
+    ],
+)
+def test_options_that_captions_do_not_use_are_refused(words: tuple[str, ...], problem: str) -> None:
+    found = CliRunner().invoke(app, ["bench", "tiny", *words])
+    assert found.exit_code == 2
+    assert problem in " ".join(found.stderr.replace("│", " ").split())
