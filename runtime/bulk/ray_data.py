@@ -36,7 +36,8 @@ class Captioner:
     A batch is a dict of arrays. The images are in the column `bytes` (encoded images), `image` (the structs of
     `datasets`) or `path`, or in `column`. The result has the columns of the batch, without the images' bytes unless
     `keep_images`, and `text`, `tokens`, `finish_reason` and `error`. Several prompts have `text_1`, `text_2` and so on.
-    A structured answer is JSON in `answer`. An image that cannot be opened has its `error`, and no text.
+    A structured answer is JSON in `answer`. An image that cannot be opened has its `error`, an empty text and 0 tokens.
+    Others have an empty `error`: a column of nulls would give the files that Ray Data writes different schemas.
 
     Args:
         model: an exported folder, at the same path on every machine, or the hub id of one.
@@ -88,15 +89,17 @@ class Captioner:
         return ("text", "tokens", "finish_reason", *(("answer",) if self._structured else ()))
 
     def _cells(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the new cells of a row. Every row has all of them, so the schema does not depend on the batch."""
+        """Returns the new cells of a row. Each has a value, so the schema does not depend on the batch."""
         answers = [{}] * len(self._prompts) if "error" in entry else entry.get("answers", [entry])
         values = [cell(answer.get(name), name) for answer in answers for name in self._fields()]
-        return dict(zip(self._names(), [*values, entry.get("error")], strict=True))
+        return dict(zip(self._names(), [*values, entry.get("error", "")], strict=True))
 
 
 def cell(value: Any, name: str) -> Any:
-    """Returns the value of a column. That of `answer` is JSON, whose type is the same for every row."""
-    return json.dumps(value, ensure_ascii=False) if name == "answer" and value is not None else value
+    """Returns the value of a column, of one type for every row. That of `answer` is JSON."""
+    if value is None:
+        return 0 if name == "tokens" else ""
+    return json.dumps(value, ensure_ascii=False) if name == "answer" else value
 
 
 def image_column(batch: Mapping[str, Any], column: str | None = None) -> str:

@@ -46,10 +46,10 @@ def test_batch_has_the_answers_of_generate(captioner: Callable[..., Captioner], 
     assert list(done) == ["path", "text", "tokens", "finish_reason", "error"]
     for path, text, tokens, error in zip(done["path"], done["text"], done["tokens"], done["error"], strict=True):
         if path.endswith(BROKEN):
-            assert (text, tokens) == (None, None)
+            assert (text, tokens) == ("", 0)
             assert path in error
         else:
-            assert (text, tokens, error) == (vlm.generate(path, "Describe it.", **OPTIONS).text, 5, None)
+            assert (text, tokens, error) == (vlm.generate(path, "Describe it.", **OPTIONS).text, 5, "")
     for columns in (("path", "key"), ("image",)):
         assert list(captioner()(batch_of(pictures, *columns))["text"]) == list(done["text"])
     assert "bytes" in captioner(keep_images=True)(batch_of(pictures, "bytes", "key"))
@@ -65,6 +65,8 @@ def test_columns_do_not_depend_on_the_batch(captioner: Callable[..., Captioner],
     assert list(bad) == list(good)[1:]
     assert json.loads(good["answer_2"][0]) == {"n": 7}
     assert bad["error"][0].startswith("0 ")
+    for name in bad:
+        assert {type(value) for value in (*good[name], *bad[name])} == {int if name.startswith("tokens") else str}
 
 
 def test_batch_without_images_is_an_error(captioner: Callable[..., Captioner]) -> None:
