@@ -102,6 +102,8 @@ class EngineAttentionBlock(nn.Module):
         self.eps = LAYER_NORM_EPS * scale**2  # only the epsilon of layer norm depends on the stream's scale
         self.channels = block.norm.weight.numel()
         self.num_heads = self.channels // HEAD_DIM
+        self.gain: Tensor | None = None
+        """The factors (C, 1, 1) of what the layer norm returns, for int8 inputs. `evening` sets them."""
         self.tiles = tiles if 2 * self.num_heads * grid**4 >= MIN_TILED_BYTES else 1
         self.qkv = folded_qkv(block)
         proj = block.token_mixer.proj
@@ -117,7 +119,8 @@ class EngineAttentionBlock(nn.Module):
             return self.normalize(x.float()).half()
         # coremltools fuses this form into one layer_norm. With `pow` or `sqrt` it would stay eight operations.
         centred = x - x.mean(1, keepdim=True)
-        return centred * ((centred * centred).mean(1, keepdim=True) + self.eps).rsqrt()
+        normal = centred * ((centred * centred).mean(1, keepdim=True) + self.eps).rsqrt()
+        return normal if self.gain is None else normal * self.gain
 
     def attend(self, x: Tensor) -> Tensor:
         positions = self.grid * self.grid
@@ -217,6 +220,11 @@ def branch_convolutions(network: nn.Module) -> list[str]:
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d) and module.groups == 1 and name.split(".")[0] in blocks
     ]
+
+
+def follow_gelu(names: Iterable[str]) -> list[str]:
+    """Returns the names of `branch_convolutions` that read the results of a GELU."""
+    return [name for name in names if name.endswith(".fc2")]
 
 
 def path_convolutions(network: nn.Module) -> list[str]:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ENCODER_FLOOR_DB = {"fp16": 42.0, "pal8": 28.0, "int8": 28.0, "pal6": 16.0, "int4": 6.0, "pal4": 6.0, "mixed": 12.0,
                     "w8a8": 16.0, "bf16": 30.0, "fp32": 90.0}  # fmt: skip
 """The least SNR of `image_features` in dB by scheme, for drawings and for photographs. Encoders with the published
-ranges keep 48 dB at fp16 and 33 at int8 in true size. Small ones keep 54 and 43, 28 at pal6, 26 at w8a8 and 15 at pal4,
+ranges keep 48 dB at fp16 and 33 at int8 in true size. Small ones keep 54 and 43, 35 at w8a8, 28 at pal6 and 15 at pal4,
 and true size is 6 to 10 dB below. Damaged weights are found one by one, above these floors too."""
 
 DECODER_FLOOR_DB = {16: 45.0, 8: 25.0, 6: 15.0, 5: 10.0, 4: 6.0}
@@ -324,11 +324,14 @@ def verify_mlx(
 def rebuilt(checkpoint: Checkpoint, recipe: Mapping[str, Any]) -> nn.Module:
     """Returns the network that the package was made from, with its weights uncompressed, from the checkpoint again."""
     from ..models.fastvit import FastViT
+    from .evening import even_channels, from_digits
     from .recipe import interface_for
     from .write_encoder import rewritten
 
     interface, encoder = interface_for([recipe["quant"]], saved=recipe), FastViT.from_checkpoint(checkpoint)
-    return rewritten(encoder, checkpoint, recipe["image_size"], interface, recipe["stream_scales"])
+    network = rewritten(encoder, checkpoint, recipe["image_size"], interface, recipe["stream_scales"])
+    even_channels(network, {name: from_digits(digits) for name, digits in recipe.get("evened", {}).items()})
+    return network
 
 
 @dataclass(frozen=True)

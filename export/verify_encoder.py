@@ -24,7 +24,7 @@ from ..models.mlprogram.program import Operation, Program, inputs_for, scheme
 from ..quant.calibration import NOISE, ImageSet
 from ..quant.encoder import convolutions
 from ..quant.metrics import Agreement, WeightAudit, compare
-from .rewrite import STREAM_LIMIT
+from .rewrite import STREAM_LIMIT, EngineAttentionBlock
 
 FLOAT16_MAX = 65504.0
 
@@ -271,7 +271,23 @@ def audit_program(program: Program, network: nn.Module) -> WeightAudit:
         with np.errstate(over="ignore"):
             expected = module.weight.numpy().astype(np.float16)  # as it would be stored without compression
         audit.add(f"encoder {name}.weight", expected, constants.array(weight), bits, fitted=fitted)
+    audit.failures += wrong_gains(program, constants, network)
     return audit
+
+
+def wrong_gains(program: Program, constants: Constants, network: nn.Module) -> list[str]:
+    """Returns a line for each layer norm whose gain differs from the network's, which is 1 unless channels are even."""
+    norms = [operation for operation in program.operations if operation.kind == "layer_norm"]
+    blocks = {name: module for name, module in network.named_modules() if isinstance(module, EngineAttentionBlock)}
+    if len(norms) != len(blocks):
+        return [f"the package must have {len(blocks)} layer norms, got {len(norms)}"]
+    found = []
+    for operation, (name, block) in zip(norms, blocks.items(), strict=True):
+        expected = np.ones(1) if block.gain is None else block.gain.numpy().ravel()
+        saved = constants.array(operation.inputs["gamma"][0]) if operation.inputs.get("gamma") else np.ones(1)
+        if not np.array_equal(np.broadcast_to(expected, saved.shape), saved):
+            found.append(f"encoder {name}.norm has another gain")
+    return found
 
 
 def stored_bits(program: Program, weight: Any) -> tuple[int, bool]:

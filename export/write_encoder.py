@@ -30,16 +30,29 @@ from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_im
 from ..quant.constexprs import with_stored_weights
 from ..quant.encoder import (
     convolutions,
+    input_means,
     plan_of,
     quantize,
     stored_by_plan,
     stored_uniformly,
 )
 from ..quant.encoder_scheme import MIXED, EncoderScheme
-from ..quant.int8_inputs import chosen_inputs, input_costs, int8_scales, with_int8_inputs
+from ..quant.input_ranges import InputRange, input_ranges
+from ..quant.int8_inputs import MAX_NOISE, chosen_inputs, input_costs, with_int8_inputs
+from ..quant.range_images import range_images
 from ..quant.schemes import COARSE_PALETTE, W8A8, StoredWeight, with_groups
-from ..quant.search import Images, SearchResult, measured_options, noise_of, outputs, search, search_bytes
+from ..quant.search import (
+    Images,
+    SearchResult,
+    applied,
+    measured_options,
+    noise_of,
+    outputs,
+    search,
+    search_bytes,
+)
 from .coreai_asset import write_asset
+from .evening import as_digits, even_channels
 from .lint import COMPRESSED_WEIGHTS_KEY
 from .options import OnStage
 from .recipe import DEFAULT_INTERFACE, DEPLOYMENT_TARGETS, PackageInterface, Recipe
@@ -48,6 +61,7 @@ from .rewrite import (
     ProjectorConvs,
     TokensLast,
     branch_convolutions,
+    follow_gelu,
     path_convolutions,
     rewrite,
     stream_maxima,
@@ -89,8 +103,8 @@ class WrittenEncoder:
     """The scheme of each convolution's weight."""
     stream_scales: Sequence[float] = ()
     """The power of two by which each stage's residual stream was scaled. It is 1 if float16 holds the stream."""
-    int8_inputs: Mapping[str, np.float16] = field(default_factory=dict)
-    """The scale of each convolution's input with w8a8."""
+    int8_inputs: Mapping[str, InputRange] = field(default_factory=dict)
+    """The range of each convolution's int8 input with w8a8."""
     tensors: Iterable[tuple[str, mx.array]] = ()
     """The encoder's tensors for `model.safetensors`, with `encoder="mlx"`."""
     stored_features: Sequence[np.ndarray] = ()
@@ -105,9 +119,16 @@ class WrittenEncoder:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the manifest's entries about the choices that were made."""
-        scales = {name: float(scale) for name, scale in self.int8_inputs.items()}
-        found = {"stream_scales": list(self.stream_scales), "calibration": self.calibration.as_dict()}
-        return {**found, "int8_inputs": scales} if scales else found
+        found: dict[str, Any] = {
+            "stream_scales": list(self.stream_scales),
+            "calibration": self.calibration.as_dict(),
+        }
+        if self.int8_inputs:
+            ranges = self.int8_inputs.items()
+            found["int8_inputs"] = {name: float(used.scale) for name, used in ranges}
+            found["zero_points"] = {name: used.zero_point for name, used in ranges if used.zero_point}
+            found["evened"] = {name: as_digits(used.exponents) for name, used in ranges if used.exponents}
+        return found
 
 
 def write_encoder(
@@ -134,11 +155,11 @@ def write_encoder(
     if recipe.quant == COARSE_PALETTE and (recipe.interface.min_os == "ios18" or not recipe.has_package):
         convs = convolutions(network)
         stored = {name: with_groups(convs[name].weight.numpy(), weight) for name, weight in stored.items()}
+    int8_inputs: dict[str, InputRange] = {}
     if recipe.quant == W8A8:
-        int8_inputs = quantized_with_inputs(network, stored, fed, pixel_scale=pixel_scale, on_stage=on_stage)
-    else:
-        quantize(network, stored, fed)
-        int8_inputs = {}
+        int8_inputs = evened_inputs(network, stored, fed, on_stage)
+        stored = stored_by_plan(network, plan_of(network, stored))  # of the evened weights
+    quantize(network, stored, fed)
     metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
     if recipe.has_package:
         convert_encoder(
@@ -206,27 +227,51 @@ def encoder_weights(
     return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant, path_convolutions(network))
 
 
-def quantized_with_inputs(
+def evened_inputs(
+    network: nn.Sequential, stored: Mapping[str, StoredWeight], calibration: ImageSet, on_stage: OnStage
+) -> dict[str, InputRange]:
+    """Returns the ranges of the inputs that become int8, chosen by measurement, and evens their channels in place.
+
+    `stored` are the weights before that. Ranges and noises are measured on images of `PROBE_SIZE` at most.
+    """
+    image_size = calibration[0].shape[-1]
+    probe_size = min(PROBE_SIZE, image_size)
+    names = branch_convolutions(network)
+    probes = [calibration.scale * image for image in noise_images(probe_size)]
+    with resized_inputs(network, image_size, probe_size):
+        on_stage("measure the ranges of int8 inputs")
+        images = range_images(calibration, probe_size)
+        ranges = input_ranges(network, names, follow_gelu(names), images)
+        exponents = {name: found.exponents for name, found in ranges.items() if found.exponents}
+        on_stage("measure what each int8 input costs")
+        before = rounding_noise(network, stored, images[: len(calibration)], probes)
+        even_channels(network, exponents)
+        evened = stored_by_plan(network, plan_of(network, stored))
+        after = rounding_noise(network, evened, images[: len(calibration)], probes)
+        costs = input_costs(network, ranges, probes)
+    chosen = chosen_inputs(costs, MAX_NOISE * before - after)
+    spared = {name: [-power for power in powers] for name, powers in exponents.items() if name not in chosen}
+    even_channels(network, spared)
+    return {name: ranges[name] for name in chosen}
+
+
+def noise_images(image_size: int) -> list[np.ndarray]:
+    """Returns the images that noises are measured on: those of trials, and the calibration photographs."""
+    calibration = calibration_images(image_size)
+    kinds = zip(calibration, calibration.kinds, strict=True)
+    return [*trial_images(image_size), *(image for image, kind in kinds if kind == "photographs")]
+
+
+def rounding_noise(
     network: nn.Sequential,
     stored: Mapping[str, StoredWeight],
     calibration: Sequence[np.ndarray],
-    *,
-    pixel_scale: float = 1.0,
-    on_stage: OnStage,
-) -> dict[str, np.float16]:
-    """Quantizes `network` in place, and returns the scales of the inputs that become int8, chosen by measurement."""
-    image_size = calibration[0].shape[-1]
-    probe_size = min(PROBE_SIZE, image_size)
-    probes = [pixel_scale * image for image in calibration_images(probe_size)]
-    with resized_inputs(network, image_size, probe_size):
-        expected = [outputs(network, image) for image in probes]
-    quantize(network, stored, calibration)
-    scales = int8_scales(network, branch_convolutions(network), calibration)
-    on_stage("measure what each int8 input costs")
-    with resized_inputs(network, image_size, probe_size):
-        weights_noise = noise_of(expected, [outputs(network, image) for image in probes])
-        costs = input_costs(network, scales, probes)
-    return {name: scales[name] for name in chosen_inputs(costs, weights_noise)}
+    images: Sequence[np.ndarray],
+) -> float:
+    """Returns the noise that stored weights add to the output on `images`. `network` is not changed."""
+    expected = [outputs(network, image) for image in images]
+    with applied(network, stored, input_means(network, list(stored), calibration)):
+        return noise_of(expected, [outputs(network, image) for image in images])
 
 
 def searched(
@@ -286,7 +331,7 @@ def convert_encoder(
     metadata: Mapping[str, str],
     on_stage: OnStage,
     interface: PackageInterface = DEFAULT_INTERFACE,
-    int8_inputs: Mapping[str, np.float16] | None = None,
+    int8_inputs: Mapping[str, InputRange] | None = None,
 ) -> None:
     """Writes `network` (from `rewrite`) to `package`: an ML Program with fixed shapes that computes in float16.
 
@@ -294,7 +339,7 @@ def convert_encoder(
 
     Args:
         stored: the compressed weights by the names of their convolutions. `network` already has their values.
-        int8_inputs: the scales of the convolutions whose input is int8.
+        int8_inputs: the ranges of the convolutions whose input is int8.
 
     Raises:
         PackageError: coremltools cannot convert the network, or changed a weight that should be compressed.

@@ -108,7 +108,7 @@ def verification_images(image_size: int) -> ImageSet:
 def _embedded(name: str, image_size: int) -> ImageSet:
     seed = SEEDS[name]
     scene = draw_scene(scene_seeds("calibration", 1, start=seed)[0]).image()
-    drawings = (preprocess(scene, image_size, "pad"), _busy_picture(image_size, seed))
+    drawings = (preprocess(scene, image_size, "pad"), busy_picture(image_size, seed))
     folder = Path(__file__).with_name("photographs")
     photographs = [preprocess(open_image(folder / file), image_size, "crop") for file in PHOTOGRAPHS[name]]
     kinds: list[Kind] = ["drawings"] * len(drawings)
@@ -153,7 +153,7 @@ def _squared(file: Path, image_size: int, fit: Fit) -> np.ndarray:
     return preprocess(open_image(file), image_size, fit)
 
 
-def _busy_picture(size: int, seed: int) -> np.ndarray:
+def busy_picture(size: int, seed: int) -> np.ndarray:
     """Draws (3, S, S) uint8: a shaded background, discs and boxes of flat colour, a textured quarter."""
     draw = np.random.Generator(np.random.PCG64(seed))
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size  # (S, S) each

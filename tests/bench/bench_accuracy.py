@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,22 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--limit", type=int, default=2000, help="questions for each folder")
     parser.add_argument("--rows", type=int, default=len(COMBINATIONS), help="only the first of the combinations")
+    parser.add_argument("--schemes", nargs="+", help="only these encoder schemes, with a float16 decoder")
     parser.add_argument("--out", type=Path, default=None, help="a folder for the JSON")
     arguments = parser.parse_args()
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
-        for options in COMBINATIONS[: arguments.rows]:
+        for options in chosen(arguments.schemes)[: arguments.rows]:
             figures.append(measure(arguments.model, Path(scratch), options, arguments.limit))
             print(row(figures[0], figures[-1]) if len(figures) > 1 else header(figures[0]), flush=True)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "accuracy.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def chosen(schemes: list[str] | None) -> Sequence[dict[str, Any]]:
+    """Returns the combinations of a float16 decoder with `schemes`, or all."""
+    return COMBINATIONS if schemes is None else [{"quant": scheme, "decoder_bits": 16} for scheme in schemes]
 
 
 def measure(model: str, scratch: Path, options: dict[str, Any], limit: int) -> dict[str, Any]:

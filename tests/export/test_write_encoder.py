@@ -9,29 +9,34 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fastvlm.export.evening import even_channels
 from fastvlm.export.exporter import export
 from fastvlm.export.inspect_package import inspect
 from fastvlm.export.recipe import PackageInterface, check_calibration, read_recipe
-from fastvlm.export.rewrite import branch_convolutions, rewrite, stream_maxima, stream_scales
+from fastvlm.export.rewrite import branch_convolutions, follow_gelu, rewrite, stream_maxima, stream_scales
+from fastvlm.export.verify import rebuilt
+from fastvlm.export.verify_encoder import audit_program
 from fastvlm.export.write_encoder import convert_encoder, resized_inputs
 from fastvlm.models.errors import PackageError, UsageError
 from fastvlm.models.fastvit import FastViT
 from fastvlm.models.fastvit_config import FastViTConfig
-from fastvlm.models.folder_layout import INPUT_NAME, OUTPUT_NAME
+from fastvlm.models.folder_layout import INPUT_NAME, OUTPUT_NAME, PACKAGE_NAME
 from fastvlm.models.mlprogram import Constants, census, read_package
 from fastvlm.models.mlprogram.executor import Executor
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
 from fastvlm.quant.calibration import calibration_images, folder_images, trial_images
 from fastvlm.quant.encoder import convolutions, quantize, stored_by_plan, stored_uniformly
-from fastvlm.quant.int8_inputs import int8_scales
+from fastvlm.quant.input_ranges import InputRange, input_ranges
 from fastvlm.quant.metrics import compare
+from fastvlm.quant.range_images import range_images
 from fastvlm.quant.schemes import MIN_WEIGHT_SNR_DB, is_candidate
 
 pytestmark = pytest.mark.slow
@@ -119,15 +124,17 @@ def test_w8a8_package_keeps_the_features(
     assert all(60 < executor.ranges[name] <= 128 for name in integers)  # int8 is made use of
 
 
-def write_w8a8(checkpoint: object, package: Path) -> tuple[Path, dict[str, np.float16]]:
+def write_w8a8(checkpoint: object, package: Path) -> tuple[Path, dict[str, InputRange]]:
     calibration = calibration_images(256)
     with torch.no_grad():
         network = rewrite(FastViT.from_checkpoint(checkpoint), 256)
+    names = branch_convolutions(network)
+    ranges = input_ranges(network, names, follow_gelu(names), range_images(calibration, 256))
+    even_channels(network, {name: used.exponents for name, used in ranges.items() if used.exponents})
     stored = stored_uniformly(network, "int8")
     quantize(network, stored, calibration)
-    scales = int8_scales(network, branch_convolutions(network), calibration)
-    convert_encoder(network, 256, stored, package, metadata={}, on_stage=lambda _: None, int8_inputs=scales)
-    return package, scales
+    convert_encoder(network, 256, stored, package, metadata={}, on_stage=lambda _: None, int8_inputs=ranges)
+    return package, ranges
 
 
 def test_branch_convolutions_are_those_behind_a_layer_scale() -> None:
@@ -153,20 +160,8 @@ def test_scale_for_a_convolution_that_is_not_there_is_an_error(tmp_path: Path) -
             tmp_path / "a.mlpackage",
             metadata={},
             on_stage=lambda _: None,
-            int8_inputs={"gone": np.float16(0.1)},
+            int8_inputs={"gone": InputRange(np.float16(0.1))},
         )
-
-
-def test_inputs_that_float16_scales_cannot_reach_stay_float16() -> None:
-    with torch.no_grad():
-        network = rewrite(FastViT.from_checkpoint(RandomCheckpoint("tiny")), 128)
-    names = branch_convolutions(network)
-    images = calibration_images(128)
-    scales = int8_scales(network, names, images)
-    assert list(scales) == names
-    network.get_submodule(names[0].replace("fc1", "conv")).weight.data *= 1e-6
-    network.get_submodule(names[0].replace("fc1", "conv")).bias.data *= 1e-6
-    assert names[0] not in int8_scales(network, names, images)
 
 
 def test_w8a8_is_exported_calibrated_on_a_folder(tmp_path: Path) -> None:
@@ -179,9 +174,23 @@ def test_w8a8_is_exported_calibrated_on_a_folder(tmp_path: Path) -> None:
     assert manifest["recipe"]["quant"] == "w8a8"
     assert manifest["recipe"]["calibration"]["source"] == "folder"
     assert manifest["recipe"]["calibration"]["images"] == 4
-    assert 12 < len(manifest["recipe"]["int8_inputs"]) < 18  # the noisiest stay float16
+    check_manifest_of_int8_inputs(result.folder, manifest["recipe"])
     assert any("images skipped: broken.jpg" in note for note in manifest["notes"])
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def check_manifest_of_int8_inputs(folder: Path, recipe: dict[str, Any]) -> None:
+    """Checks the entries of a w8a8 export, and that its weights need them to match the checkpoint's."""
+    used = set(recipe["int8_inputs"])
+    assert 6 < len(used) < 18  # the noisiest stay float16
+    assert set(recipe["zero_points"]) == {name for name in used if name.endswith("fc2")}
+    assert {name.rpartition(".")[2] for name in recipe["evened"]} <= {"fc1", "qkv", "proj"}
+    assert set(recipe["evened"]) <= used
+    program, checkpoint = read_package(folder / PACKAGE_NAME), RandomCheckpoint("tiny")
+    assert audit_program(program, rebuilt(checkpoint, recipe)).failures == []
+    for name in recipe["evened"]:
+        others = {key: digits for key, digits in recipe["evened"].items() if key != name}
+        assert audit_program(program, rebuilt(checkpoint, {**recipe, "evened": others})).failures, name
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The int8 inputs of w8a8: scales by the largest input, and the choice of those that stay float16."""
+"""The int8 inputs of w8a8: their rounding, and the choice of those that stay float16."""
 
 from __future__ import annotations
 
@@ -9,44 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastvlm.quant.int8_inputs import (
-    MAX_ADDED_NOISE,
-    MAX_FLOAT16_SHARE,
-    InputCost,
-    chosen_inputs,
-    input_costs,
-    input_maxima,
-    int8_inputs,
-    int8_scales,
-)
+from fastvlm.quant.input_ranges import InputRange
+from fastvlm.quant.int8_inputs import MAX_FLOAT16_SHARE, InputCost, chosen_inputs, input_costs, int8_inputs
 from fastvlm.quant.search import noise_of, outputs
-
-
-@pytest.fixture
-def pair() -> nn.Sequential:
-    """Returns two convolutions, of which the first multiplies by -2 and the second takes its result."""
-    pair = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1)).requires_grad_(False)
-    pair[0].weight.copy_(-2 * torch.eye(3)[:, :, None, None])
-    return pair
-
-
-def images(*values: float) -> list[np.ndarray]:
-    return [np.full((1, 3, 4, 4), value, np.float32) for value in values]
-
-
-def test_maxima_are_magnitudes_over_all_images(pair: nn.Sequential) -> None:
-    assert input_maxima(pair, ["0", "1"], images(0.5, -0.75, 0.25)) == {"0": 0.75, "1": 1.5}
-    assert not pair[0]._forward_pre_hooks, "the pair is left without hooks"
-
-
-def test_int8_reaches_the_largest_input(pair: nn.Sequential) -> None:
-    scales = int8_scales(pair, ["0", "1"], images(0.5, 0.25))
-    assert scales == {"0": np.float16(0.5 / 127), "1": np.float16(1.0 / 127)}
-
-
-def test_tiny_inputs_stay_float16(pair: nn.Sequential) -> None:
-    assert int8_scales(pair, ["0", "1"], images(1e-5)) == {}
-
 
 COSTS = st.dictionaries(
     st.text("abcdefgh", min_size=1),
@@ -56,34 +21,46 @@ COSTS = st.dictionaries(
 
 
 @given(COSTS, st.floats(1e-9, 1e-2))
-def test_choice_keeps_its_bounds(costs: dict[str, InputCost], weights_noise: float) -> None:
-    kept = chosen_inputs(costs, weights_noise)
+def test_choice_keeps_its_bounds(costs: dict[str, InputCost], limit: float) -> None:
+    kept = chosen_inputs(costs, limit)
     left = [cost for name, cost in costs.items() if name not in kept]
     total = sum(cost.multiplications for cost in costs.values())
     assert sum(cost.multiplications for cost in left) <= MAX_FLOAT16_SHARE * total
     if left:  # without the cheapest of them, the noise would be too large
         noise = sum(costs[name].noise for name in kept) + min(cost.noise for cost in left)
-        assert noise > MAX_ADDED_NOISE * weights_noise * (1 - 1e-9)
+        assert noise > limit * (1 - 1e-9)
     assert kept == [name for name in costs if name in kept], "in the order of the computation"
 
 
 def test_noisiest_input_with_little_arithmetic_stays_float16() -> None:
     costs = {"fc1": InputCost(1.0, 40), "proj": InputCost(2.0, 5), "fc2": InputCost(2.5, 55)}
-    assert chosen_inputs(costs, weights_noise=1.0) == ["fc1", "fc2"]
-    assert chosen_inputs(costs, weights_noise=2.0) == ["fc1", "proj", "fc2"]
+    assert chosen_inputs(costs, limit=6.0) == ["fc1", "proj", "fc2"]
+    assert chosen_inputs(costs, limit=4.0) == ["fc1", "fc2"]
+    assert chosen_inputs(costs, limit=3.0) == ["fc2"]
+    assert chosen_inputs(costs, limit=0.1) == ["fc2"], "the last has more than half of the arithmetic"
 
 
 def test_cost_of_an_input_is_the_noise_of_it_alone() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(16, 8, 1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False)
     image = np.random.default_rng(0).random((1, 16, 6, 6), dtype=np.float32)
-    scales = {"0": np.float16(1 / 127), "2": np.float16(0.01)}
-    costs = input_costs(network, scales, [image])
+    ranges = {"0": InputRange(np.float16(1 / 127)), "2": InputRange(np.float16(0.01), -111)}
+    costs = input_costs(network, ranges, [image])
     assert [cost.multiplications for cost in costs.values()] == [16 * 8 * 36, 8 * 9 * 8 * 36]
     plain = [outputs(network, image)]
-    for name, scale in scales.items():
-        with int8_inputs(network, {name: scale}):
+    for name, used in ranges.items():
+        with int8_inputs(network, {name: used}):
             noise = noise_of(plain, [outputs(network, image)])
         assert costs[name].noise == pytest.approx(noise)
         assert noise > 0
     np.testing.assert_array_equal(outputs(network, image), plain[0])
+
+
+def test_zero_point_moves_the_range_and_keeps_zero() -> None:
+    identity = nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
+    identity.weight.fill_(1)
+    network = nn.Sequential(identity)
+    values = np.array([-0.2, -0.1, 0.0, 0.1, 2.3, 2.5], np.float32).reshape(1, 1, 1, 6)
+    with int8_inputs(network, {"0": InputRange(np.float16(1 / 128), -112)}):
+        found = outputs(network, values).ravel() * 128
+    np.testing.assert_array_equal(found, [-16, -13, 0, 13, 239, 239])  # levels -128 to 127 around -112
