@@ -46,7 +46,8 @@ def run_command(
         typer.Option("--function-name", metavar="NAME", help="Run this function.", show_default="the package's"),
     ] = None,
     precision: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Compute in float32, or round each float16 result as stored.")
+        Literal["float32", "float16", "float16-accumulate"],
+        typer.Option(help="Compute in float32, round each float16 result as stored, or sum products in float16 too."),
     ] = "float32",
     as_json: given.AsJson = False,
 ) -> None:

@@ -133,6 +133,12 @@ def summary(result: Verification) -> str:
         for what, agreement, floor in rows
     ]
     lines += by_kind(result)
+    if result.encoder.modes:
+        modes = ", ".join(
+            f"{precision} {'overflows' if snr_db is None else f'{snr_db:.1f}'}"
+            for precision, snr_db in result.encoder.modes.items()
+        )
+        lines.append(f"the first image, dB: {modes}")
     if result.encoder.stages:
         stages = ", ".join(f"{stage} {snr_db:.0f}" for stage, snr_db in result.encoder.stages.items())
         lines.append(f"stages, dB: {stages}")
@@ -159,8 +165,13 @@ def by_kind(result: Verification) -> list[str]:
 
 def judgement_table(found: Judgement) -> str:
     """Returns the SNRs of both judges by stage, and the verdict."""
-    columns = [rows[precision] for precision in ("float32", "float16") for rows in (found.executor, found.judge)]
-    titles = ("executor fp32", "Core AI fp32", "executor fp16", "Core AI fp16")
+    columns = [
+        found.executor["float32"],
+        found.judge["float32"],
+        *(found.executor[precision] for precision in ("float16", "float16-accumulate")),
+        found.judge["float16"],
+    ]
+    titles = ("executor fp32", "Core AI fp32", "executor fp16", "fp16 sums", "Core AI fp16")
     lines = ["SNR in dB, compared with torch in float32", f"{'':10}" + "".join(f"{title:>15}" for title in titles)]
     lines += [f"{stage:10}" + "".join(f"{rows[stage]:15.1f}" for rows in columns) for stage in columns[0]]
     times = ", ".join(f"{precision} {seconds:.1f} s" for precision, seconds in found.seconds.items())

@@ -7,8 +7,10 @@ that include it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,9 +96,16 @@ class EngineRepMixerBlock(nn.Module):
 
 
 class EngineAttentionBlock(nn.Module):
-    """An attention block over `grid` x `grid` positions, with each head's channels in front of its positions."""
+    """An attention block over `grid` x `grid` positions, with each head's channels in front of its positions.
 
-    def __init__(self, block: AttentionBlock, grid: int, scale: float, tiles: int = 1) -> None:
+    `value_mean` (C,) is subtracted from the values, and what `proj` makes of it is part of its bias. That is exact,
+    because a softmax sums to 1. Sums over many positions are then of small values of both signs, of which an
+    accumulator in float16 loses less.
+    """
+
+    def __init__(
+        self, block: AttentionBlock, grid: int, scale: float, tiles: int = 1, value_mean: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.eps = LAYER_NORM_EPS * scale**2  # only the epsilon of layer norm depends on the stream's scale
@@ -105,9 +114,11 @@ class EngineAttentionBlock(nn.Module):
         self.gain: Tensor | None = None
         """The factors (C, 1, 1) of what the layer norm returns, for int8 inputs. `evening` sets them."""
         self.tiles = tiles if 2 * self.num_heads * grid**4 >= MIN_TILED_BYTES else 1
-        self.qkv = folded_qkv(block)
+        mean = torch.zeros(self.channels) if value_mean is None else value_mean
+        self.qkv = folded_qkv(block, mean)
         proj = block.token_mixer.proj
-        self.proj = scaled_outputs(proj.weight[:, :, None, None], bias_of(proj), block.layer_scale_1 * scale)
+        bias = bias_of(proj).double() + proj.weight.double() @ mean.double()
+        self.proj = scaled_outputs(proj.weight[:, :, None, None], bias, block.layer_scale_1 * scale)
         self.convffn = EngineFFN(block, block.layer_scale_2, scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,6 +178,7 @@ def rewrite(
     pixel_scale: float = 1.0,
     projector: nn.Module | None = None,
     attention_tiles: int = 1,
+    value_means: Sequence[Tensor] | None = None,
 ) -> nn.Sequential:
     """Returns a network equal to `encoder`: `images` (1, 3, S, S) float32 in 0..1 -> `image_features` (1, N, C).
 
@@ -178,8 +190,10 @@ def rewrite(
         pixel_scale: 255 for images in 0..255.
         projector: (1, C, H, W) -> (1, D, H, W). It follows the encoder, before the transpose: the output is (1, N, D).
         attention_tiles: the number of parts that the queries are computed in where scores take `MIN_TILED_BYTES`.
+        value_means: what to subtract from the values of each attention block, as `EngineAttentionBlock` explains.
     """
     encoder.reparameterize()
+    means = iter(value_means or ())
     stage_scales = iter(scales or [1.0] * len(encoder.config.depths))
     first, *others = (folded(block) for block in encoder.patch_embed)
     scale = next(stage_scales)
@@ -201,7 +215,7 @@ def rewrite(
                     parts.append(EngineRepMixerBlock(block, scale_in, scale))
                     scale_in = scale
                 elif isinstance(block, AttentionBlock):  # the position convolution has rescaled the stream
-                    parts.append(EngineAttentionBlock(block, grid, scale_in, attention_tiles))
+                    parts.append(EngineAttentionBlock(block, grid, scale_in, attention_tiles, next(means, None)))
     parts += [EngineHead(encoder.conv_exp, scale_in), *([projector] if projector else []), TokensLast(grid)]
     return nn.Sequential(*parts).requires_grad_(False).eval()
 
@@ -307,16 +321,44 @@ def stream_scales(maxima: Sequence[float], on_noise: Sequence[float] | None = No
     return [min(1.0, 2.0 ** math.floor(-math.log2(value))) if value else 1.0 for value in needed]
 
 
+@contextlib.contextmanager
+def recorded_values(encoder: FastViT) -> Iterator[list[list[Tensor]]]:
+    """Yields a list of the means (C,) of each attention block's values, one for each image that runs inside the block.
+
+    The values are the last third of `qkv`, a product without a bias. So their mean is that of its input, multiplied.
+    """
+    blocks = [block for block in encoder.modules() if isinstance(block, AttentionBlock)]
+    means: list[list[Tensor]] = [[] for _ in blocks]
+
+    def record(block: AttentionBlock, found: list[Tensor]) -> Any:
+        def hook(_: nn.Module, __: Any, x: Tensor) -> None:
+            weight = block.token_mixer.qkv.weight[-x.shape[1] :]  # (C, C)
+            found.append(weight.double() @ x.double().mean((0, 2, 3)))
+
+        return block.norm.register_forward_hook(hook)
+
+    handles = [record(block, found) for block, found in zip(blocks, means, strict=True)]
+    try:
+        yield means
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def scaled_outputs(weight: Tensor, bias: Tensor, scale: Tensor) -> nn.Conv2d:
     """Returns the 1x1 convolution with its output channels multiplied by `scale` (C, 1, 1)."""
     scale = scale.double().flatten()
     return conv_from(weight.double() * scale[:, None, None, None], bias.double() * scale, stride=1, groups=1)
 
 
-def folded_qkv(block: AttentionBlock) -> nn.Conv2d:
-    """Returns qkv as a 1x1 convolution with layer norm's gain and bias and the query's 1/sqrt(32) folded into it."""
+def folded_qkv(block: AttentionBlock, value_mean: Tensor) -> nn.Conv2d:
+    """Returns qkv as a 1x1 convolution with layer norm's gain and bias and the query's 1/sqrt(32) folded into it.
+
+    `value_mean` (C,) is subtracted from the values.
+    """
     weight = block.token_mixer.qkv.weight.double()  # (3C, C)
     bias = weight @ block.norm.bias.double()
+    bias[-len(value_mean) :] -= value_mean.double()
     weight = weight * block.norm.weight.double()
     queries = torch.ones(len(weight), 1, dtype=torch.float64)
     queries[: len(weight) // 3] = HEAD_DIM**-0.5

@@ -138,11 +138,16 @@ class Verification:
                 kind: {stage: _significant(share) for stage, share in shares.items()}
                 for kind, shares in self.encoder.load.items()
             },
-            "stages_snr_db": {stage: round(snr_db, 1) for stage, snr_db in self.encoder.stages.items()},
+            "stages_snr_db": _rounded(self.encoder.stages),
+            **({"modes_snr_db": _rounded(self.encoder.modes)} if self.encoder.modes else {}),
             "logits": {**self.decoder.as_dict(), "floor_db": self.decoder_floor_db},
             "weights": {"encoder": self.encoder.weights.as_dict(), "decoder": self.decoder.weights.as_dict()},
             **asset,
         }
+
+
+def _rounded(snrs_db: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {what: None if snr_db is None else round(snr_db, 1) for what, snr_db in snrs_db.items()}
 
 
 def _significant(share: float) -> float | None:
@@ -199,7 +204,7 @@ def verify(
     chosen = verification_images(size) if images is None else folder_images(images, size, fit).with_noise(NOISE_SEED)
     on_stage("run the checkpoint's encoder")
     reference = encoder_reference(FastViT.from_checkpoint(checkpoint), chosen)
-    return verify_features(folder, checkpoint, chosen, reference, recipe, on_stage=on_stage)
+    return verify_features(folder, checkpoint, chosen, reference, recipe, accumulate=True, on_stage=on_stage)
 
 
 def saved_recipe(folder: Path) -> Mapping[str, Any]:
@@ -249,11 +254,16 @@ def verify_features(
     recipe: Mapping[str, Any],
     *,
     stored_features: Sequence[np.ndarray] = (),
+    accumulate: bool = False,
     on_stage: OnStage,
 ) -> Verification:
-    """Verifies a folder whose checkpoint's encoder has already run on `images`. `recipe` is the manifest's.
+    """Verifies a folder whose checkpoint's encoder has already run on `images`.
 
-    `stored_features` is the output with the stored weights that an asset should have (see `verify_asset`).
+    Args:
+        recipe: the manifest's.
+        stored_features: the output with the stored weights that an asset should have (see `verify_asset`).
+        accumulate: True also measures the first image with products that are summed in float16. At 1024 px FastViTHD
+            takes half a minute for it.
     """
     from .coreai import INSTALL, has_coreai, require_coreai
     from .rewrite import projected
@@ -270,7 +280,9 @@ def verify_features(
     else:
         on_stage("run the saved package")
         network, scales = rebuilt(checkpoint, recipe), recipe["stream_scales"]
-        encoder = verify_encoder(folder / PACKAGE_NAME, images, reference, expected, network, scales)
+        encoder = verify_encoder(
+            folder / PACKAGE_NAME, images, reference, expected, network, scales, accumulate=accumulate
+        )
         del network
     if form != "coreml" and has_coreai():
         asset = run_asset(folder, images, expected, recipe, stored_features, on_stage)

@@ -103,6 +103,9 @@ class EncoderVerification:
     load: dict[str, dict[str, float]] = field(default_factory=dict)
     """The largest magnitude of each stage's results as a share of float16's largest number, by the kind of images. It
     is below 1 unless float16 overflows, and is empty for an encoder in MLX."""
+    modes: dict[str, float | None] = field(default_factory=dict)
+    """The SNR in dB of the first image's output by the executor's precision, `float16` and `float16-accumulate`, or
+    None if it overflows. It is empty if only one was run."""
 
     @property
     def large(self) -> dict[str, float]:
@@ -133,12 +136,15 @@ def verify_encoder(
     expected: Sequence[np.ndarray],
     network: nn.Module,
     stream_scales: Sequence[float],
+    *,
+    accumulate: bool = False,
 ) -> EncoderVerification:
     """Runs the saved package in float16 on `images` and compares its output with `expected`, one for each.
 
     Args:
         network: what the package was made from: the checkpoint's encoder, rewritten, with its weights uncompressed.
         stream_scales: the power of two by which each stage's residual stream was scaled.
+        accumulate: True also runs the first image with products that are summed in float16.
 
     Raises:
         VerificationError: the package overflows float16 on an image, or has other convolutions than `network`.
@@ -168,7 +174,13 @@ def verify_encoder(
         if kind != NOISE:
             merge_largest(ranges, float16)
     kinds = agreements(images, expected, outputs, output.name)
-    return EncoderVerification(kinds.pop(ALL), stages, audit, ranges, kinds, load)
+    modes: dict[str, float | None] = {}
+    if accumulate:
+        summed = Executor(program, precision="float16-accumulate").run(inputs_for(program, images[0]))[output.name]
+        for precision, one in (("float16", outputs[0]), ("float16-accumulate", summed.astype(np.float32))):
+            finite = np.isfinite(one).all()
+            modes[precision] = compare(expected[0], one, output.name).snr_db if finite else None
+    return EncoderVerification(kinds.pop(ALL), stages, audit, ranges, kinds, load, modes)
 
 
 def agreements(

@@ -63,6 +63,7 @@ from .rewrite import (
     branch_convolutions,
     follow_gelu,
     path_convolutions,
+    recorded_values,
     rewrite,
     stream_maxima,
     stream_scales,
@@ -142,10 +143,12 @@ def write_encoder(
     reference = encoder_reference(encoder, images)
     on_stage("calibrate")
     with torch.inference_mode():
+        with recorded_values(encoder) as values:
+            maxima = stream_maxima(encoder, map(torch.from_numpy, calibration))
         noise = calibration.with_noise(CALIBRATION_NOISE_SEED)[-1:]
-        maxima = [stream_maxima(encoder, map(torch.from_numpy, images)) for images in (calibration, noise)]
-        scales = stream_scales(*maxima)
-    network = rewritten(encoder, checkpoint, recipe.image_size, recipe.interface, scales)
+        scales = stream_scales(maxima, stream_maxima(encoder, map(torch.from_numpy, noise)))
+    means = [torch.stack(found).mean(0) for found in values]
+    network = rewritten(encoder, checkpoint, recipe.image_size, recipe.interface, scales, means)
     calibration_features = reference_features(encoder, calibration) if recipe.decoder.needs_calibration else []
     del encoder
     pixel_scale = recipe.interface.pixel_scale
@@ -191,9 +194,17 @@ def write_encoder(
 
 
 def rewritten(
-    encoder: FastViT, checkpoint: Checkpoint, image_size: int, interface: PackageInterface, scales: Sequence[float]
+    encoder: FastViT,
+    checkpoint: Checkpoint,
+    image_size: int,
+    interface: PackageInterface,
+    scales: Sequence[float],
+    value_means: Sequence[torch.Tensor] | None = None,
 ) -> nn.Sequential:
-    """Returns the network that the package is made from, with its weights uncompressed."""
+    """Returns the network that the package is made from, with its weights uncompressed.
+
+    Only biases depend on `value_means`, which a manifest does not have.
+    """
     projector = ProjectorConvs.from_checkpoint(checkpoint) if interface.with_projector else None
     with torch.no_grad():  # inference mode's tensors could be neither changed nor traced
         return rewrite(
@@ -203,6 +214,7 @@ def rewritten(
             pixel_scale=interface.pixel_scale,
             projector=projector,
             attention_tiles=interface.attention_tiles,
+            value_means=value_means,
         )
 
 

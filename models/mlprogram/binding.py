@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,11 @@ class Parameters:
     def output(self) -> TensorType:
         """The declared type of the first result."""
         return self.operation.outputs[0]
+
+    def without(self, name: str) -> Parameters:
+        """Returns the parameters of the same operation without one."""
+        others = {other: given for other, given in self.operation.inputs.items() if other != name}
+        return Parameters(replace(self.operation, inputs=others), self._constants, self.reusable, self._computed)
 
     def array(self, name: str) -> np.ndarray | None:
         """Returns a parameter, or None if the operation does not have it."""

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..errors import PackageError, UsageError
 from .binding import TORCH_TYPES
 from .lowering import MAX_BYTES, Instruction, lower
+from .ops import FLOAT16_SUMS
 from .package import read_package
 from .program import FLEXIBLE, NUMPY_TYPES, Program, Shape, TensorType
 
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "float16-accumulate"]
+"""The types that float16 results are stored in, and that products are summed in: see `Executor`."""
 
 State = dict[str, Tensor]
 """The values of a program's states by name, which a run changes."""
@@ -32,14 +34,15 @@ class Executor:
     """A program with decoded weights, ready to run any number of times. Not thread-safe.
 
     `precision="float16"` is the unfused reference: each result of type float16 is rounded, as the Neural Engine stores
-    it, and accumulation stays float32. `precision="float32"` computes float16 tensors in float32 and fuses chains of
-    operations, unless `record_ranges` is set. Constants are as stored either way. Rank 4 activations are
-    channels-last. `outputs` selects any results of the program by name instead of its own outputs.
+    it, and accumulation stays float32. `precision="float16-accumulate"` also sums products of matrices in float16, step
+    by step, as Apple's Core AI interpreter does (`ops/accumulation.py`). `precision="float32"` computes float16 tensors
+    in float32 and fuses chains of operations, unless `record_ranges` is set. Constants are as stored either way. Rank 4
+    activations are channels-last. `outputs` selects any results of the program by name instead of its own outputs.
 
     Attributes:
         ranges: with `record_ranges`, the largest absolute value of every input and result so far, by name. It is
             taken before rounding to float16, so an overflow shows its true size.
-        first_overflow: in float16, the first result of the last run that overflowed or was NaN, else None.
+        first_overflow: where results are rounded, the first one of the last run that overflowed or was NaN, else None.
         working_bytes: the peak of the bytes of computed values alive at once, without the weights.
 
     Raises:
@@ -55,16 +58,20 @@ class Executor:
         outputs: Sequence[str] | None = None,
     ) -> None:
         if precision not in get_args(Precision):
-            raise UsageError(f"precision must be {' or '.join(get_args(Precision))}, got {precision!r}")
+            raise UsageError(
+                f"precision must be one of {', '.join(get_args(Precision))} (got {precision!r})", "precision"
+            )
         self.program = program if isinstance(program, Program) else read_package(program)
         self.precision = precision
+        self._rounds = precision != "float32"
         self.record_ranges = record_ranges
         self.ranges: dict[str, float] = {}
         self.first_overflow: str | None = None
         self._alive = 0
         self._outputs = self._output_types(outputs)
         fuse = precision == "float32" and not record_ranges
-        self._plan = lower(self.program, [output.name for output in self._outputs], fuse)
+        others = FLOAT16_SUMS if precision == "float16-accumulate" else None
+        self._plan = lower(self.program, [output.name for output in self._outputs], fuse, others)
         self.working_bytes = self._plan.working_bytes
 
     def run(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, Any]:
@@ -128,7 +135,7 @@ class Executor:
         if not _fits(output, tuple(tensor.shape)):
             raise PackageError(f"{output.name}: must be {output}, got shape {list(tensor.shape)}")
         tensor = tensor.to(TORCH_TYPES[output.dtype])
-        rounds = self.precision == "float16" and output.dtype == "fp16" and not instruction.kind.moves
+        rounds = self._rounds and output.dtype == "fp16" and not instruction.kind.moves
         if rounds or self.record_ranges:
             self._record(output.name, tensor, rounds)
         if not rounds:
@@ -153,7 +160,7 @@ class Executor:
 
     def _input(self, tensor: TensorType, array: np.ndarray) -> Tensor:
         value = torch.from_numpy(array).to(TORCH_TYPES[tensor.dtype])
-        if self.precision == "float16" and tensor.dtype == "fp16":
+        if self._rounds and tensor.dtype == "fp16":
             value = value.to(torch.float16).to(torch.float32)
         if self.record_ranges:
             self._record(tensor.name, value, False)

@@ -14,7 +14,7 @@ quarter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -63,10 +63,14 @@ class Plan:
         return len(self.slots) - 1
 
 
-def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
+def lower(
+    program: Program, outputs: Sequence[str], fuse: bool = False, others: Mapping[str, Kind] | None = None
+) -> Plan:
     """Binds every operation that `outputs` depend on, and decodes the weights once.
 
-    `fuse` runs chains of operations as one. Set it only if nothing inside a chain is recorded or rounded.
+    Args:
+        fuse: True runs chains of operations as one. Set it only if nothing inside a chain is recorded or rounded.
+        others: kinds that take the place of those of the same name in `KINDS`, with the same operands.
 
     Raises:
         PackageError: an operation has an unknown kind or type, or invalid parameters.
@@ -76,7 +80,7 @@ def lower(program: Program, outputs: Sequence[str], fuse: bool = False) -> Plan:
     check_results(program, live)
     if fuse:
         live = fuse_chains(program, live, outputs)
-    lowering = _Lowering(program, live, outputs)
+    lowering = _Lowering(program, live, outputs, others or {})
     working_bytes = _working_bytes(program, live, lowering.dying)
     check_memory(program, live, working_bytes)
     for tensor in (*program.inputs, *program.states):
@@ -102,16 +106,26 @@ def _live(program: Program, outputs: Iterable[str]) -> list[Operation]:
 
 
 class _Lowering:
-    def __init__(self, program: Program, live: Sequence[Operation], outputs: Sequence[str]) -> None:
+    def __init__(
+        self, program: Program, live: Sequence[Operation], outputs: Sequence[str], others: Mapping[str, Kind]
+    ) -> None:
         self.plan = Plan()
         self.program, self.types = program, program.types
-        self.constants = Constants(program)
-        kinds = [_kind(operation) for operation in live]
+        self.constants, self.others = Constants(program), others
+        kinds = [self.kind(operation) for operation in live]
         pairs = list(zip(live, kinds, strict=True))
         aliased = {name for operation, kind in pairs if not kind.fresh for name in operation.references}
         owned = {output.name for operation, kind in pairs if kind.fresh for output in operation.outputs}
         self.private = owned - aliased
         self.dying = self._last_uses(live, outputs)
+
+    def kind(self, operation: Operation) -> Kind:
+        """Returns the kind that runs an operation."""
+        kinds: tuple[Mapping[str, Kind], ...] = (self.others, KINDS, FUSED_KINDS)
+        found = next((table[operation.kind] for table in kinds if operation.kind in table), None)
+        if found is None:
+            raise _error(operation, "this kind of operation is not supported")
+        return found
 
     def _last_uses(self, live: Sequence[Operation], outputs: Sequence[str]) -> list[list[str]]:
         """Returns the names that nothing needs after each operation."""
@@ -127,7 +141,7 @@ class _Lowering:
 
     def bind(self, index: int, operation: Operation) -> None:
         """Appends the instruction of the operation at `index`."""
-        kind = _kind(operation)
+        kind = self.kind(operation)
         _check_types(operation)
         dying = self.dying[index]
         late = _late_arguments(operation, kind, self.constants)
@@ -169,13 +183,6 @@ class _Lowering:
             and self.types[name].is_fixed
             and (self.types[name].dtype, self.types[name].shape) == (result.dtype, result.shape)
         )
-
-
-def _kind(operation: Operation) -> Kind:
-    kind = KINDS.get(operation.kind) or FUSED_KINDS.get(operation.kind)
-    if kind is None:
-        raise _error(operation, "this kind of operation is not supported")
-    return kind
 
 
 def check_kinds(program: Program, live: Sequence[Operation]) -> None:

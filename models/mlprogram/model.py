@@ -26,7 +26,8 @@ def load(path: str | Path, function_name: str | None = None, *, precision: Preci
         path: the package.
         function_name: the function to run, by default the package's own default, `main` in nearly all.
         precision: `float32` computes float16 tensors in float32. `float16` rounds every result of type float16, as
-            the Neural Engine stores it.
+            the Neural Engine stores it. `float16-accumulate` also sums products of matrices in float16, as Apple's
+            Core AI interpreter does.
 
     Raises:
         PackageError: the package cannot be read, or has operations that cannot be run. The message lists them.

@@ -24,6 +24,7 @@ from fastvlm.runtime.on_device import BASELINE, EXACT, DeviceRun, DeviceVerifica
 def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path, write_checkpoint: Callable) -> None:
     good = fastvlm("verify", model, "--against", "random:tiny", cwd=tmp_path)
     assert (good.returncode, good.stdout.splitlines()[-1]) == (0, "passed")
+    assert "the first image, dB: float16 " in good.stdout and ", float16-accumulate " in good.stdout
 
     def change(tensors: dict) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] *= -1
@@ -74,14 +75,15 @@ def test_table_ends_with_why_it_failed(capsys: pytest.CaptureFixture[str]) -> No
 def test_judgement_has_a_row_per_stage_and_a_verdict() -> None:
     rows = {"stem": 131.6, "output": 128.5}
     both = {"float32": rows, "float16": {"stem": 61.1, "output": 58.8}}
+    ours = {**both, "float16": {"stem": 63.9, "output": 61.2}, "float16-accumulate": {"stem": 61.2, "output": 58.9}}
     floors = dict.fromkeys(rows, 65.0)
     seconds = {"float32": 1.0, "float16": 2.0}
     found = Judgement(
-        image_size=256, saved_size=256, executor=both, executor_floors_db=floors, judge=both, seconds=seconds
+        image_size=256, saved_size=256, executor=ours, executor_floors_db=floors, judge=both, seconds=seconds
     )
     lines = judgement_table(found).splitlines()
-    assert lines[2].split() == ["stem", "131.6", "131.6", "61.1", "61.1"]
-    assert lines[3].split() == ["output", "128.5", "128.5", "58.8", "58.8"]
+    assert lines[2].split() == ["stem", "131.6", "131.6", "63.9", "61.2", "61.1"]
+    assert lines[3].split() == ["output", "128.5", "128.5", "61.2", "58.9", "58.8"]
     assert "Not judged" in lines[-2] and lines[-1].startswith("passed")
     worse = replace(found, judge={**both, "float32": {"stem": 12.0, "output": 5.0}})
     assert judgement_table(worse).splitlines()[-1].startswith("failed: Core AI in float32 reaches 12.0 dB at stem")

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from fastvlm.export.exporter import export
-from fastvlm.export.judge import FLOAT16_BOUND_DB, Judgement, check_recipe, judge, take_numbers
+from fastvlm.export.judge import ACCUMULATE, FLOAT16_BOUND_DB, Judgement, check_recipe, estimate, judge, take_numbers
 from fastvlm.export.options import silent
 from fastvlm.export.recipe import PackageInterface
 from fastvlm.export.rewrite import rewrite
 from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import UsageError, VerificationError
 from fastvlm.models.fastvit import FastViT
+from fastvlm.models.folder_layout import PACKAGE_NAME
 from fastvlm.models.mlprogram import read_package
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.quant.encoder import apply_weights, convolutions, stored_by_plan
@@ -34,7 +35,11 @@ ROWS = dict.fromkeys(STAGES, 128.0), dict.fromkeys(STAGES, 58.0)
 GOOD = Judgement(
     image_size=256,
     saved_size=1024,
-    executor={"float32": ROWS[0], "float16": ROWS[1]},
+    executor={
+        "float32": ROWS[0],
+        "float16": {stage: value + 9 for stage, value in ROWS[1].items()},
+        ACCUMULATE: ROWS[1],
+    },
     executor_floors_db={"stem": 65.0, "stage 0": 65.0, "stage 1": 65.0, "output": 100.0},
     judge={"float32": ROWS[0], "float16": ROWS[1]},
     seconds={"float32": 1.0, "float16": 2.0},
@@ -55,7 +60,8 @@ def test_first_stage_below_the_floor_is_named(side: str) -> None:
 @pytest.mark.parametrize("side", ["executor", "judge"])
 def test_first_disagreement_in_float16_is_named(side: str) -> None:
     beyond, within = 58.0 - FLOAT16_BOUND_DB - 0.1, 58.0 - FLOAT16_BOUND_DB + 0.1
-    (failure,) = with_rows(side, "float16", {"stem": within, "stage 1": beyond, "output": 20.0}).failures
+    precision = ACCUMULATE if side == "executor" else "float16"
+    (failure,) = with_rows(side, precision, {"stem": within, "stage 1": beyond, "output": 20.0}).failures
     assert "first at stage 1" in failure
 
 
@@ -106,9 +112,18 @@ def test_judge_agrees_with_the_executor_on_tiny(exported: Path, tolerance: Calla
     assert found.passed, found.failures
     assert min(found.judge["float32"].values()) > tolerance("coreai_float32_snr_db")
     assert found.executor["float32"]["output"] > tolerance("coreai_float32_snr_db")
-    for stage, ours in found.executor["float16"].items():
+    for stage, ours in found.executor[ACCUMULATE].items():
         assert abs(ours - found.judge["float16"][stage]) < tolerance("coreai_float16_difference_db"), stage
+        assert ours <= found.executor["float16"][stage] + 0.5
     assert found.image_size == found.saved_size == 256
+
+
+@pytest.mark.slow
+def test_estimate_grows_with_the_arithmetic(exported: Path) -> None:
+    program = read_package(exported / PACKAGE_NAME)
+    executor, coreai = estimate(program)
+    fewer = replace(program, operations=program.operations[: len(program.operations) // 2])
+    assert 0 < estimate(fewer)[0] < executor < 60 and estimate(fewer)[1] < coreai < 60
 
 
 @needs_coreai

@@ -17,13 +17,14 @@ from fastvlm.export.rewrite import (
     EngineRepMixerBlock,
     ScaledGELU,
     path_convolutions,
+    recorded_values,
     rewrite,
     stream_maxima,
     stream_scales,
 )
 from fastvlm.export.write_encoder import convert_encoder
 from fastvlm.models.errors import WeightsError
-from fastvlm.models.fastvit import FastViT
+from fastvlm.models.fastvit import AttentionBlock, FastViT
 from fastvlm.models.fastvit_config import FastViTConfig
 from fastvlm.models.mlprogram import census, max_rank, read_package
 from fastvlm.models.random_checkpoint import RandomCheckpoint
@@ -102,6 +103,32 @@ def test_layer_norm_keeps_large_streams_in_float16() -> None:
     found = block.normalize(x.half())
     assert found.dtype == torch.float16
     assert relative_error(found.float(), block.normalize(x)) < 1e-3
+
+
+def test_values_without_their_mean_change_nothing(tolerance: Callable[[str], float]) -> None:
+    network, x = encoder(), images(256)
+    for part in network.modules():
+        if isinstance(part, AttentionBlock):
+            part.norm.bias.normal_(generator=torch.Generator().manual_seed(0))  # the values get a mean
+    with recorded_values(network) as recorded:
+        expected = network(x)
+        network(x)
+    assert all(torch.equal(*found) for found in recorded), "one mean for each image"
+    means = [found[0] for found in recorded]
+    assert not network.network[7][0].norm._forward_hooks
+    plain, centred = rewrite(network, 256), rewrite(network, 256, value_means=means)
+    assert relative_error(centred(x), expected) < tolerance("rewrite_float32")
+    largest = [value_mean(found, x) for found in (plain, centred)]
+    assert largest[0] > 0.1 and largest[1] < 1e-4 * largest[0]
+
+
+def value_mean(network: torch.nn.Sequential, x: torch.Tensor) -> float:
+    """Returns the largest mean of a value over the positions of the first attention block."""
+    for part in network:
+        if isinstance(part, EngineAttentionBlock):
+            return float(part.qkv(part.normalize(x))[:, -part.channels :].mean((2, 3)).abs().max())
+        x = part(x)
+    raise AssertionError("no attention block")
 
 
 def test_rescaling_the_stream_changes_nothing_in_float32(tolerance: Callable[[str], float]) -> None:

@@ -97,6 +97,15 @@ def test_every_stage_is_compared(exported: Path) -> None:
     assert stages["stem"] > 60  # all float16 up to here
 
 
+def test_first_image_is_measured_with_sums_in_float16_too(exported: Path) -> None:
+    result = verify(exported, "random:tiny")
+    found = result.encoder.modes
+    assert list(found) == ["float16", "float16-accumulate"]
+    assert found["float16"] != found["float16-accumulate"]
+    assert all(snr_db is not None and snr_db > ENCODER_FLOOR_DB["fp16"] for snr_db in found.values())
+    assert result.as_dict()["modes_snr_db"] == {name: round(snr_db or 0, 1) for name, snr_db in found.items()}
+
+
 @pytest.fixture(scope="module")
 def encoder() -> FastViT:
     return FastViT.from_checkpoint(RandomCheckpoint("tiny"))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..binding import Kind, Parameters, Step
+from .accumulation import FLOAT16_SUMS
 from .elementwise import ELEMENTWISE
 from .indexing import INDEXING
 from .matrix import MATRICES, dense, rows
@@ -18,7 +19,7 @@ from .resizing import RESIZING
 from .shape import SHAPES
 from .window import WINDOWS
 
-__all__ = ["KINDS", "UNTYPED", "WRITE_STATE", "dense", "rows"]
+__all__ = ["FLOAT16_SUMS", "KINDS", "UNTYPED", "WRITE_STATE", "dense", "rows"]
 
 WRITE_STATE = "write_state"
 """The kind that changes a state and has no result."""

@@ -215,7 +215,7 @@ def test_failure_inside_torch_names_the_operation(small_package: Path, monkeypat
 
 
 def test_unknown_precision_is_refused(small_package: Path) -> None:
-    with pytest.raises(UsageError, match="float32 or float16"):
+    with pytest.raises(UsageError, match="float32, float16, float16-accumulate .got 'bfloat16'"):
         Executor(small_package, precision="bfloat16")
 
 
