@@ -40,6 +40,9 @@ NOISE_LIMIT = 65504 / 1.5
 """The most that a residual stream reaches on standard-normal noise. It is more than the limit for images, because a
 smaller scale than images need would round the smallest channels to subnormal numbers."""
 
+MOST_DRIFT = 2.0**-10
+"""The largest relative change of a channel's scale for exact weights: a step of float16. More would move its range."""
+
 GELU_BOUND = 8.0
 """The magnitude from which GELU equals ReLU in float16: it differs by less than 1e-14."""
 
@@ -51,15 +54,20 @@ PROJECTOR_LAYERS = ("0", "2")
 """The places of the linear layers in Apple's `mm_projector`. A GELU is between them."""
 
 
+Scale = float | Tensor
+"""The factor of a residual stream, or of each of its channels (C,), float64."""
+
+
 class EngineFFN(nn.Module):
     """A 7x7 depthwise convolution with its batch norm folded, fc1, GELU, and fc2 with the layer scale folded."""
 
-    def __init__(self, block: RepMixerBlock | AttentionBlock, layer_scale: Tensor, stream_scale: float) -> None:
+    def __init__(self, block: RepMixerBlock | AttentionBlock, layer_scale: Tensor, stream_scale: Scale) -> None:
         super().__init__()
         weight, bias = block.convffn.conv.folded()
-        self.conv = conv_from(weight / stream_scale, bias, stride=1, groups=len(bias))
+        self.conv = conv_from(weight / column(stream_scale), bias, stride=1, groups=len(bias))
         self.fc1 = block.convffn.fc1
-        self.fc2 = scaled_outputs(block.convffn.fc2.weight, bias_of(block.convffn.fc2), layer_scale * stream_scale)
+        scale = layer_scale.double() * column(stream_scale)[:, 0]  # (C, 1, 1)
+        self.fc2 = scaled_outputs(block.convffn.fc2.weight, bias_of(block.convffn.fc2), scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.conv(x))))
@@ -85,7 +93,7 @@ class ScaledGELU(nn.Module):
 class EngineRepMixerBlock(nn.Module):
     """A RepMixer block whose input stream is scaled by `scale_in` and whose output stream is scaled by `scale`."""
 
-    def __init__(self, block: RepMixerBlock, scale_in: float, scale: float) -> None:
+    def __init__(self, block: RepMixerBlock, scale_in: Scale, scale: Scale) -> None:
         super().__init__()
         self.token_mixer = rescaled(block.token_mixer.reparam_conv, scale_in, scale)
         self.convffn = EngineFFN(block, block.layer_scale, scale)
@@ -210,14 +218,39 @@ def rewrite(
             parts.append(rescaled(part.reparam_conv, scale_in, scale))
             scale_in = scale
         elif isinstance(part, nn.Sequential):
+            mixer_scales = exact_scales(part, scale_in, scale)
             for block in part:
                 if isinstance(block, RepMixerBlock):
-                    parts.append(EngineRepMixerBlock(block, scale_in, scale))
+                    parts.append(EngineRepMixerBlock(block, *next(mixer_scales)))
                     scale_in = scale
                 elif isinstance(block, AttentionBlock):  # the position convolution has rescaled the stream
                     parts.append(EngineAttentionBlock(block, grid, scale_in, attention_tiles, next(means, None)))
     parts += [EngineHead(encoder.conv_exp, scale_in), *([projector] if projector else []), TokensLast(grid)]
     return nn.Sequential(*parts).requires_grad_(False).eval()
+
+
+def exact_scales(part: nn.Sequential, scale_in: float, scale: float) -> Iterator[tuple[Scale, Scale]]:
+    """Yields the scales of the stream before and behind each token mixer of a stage. The last one restores `scale`."""
+    weights = [block.token_mixer.reparam_conv.weight for block in part if isinstance(block, RepMixerBlock)]
+    before: Scale = scale_in
+    for place, weight in enumerate(weights, 1):
+        after = scale if place == len(weights) else exact_scale(weight, before, scale)
+        yield before, after
+        before = after
+
+
+def exact_scale(weight: Tensor, scale_in: Scale, scale: float) -> Tensor:
+    """Returns a scale (C,) of a token mixer's output, close to `scale`, in which float16 has its largest weights.
+
+    Skip connections are folded into token mixers, so an error of the largest weight is one of the whole stream, and
+    the errors of all blocks add up. With these scales it is exact in all blocks but a stage's last, without a
+    further operation.
+    """
+    taps = weight.double().flatten(1)  # (C, K * K)
+    largest = taps.gather(1, taps.abs().argmax(1, keepdim=True)) / column(scale_in)[:, :, 0, 0]  # (C, 1)
+    wanted = (largest * scale).to(torch.float16).double()
+    found = (wanted / largest).flatten()
+    return torch.where((found / scale - 1).abs() < MOST_DRIFT, found, scale)  # not where float16 has too few digits
 
 
 def branch_convolutions(network: nn.Module) -> list[str]:
@@ -264,12 +297,21 @@ def conv_gelu(conv: nn.Conv2d, scale: float = 1.0) -> nn.Sequential:
     return nn.Sequential(rescaled(conv, 1.0, scale), nn.GELU() if scale == 1 else ScaledGELU(scale))
 
 
-def rescaled(conv: nn.Conv2d, scale_in: float, scale_out: float) -> nn.Conv2d:
-    """Returns `conv` for an input that is `scale_in` times the original, with `scale_out` times the original output."""
-    if scale_in == scale_out == 1:
+def rescaled(conv: nn.Conv2d, scale_in: Scale, scale_out: Scale) -> nn.Conv2d:
+    """Returns `conv` for an input that is `scale_in` times the original, with `scale_out` times the original output.
+
+    Scales may differ by channel if `conv` computes each channel from itself.
+    """
+    if isinstance(scale_in, float) and isinstance(scale_out, float) and scale_in == scale_out == 1:
         return conv
-    weight = conv.weight.double() * (scale_out / scale_in)
-    return conv_from(weight, bias_of(conv).double() * scale_out, conv.stride[0], conv.groups)
+    weight = conv.weight.double() * (column(scale_out) / column(scale_in))
+    bias = bias_of(conv).double() * column(scale_out).flatten()
+    return conv_from(weight, bias, conv.stride[0], conv.groups)
+
+
+def column(scale: Scale) -> Tensor:
+    """Returns `scale` as (C, 1, 1, 1) or (1, 1, 1, 1), float64."""
+    return torch.as_tensor(scale, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
 def stream_maxima(encoder: FastViT, images: Iterable[Tensor]) -> list[float]:

@@ -34,6 +34,13 @@ ROW_SNR_MARGIN_DB = 12.0
 """The margin below `MIN_WEIGHT_SNR_DB` that a twentieth of a weight's rows may miss. Rows of unequal size miss it: the
 largest rows decide over a palette's values, and a weight's own SNR does not show the others."""
 
+MOST_ROW_NOISE = 2.0
+"""The most noise of a row in a palette, as a multiple of the row's power. A row that vanishes has 1."""
+
+LEAST_ROW_SNR_DB = {"pal8": 6.0}
+"""The SNR that no row of a stored weight may miss. int8 keeps small rows in the same bytes as 8-bit indices, and with
+fewer bits such rows may vanish."""
+
 PALETTE_BITS = {"pal8": 8, "pal6": 6, "pal4": 4}
 COARSE_PALETTE = "pal4"
 """The scheme whose palettes are worth a table per group of channels: 16 values take 32 bytes."""
@@ -139,16 +146,20 @@ def stored_if_kept(weight: np.ndarray, scheme: str) -> StoredWeight | None:
         return None
     stored = store(weight, scheme)
     kept, least = stored.dense(), MIN_WEIGHT_SNR_DB[scheme]
-    is_kept = weight_snr_db(weight, kept) > least and low_row_snr_db(weight, kept) > least - ROW_SNR_MARGIN_DB
+    is_kept = (
+        weight_snr_db(weight, kept) > least
+        and low_row_snr_db(weight, kept) > least - ROW_SNR_MARGIN_DB
+        and (scheme not in LEAST_ROW_SNR_DB or low_row_snr_db(weight, kept, 0) > LEAST_ROW_SNR_DB[scheme])
+    )
     return stored if is_kept else None
 
 
-def low_row_snr_db(weight: np.ndarray, kept: np.ndarray) -> float:
-    """Returns the SNR in dB that 95 % of the rows exceed. Rows of zeros count as kept."""
+def low_row_snr_db(weight: np.ndarray, kept: np.ndarray, share: float = 0.05) -> float:
+    """Returns the SNR in dB that all rows but a `share` exceed. Rows of zeros count as kept."""
     rows, noise = (values.reshape(len(weight), -1) for values in (weight, kept - weight))
     signal = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
     ratio = signal / np.maximum(np.einsum("ij,ij->i", noise, noise), 1e-20 * signal.max())
-    return float(np.quantile(10 * np.log10(np.maximum(ratio, 1e-20))[signal > 0], 0.05))
+    return float(np.quantile(10 * np.log10(np.maximum(ratio, 1e-20))[signal > 0], share))
 
 
 def weight_snr_db(weight: np.ndarray, kept: np.ndarray) -> float:
@@ -252,7 +263,8 @@ START_BLOCKS = 8
 def fit_palette(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (lut, indices): 2^bits ascending float16 values, and the index of the nearest for each weight, uint8.
 
-    `weight` is finite and fits float16. A weight has the same palette on every machine.
+    One value is 0 if the others would drown a row in noise. `weight` is finite and fits float16. A weight has the same
+    palette on every machine.
     """
     codes = weight.astype(np.float16).view(np.uint16)
     counts = np.bincount(codes.reshape(-1), minlength=1 << 16)
@@ -262,7 +274,23 @@ def fit_palette(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     lut = kmeans(values, counts[order], 1 << bits).astype(np.float16)
     nearest = np.zeros(1 << 16, np.uint8)
     nearest[order] = cells(values, lut.astype(np.float64))
+    if drowns_a_row(weight, lut[nearest[codes]]):
+        lut[np.abs(lut).argmin()] = 0
+        nearest[order] = cells(values, lut.astype(np.float64))
     return lut, nearest[codes]
+
+
+def drowns_a_row(weight: np.ndarray, kept: np.ndarray) -> bool:
+    """Returns True if the noise of a row has more than `MOST_ROW_NOISE` times the row's power.
+
+    The values of a palette follow the large rows. A row a thousand times smaller gets the value nearest to zero, which
+    may be a hundred times too large, and a channel that hardly varies would become one of noise. With a zero among
+    the values such a row vanishes, which is what int8 does to it as well.
+    """
+    rows = weight.reshape(len(weight), -1)
+    power = np.einsum("ij,ij->i", rows, rows)
+    noise = kept.reshape(rows.shape).astype(np.float32) - rows
+    return bool((np.einsum("ij,ij->i", noise, noise) > MOST_ROW_NOISE * power).any())
 
 
 @cache

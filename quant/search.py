@@ -36,8 +36,9 @@ Palettes spread their noise evenly over a weight's channels, and int8 by their s
 take about the same bytes. Either can be better than the other, by 8 dB on some weights.
 """
 
-MARGIN_DB = 1.0
-"""The margin above the floor, in dB, that plans reach on the trial images. Other images differ by 0.5 dB."""
+MARGIN_DB = 2.0
+"""The margin above the floor, in dB, that plans reach on the trial image with the lowest SNR. On the verification
+images of an encoder with the published ranges, drawings were 1.3 dB below that image."""
 
 SLACK_DB = 0.4
 """The excess over the target, in dB, below which a plan is not improved further."""
@@ -49,7 +50,7 @@ MAX_TRIALS = 6
 """The number of whole plans that are run at most. Each run costs a forward pass per trial image."""
 
 ON_IMAGES = "on the search's images"
-"""The end of progress lines. The export is verified on other images, so its figures differ."""
+"""The end of progress lines, whose SNR is the lowest. The export is verified on other images."""
 
 OnStage = Callable[[str], None]
 
@@ -70,7 +71,7 @@ Options = Mapping[str, Sequence[Option]]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A plan, with the SNR of its `image_features` in torch, where results are rounded to float16."""
+    """A plan, with the lowest SNR of an image's `image_features` in torch, where results are rounded to float16."""
 
     plan: Mapping[str, str]
     snr_db: float
@@ -87,7 +88,7 @@ class Images:
 def search(
     network: nn.Sequential, options: Options, images: Images, *, min_snr: float, fixed_bytes: int = 0, on_stage: OnStage
 ) -> SearchResult:
-    """Searches the smallest plan that exceeds `min_snr` (dB) by `MARGIN_DB` on the trial images.
+    """Searches the smallest plan that exceeds `min_snr` (dB) by `MARGIN_DB` on each trial image.
 
     If neither float16 nor any plan has that margin, everything stays float16. `fixed_bytes` is the size of all
     weights that no plan changes. It is included in the sizes that `on_stage` reports.
@@ -96,25 +97,26 @@ def search(
         UsageError: float16 does not reach `min_snr`.
     """
     runner = TrialRunner(network, options, images)
-    base = runner.noise({})
-    best = SearchResult(filled(network, {}), decibels(base))
+    base = runner.noises({})  # of each image
+    best = SearchResult(filled(network, {}), decibels(base.max()))
     check_attainable(min_snr, best.snr_db)
     on_stage(f"float16 alone keeps {best.snr_db:.1f} dB {ON_IMAGES}")
-    room = 10 ** (-(min_snr + MARGIN_DB) / 10) - base  # for the noise of weights in fewer bits
-    passed, failed, budget = 0.0, np.inf, room  # the largest budget that passed, the smallest that failed
-    for turn in range(MAX_TRIALS if room > 0 else 0):
+    rooms = 10 ** (-(min_snr + MARGIN_DB) / 10) - base  # for the noise of weights in fewer bits
+    passed, failed, budget = 0.0, np.inf, float(rooms.min())  # the largest that passed, the smallest that failed
+    for turn in range(MAX_TRIALS if budget > 0 else 0):
         plan = within_noise(options, budget)
-        found = SearchResult(filled(network, plan), decibels(runner.noise(plan)))
+        noises = runner.noises(plan)
+        found = SearchResult(filled(network, plan), decibels(noises.max()))
         size = (plan_bytes(options, plan) + fixed_bytes) / 1e6
         on_stage(f"try plan {turn + 1}: encoder at most {size:.1f} MB, {found.snr_db:.1f} dB {ON_IMAGES}")
-        noise = max(10 ** (-found.snr_db / 10) - base, base * LEAST_SHARE)
-        if noise <= room:
+        left = float((rooms / np.maximum(noises - base, base * LEAST_SHARE)).min())  # below 1 an image has too much
+        if left >= 1:
             best, passed = found, budget
         else:
             failed = budget
-        if 1 <= room / noise < 10 ** (SLACK_DB / 10):
+        if 1 <= left < 10 ** (SLACK_DB / 10):
             break
-        budget = next_budget(passed, failed, budget * room / noise)
+        budget = next_budget(passed, failed, budget * left)
     return best
 
 
@@ -146,7 +148,7 @@ def search_bytes(
     if plan is None:
         least = fixed_bytes + sum(choices[-1].nbytes for choices in options.values())
         raise UsageError(f"max_bytes must be at least {least} for this encoder (got {max_bytes}).", "max_bytes")
-    return SearchResult(filled(network, plan), decibels(TrialRunner(network, options, images).noise(plan)))
+    return SearchResult(filled(network, plan), decibels(TrialRunner(network, options, images).noises(plan).max()))
 
 
 class TrialRunner:
@@ -157,10 +159,14 @@ class TrialRunner:
         self.means = input_means(network, list(options), images.calibration)
         self.expected = [outputs(network, image) for image in images.trial]
 
-    def noise(self, plan: Mapping[str, str]) -> float:
-        """Returns the noise of the output under `plan`, relative to the output's energy."""
+    def noises(self, plan: Mapping[str, str]) -> np.ndarray:
+        """Returns the noise of each image's output under `plan`, relative to the output's energy, (images,).
+
+        Images are apart because the verification is by kind: a noisy kind would hide behind the energy of another.
+        """
         with applied(self.network, stored_by_plan(self.network, plan), self.means):
-            return noise_of(self.expected, [float16_outputs(self.network, image) for image in self.images])
+            found = [float16_outputs(self.network, image) for image in self.images]
+        return np.array([noise_of([a], [b]) for a, b in zip(self.expected, found, strict=True)])
 
 
 def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> dict[str, list[Option]]:

@@ -16,6 +16,7 @@ from fastvlm.export.rewrite import (
     EngineAttentionBlock,
     EngineRepMixerBlock,
     ScaledGELU,
+    exact_scale,
     path_convolutions,
     recorded_values,
     rewrite,
@@ -155,6 +156,29 @@ def test_rescaling_brings_a_stream_beyond_float16_into_range() -> None:
             module.register_forward_hook(lambda _, inputs, output: seen.append(float(output.abs().max())))
     assert relative_error(rewritten(images(256)), expected) < 1e-5
     assert max(seen) <= STREAM_LIMIT  # and it is the network that runs, not only the arithmetic of scales
+
+
+def test_largest_weights_of_token_mixers_are_exact_in_float16() -> None:
+    network = FastViT.from_checkpoint(RandomCheckpoint("small-0.5b"))
+    depths = network.config.depths
+    last = [sum(depths[: stage + 1]) - 1 for stage in range(3)]  # they restore the stage's scale
+    scales = [0.5, 2**-6, 1.0, 1.0, 1.0]
+    blocks = [block for block in rewrite(network, 256, scales) if isinstance(block, EngineRepMixerBlock)]
+    assert len(blocks) == last[-1] + 1
+    for place, block in enumerate(blocks):
+        weight = block.token_mixer.weight.flatten(1)  # (C, 9)
+        largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))
+        exact = torch.equal(largest, largest.half().float())
+        assert exact == (place not in last)
+
+
+def test_channels_keep_their_scale_where_no_weight_can_be_exact() -> None:
+    weight = torch.full((3, 1, 3, 3), 1e-7)
+    weight[0] = 1.0001
+    weight[2] = 0.0
+    found = exact_scale(weight, 1.0, 0.25)
+    assert found[0] == pytest.approx(0.25, rel=1e-3) and found[0] != 0.25
+    assert found[1] == found[2] == 0.25
 
 
 def test_streams_that_are_not_finite_are_refused() -> None:

@@ -133,6 +133,33 @@ def test_zeros_are_kept() -> None:
     assert not lut[indices].any()
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_small_row_vanishes_instead_of_drowning_in_noise(bits: int) -> None:
+    weight = WEIGHTS["heavy tails"].astype(np.float32)
+    before, _ = fit_palette(weight, bits)
+    assert before.all()  # no value is 0, so the nearest one would be the small row's noise
+    weight[3] *= 1e-6
+    lut, indices = fit_palette(weight, bits)
+    assert not lut[indices[3]].any()
+    others = np.arange(len(weight)) != 3
+    assert inertia(weight[others], lut[indices[others]]) < 1.2 * inertia(
+        weight[others], nearest(weight[others], before)
+    )
+
+
+def nearest(weight: np.ndarray, lut: np.ndarray) -> np.ndarray:
+    return lut[np.abs(weight[..., None] - lut.astype(np.float32)).argmin(-1)]
+
+
+def test_pal8_leaves_weights_with_a_tiny_row_to_int8() -> None:
+    weight = DRAW.standard_normal((256, 64, 1, 1), dtype=np.float32)
+    assert stored_if_kept(weight, "pal8") is not None
+    weight[7] *= 1e-3
+    assert stored_if_kept(weight, "pal8") is None
+    for scheme in ("int8", "pal6", "pal4"):
+        assert stored_if_kept(weight, scheme) is not None
+
+
 def test_empty_cells_are_filled() -> None:
     weight = np.concatenate([np.linspace(0, 1e-3, 4000), np.linspace(900, 1000, 96)]).reshape(64, 64, 1, 1)
     lut, _ = fit_palette(weight.astype(np.float32), 4)

@@ -110,7 +110,8 @@ def snr_db(network: nn.Sequential, plan: Mapping[str, str], images: Images) -> f
     expected = [outputs(network, image) for image in images.trial]
     stored = stored_by_plan(network, plan)
     with applied(network, stored, input_means(network, stored, images.calibration)):
-        return decibels(noise_of(expected, [float16_outputs(network, image) for image in images.trial]))
+        found = [float16_outputs(network, image) for image in images.trial]
+        return min(decibels(noise_of([a], [b])) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.slow
@@ -135,6 +136,16 @@ def test_plan_keeps_the_floor_in_fewer_bytes_than_one_scheme(
             convs = convolutions(network)
             size = sum(stored_bytes(convs[name].weight.shape, scheme) for name in options)
             assert plan_bytes(options, found.plan) <= size
+
+
+def test_plan_is_judged_by_the_image_with_the_most_noise(network: nn.Sequential, images: Images) -> None:
+    """A dim image has little energy, and its noise would not be seen in the noise of both."""
+    options = measured_options(network, images.calibration)
+    dim = Images(images.calibration, [*images.trial, images.trial[0] * np.float32(0.05)])
+    floor = snr_db(network, dict.fromkeys(options, "pal6"), images)
+    plans = [search(network, options, chosen, min_snr=floor, on_stage=lambda _: None).plan for chosen in (images, dim)]
+    loss = [snr_db(network, plan, dim) for plan in plans]
+    assert loss[0] < floor + MARGIN_DB <= loss[1]
 
 
 @pytest.mark.slow
