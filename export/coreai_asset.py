@@ -92,8 +92,8 @@ def make_repeatable(asset: Path) -> None:
     program = with_stable_names((asset / PROGRAM).read_bytes())
     (asset / PROGRAM).write_bytes(program)
     (asset / PROGRAM_HASH).write_bytes(hashlib.sha256(program).digest())
-    metadata = read_metadata(asset)
-    write_json(asset / METADATA, {key: metadata[key] for key in sorted(metadata) if key != WRITTEN_AT})
+    metadata = {key: value for key, value in read_metadata(asset).items() if key != WRITTEN_AT}
+    write_json(asset / METADATA, json.loads(json.dumps(metadata, sort_keys=True)))  # the keys inside it too
 
 
 def read_metadata(asset: Path) -> dict[str, Any]:

@@ -43,6 +43,9 @@ smaller scale than images need would round the smallest channels to subnormal nu
 MOST_DRIFT = 2.0**-10
 """The largest relative change of a channel's scale for exact weights: a step of float16. More would move its range."""
 
+MEAN_BITS = 4
+"""The significant bits of the means that are subtracted from attention's values: 15/16 of a mean or more."""
+
 GELU_BOUND = 8.0
 """The magnitude from which GELU equals ReLU in float16: it differs by less than 1e-14."""
 
@@ -385,6 +388,16 @@ def recorded_values(encoder: FastViT) -> Iterator[list[list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def round_means(means: Tensor) -> Tensor:
+    """Returns means rounded to `MEAN_BITS` significant bits.
+
+    Any value may be subtracted from attention's values. Float32 sums depend on the number of threads, and biases with
+    all their digits would rarely be the same in two exports.
+    """
+    mantissa, exponent = torch.frexp(means)
+    return torch.ldexp((mantissa * 2**MEAN_BITS).round() / 2**MEAN_BITS, exponent)
 
 
 def scaled_outputs(weight: Tensor, bias: Tensor, scale: Tensor) -> nn.Conv2d:

@@ -65,6 +65,7 @@ from .rewrite import (
     path_convolutions,
     recorded_values,
     rewrite,
+    round_means,
     stream_maxima,
     stream_scales,
 )
@@ -147,7 +148,7 @@ def write_encoder(
             maxima = stream_maxima(encoder, map(torch.from_numpy, calibration))
         noise = calibration.with_noise(CALIBRATION_NOISE_SEED)[-1:]
         scales = stream_scales(maxima, stream_maxima(encoder, map(torch.from_numpy, noise)))
-    means = [torch.stack(found).mean(0) for found in values]
+    means = [round_means(torch.stack(found).mean(0)) for found in values]
     network = rewritten(encoder, checkpoint, recipe.image_size, recipe.interface, scales, means)
     calibration_features = reference_features(encoder, calibration) if recipe.decoder.needs_calibration else []
     del encoder

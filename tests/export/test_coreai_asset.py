@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_files_have_no_trace_of_the_run(asset: Path) -> None:
     assert found["main.hash"] == hashlib.sha256(found["main.mlirb"]).digest()
     assert metadata["author"] == "fastvlm" and "creationDate" not in metadata
     assert all(str(asset.parent).encode() not in content for content in found.values())
+
+
+@needs_coreai
+@pytest.mark.slow
+def test_metadata_has_one_order_of_its_keys(asset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(asset, tmp_path / ASSET_NAME))
+    metadata = json.loads((copy / "metadata.json").read_text())
+    metadata["creatorDefinedMetadata"] = {"b": "2", "a": "1"}
+    (copy / "metadata.json").write_text(json.dumps(metadata))
+    make_repeatable(copy)
+    assert list(read_metadata(copy)["creatorDefinedMetadata"]) == ["a", "b"]
 
 
 @needs_coreai

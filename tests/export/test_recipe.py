@@ -265,7 +265,9 @@ def test_manifest_has_the_interface_and_verify_reads_it(exports: dict[str, Expor
     assert recipe["calibration"]["source"] == "embedded"
     again = verify(exports["whole"].folder, "random:tiny")
     assert again.passed
-    assert again.as_dict() == exports["whole"].verification.as_dict()
+    figures = again.as_dict()
+    assert set(figures.pop("modes_snr_db")) == {"float16", "float16-accumulate"}  # which an export does not measure
+    assert figures == exports["whole"].verification.as_dict()
 
 
 def test_recipe_replays_the_whole_folder(exports: dict[str, Export], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastvlm.export.rewrite import (
     path_convolutions,
     recorded_values,
     rewrite,
+    round_means,
     stream_maxima,
     stream_scales,
 )
@@ -261,3 +262,11 @@ def test_path_convolutions_are_those_between_stages() -> None:
     assert [network.get_submodule(name).out_channels for name in path_convolutions(network)] == [
         96, 96, 192, 384, 768, 1536,
     ]  # fmt: skip
+
+
+def test_round_means_are_close_and_equal_after_rounding_errors() -> None:
+    means = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rounded = round_means(means)
+    assert ((rounded - means).abs() <= means.abs() / 16).all()
+    assert (round_means(means * (1 + 1e-7)) == rounded).all()
+    assert round_means(torch.zeros(1)) == 0

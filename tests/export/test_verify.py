@@ -68,7 +68,9 @@ def test_odd_recipes_are_one_line(copy: Path, image_size: object) -> None:
 def test_a_good_folder_passes_with_the_figures_of_its_manifest(exported: Path) -> None:
     result = verify(exported, "random:tiny")
     assert result.passed
-    assert result.as_dict() == json.loads((exported / "fastvlm.json").read_text())["parity"]
+    figures = result.as_dict()
+    assert set(figures.pop("modes_snr_db")) == {"float16", "float16-accumulate"}  # which an export does not measure
+    assert figures == json.loads((exported / "fastvlm.json").read_text())["parity"]
 
 
 def test_stale_package_with_newer_weights_fails_even_if_signed(copy: Path, write_checkpoint: Callable) -> None:
