@@ -164,7 +164,13 @@ def bench_command(
 
         check_used(context, "captions", CAPTIONING)
         workload = Workload(SAMPLE, prompt, max_tokens, runs)
-        loading = (backend, compute_units, kv_bits, False, encoder_process)
+        loading = {
+            "backend": backend,
+            "compute_units": compute_units,
+            "kv_bits": kv_bits,
+            "verify_hashes": False,
+            "encoder_process": encoder_process,
+        }
         with StageProgress() as progress, prepared(models, sizes, quant, progress) as cases:
             print_rates(cases, loading, Source(captions), workload, as_json, report, progress)
         return
@@ -339,7 +345,7 @@ def was_given(context: typer.Context, name: str) -> bool:
 
 def print_rates(
     cases: Sequence[Case],
-    loading: tuple[str | None, str | None, str | None, bool, bool],
+    loading: dict[str, Any],
     source: Source,
     workload: Workload,
     as_json: bool,
@@ -352,7 +358,7 @@ def print_rates(
     found = []
     for case in cases:
         on_stage(case.label)
-        with closing(given.loaded(case.folder, *loading)) as model:
+        with closing(given.loaded(case.folder, **loading)) as model:
             bench = CaptionBench(model, source, workload.prompt, workload.max_tokens)
             found.append(bench.measured(case.label, workload.runs, on_stage))
     text = json.dumps(report_of(found), indent=2, ensure_ascii=False) + "\n"
