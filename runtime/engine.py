@@ -159,7 +159,8 @@ class Engine:
         prefix = text_prefix(prompt_items(prompt, [ImageItem(np.empty(0, np.uint8))] * prompt.image_count))
         fits = len(prefix) <= min(MAX_PREFIX_TOKENS, self.config.max_context)
         if prefix and fits and max(prefix) < self.language.vocabulary_rows:
-            self._extend_prefix(prefix, 0, [], pinned=True)
+            with self.lock, self.mlx_stream():
+                self._extend_prefix(prefix, 0, [], pinned=True)
 
     def stream(self, request: Request) -> Stream:
         """Returns the answer to a request as a stream of text."""

@@ -86,23 +86,19 @@ def _weight_bytes(language: LanguageSide) -> int:
 
 
 class SharedStream:
-    """One MLX stream for all threads except the one that made this object. One thread at a time may enter it.
+    """One MLX stream for all threads of a CPU. One thread at a time may enter it.
 
     MLX gives each thread a stream when it first computes, with another thread behind it on the CPU, and never frees it.
-    A program with a new thread for every question would run out of threads.
+    A program with a new thread for every question would run out of threads. On Linux each stream also has a team of
+    OpenMP threads for its products. If there are more of them than cores, all teams sleep after every product.
     """
 
     def __init__(self) -> None:
-        self._home = threading.current_thread()
         self._stream: Any = None
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context to compute in, which does nothing on a GPU and in versions whose streams are shared."""
-        if (
-            self._home is threading.current_thread()
-            or not _mlx.on_cpu()
-            or not hasattr(_mlx.mx, "new_thread_unsafe_stream")
-        ):
+        if not _mlx.on_cpu() or not hasattr(_mlx.mx, "new_thread_unsafe_stream"):
             return contextlib.nullcontext()
         if self._stream is None:
             self._stream = _mlx.mx.new_thread_unsafe_stream(_mlx.mx.cpu)

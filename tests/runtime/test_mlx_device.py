@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -174,7 +173,7 @@ def test_batch_resumes_in_another_thread(vlm: FastVLM) -> None:
 
 @counts_threads
 @pytest.mark.skipif(not hasattr(mx, "new_thread_unsafe_stream"), reason="this MLX's streams serve every thread")
-def test_threads_except_the_loading_one_share_a_stream() -> None:
+def test_all_threads_share_a_stream() -> None:
     found: list[mx.Stream] = []
     shared = SharedStream()
 
@@ -182,6 +181,15 @@ def test_threads_except_the_loading_one_share_a_stream() -> None:
         with shared():
             found.append(mx.default_stream(mx.cpu))
 
+    compute()
     in_new_threads(compute, 3)
-    assert found[0] == found[1] == found[2] != mx.default_stream(mx.cpu)
-    assert isinstance(shared(), contextlib.nullcontext)
+    assert found == [found[0]] * 4
+    assert found[0] != mx.default_stream(mx.cpu)
+
+
+@counts_threads
+def test_warm_up_leaves_no_mlx_threads_behind(vlm: FastVLM) -> None:
+    vlm.engine.warm_up()
+    count = thread_count()
+    in_new_threads(vlm.engine.warm_up, 4)
+    assert thread_count() < count + 4

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -141,3 +145,30 @@ def test_stopping_server_refuses_requests_of_open_connections(start_server: Star
         assert b" 200 OK" in connection.recv(4096)
         thread.join()
     assert answers[0].status_code == 200
+
+
+ARENAS = """
+import ctypes, sys, threading
+from fastvlm.runtime.server.run import _share_malloc_arena
+if sys.argv[1] == "shared":
+    _share_malloc_arena()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+threads = [threading.Thread(target=libc.malloc, args=(1000,)) for _ in range(3)]
+for thread in threads:
+    thread.start()
+    thread.join()
+libc.malloc_info(0, ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="this C library is not glibc")
+def test_later_threads_allocate_from_the_main_arena(tmp_path: Path) -> None:
+    counts = {}
+    for name in ("own", "shared"):
+        file = tmp_path / name
+        subprocess.run([sys.executable, "-c", ARENAS, name, str(file)], check=True)
+        counts[name] = file.read_text().count("<heap nr=")
+    assert counts["own"] > 1
+    assert counts["shared"] == 1
