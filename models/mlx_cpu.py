@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,7 +27,13 @@ LEAST_QUERIES = 8
 """The fewest queries of a block, however many keys they have."""
 
 FEW_ROWS = range(8, 65)
-"""The numbers of rows for which `swapped_product` is faster: 16 take 0.6 of the time with the 0.5B's matrices."""
+"""The numbers of rows for which `swapped_product` is faster on some processors.
+
+With the 0.5B's matrices 16 rows took 0.6 of the time on one. On AMD's Zen 5 they take as long, and 13 rows 1.4 times.
+"""
+
+TRIAL_ROWS, TRIAL_SHAPE, TRIALS = 13, (4864, 896), 5
+"""The rows and the matrix (out, in) with which the two products are compared. All trials take some 20 ms."""
 
 SPLIT_BITS = (2, 4, 8)
 """The widths that divide 32. No value is in two words, so that MLX unpacks them in little memory."""
@@ -41,6 +48,20 @@ def swapped_product(x: mx.array, weight: mx.array) -> mx.array:
     A BLAS rearranges its right matrix. With few rows in x this takes longer than the product, so x is on the right.
     """
     return (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
+
+
+@functools.cache
+def swapping_pays() -> bool:
+    """Returns whether `swapped_product` is faster than the plain product here, measured at the first call."""
+    x, weight = mx.ones((TRIAL_ROWS, TRIAL_SHAPE[1])), mx.ones(TRIAL_SHAPE)
+    mx.eval(x, weight)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(TRIALS):
+        for swaps, found in seconds.items():
+            start = time.perf_counter()
+            mx.eval(swapped_product(x, weight) if swaps else x @ weight.T)
+            found.append(time.perf_counter() - start)
+    return min(seconds[True]) < min(seconds[False])
 
 
 def silu(x: mx.array) -> mx.array:

@@ -189,4 +189,4 @@ def joined(layers: Sequence[Layer]) -> Layer | None:
 
 def _swaps(x: mx.array, weight: mx.array) -> bool:
     few = x.size // x.shape[-1] in mlx_cpu.FEW_ROWS
-    return few and on_cpu() and x.dtype == weight.dtype == mx.float32
+    return few and on_cpu() and x.dtype == weight.dtype == mx.float32 and mlx_cpu.swapping_pays()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -40,3 +41,21 @@ def test_blocks_of_queries_equal_attention_at_once(
     monkeypatch.setattr(mlx_cpu, "LEAST_QUERIES", 3)
     found = mlx_cpu.causal_attention(q, k, v, 0.25)
     np.testing.assert_allclose(np.array(found), np.array(whole), rtol=0, atol=tolerance("quantized_attention_float32"))
+
+
+@pytest.fixture
+def measured_again() -> Iterator[None]:
+    mlx_cpu.swapping_pays.cache_clear()
+    yield
+    mlx_cpu.swapping_pays.cache_clear()
+
+
+@pytest.mark.usefixtures("measured_again")
+@pytest.mark.parametrize(("seconds", "pays"), [(0.0, True), (0.2, False)])
+def test_faster_product_is_chosen(seconds: float, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(x: mx.array, weight: mx.array) -> mx.array:
+        time.sleep(seconds)
+        return x
+
+    monkeypatch.setattr(mlx_cpu, "swapped_product", product)
+    assert mlx_cpu.swapping_pays() is pays
