@@ -96,29 +96,25 @@ class Sampler:
         """Maps logits (V,) to the id (1,) of the next token, not yet evaluated."""
         if self.greedy:
             return mx.argmax(logits, keepdims=True)
-        options = self._options
+        options, noise = self._options, None
+        if options.temperature:
+            self._key, key = mx.random.split(self._key)
+            noise = mx.random.gumbel((candidate_count(logits.size, options),), key=key)
         if self.allowed is not None:
-            logits = self._allowed_logits(logits, self.allowed)
+            mx.async_eval(logits, *([] if noise is None else [noise]))  # while the host finds the allowed tokens
+            if self._last is not None:
+                self.allowed.advance(id_on_host(self._last))
+            logits = self.allowed.apply(logits)
         logits = logits.astype(mx.float32)
         if options.repetition_penalty != 1:
             self._seen = marks(logits.size, self.prompt_ids) if self._seen is None else self._seen
             logits = penalized(logits, self._seen, options.repetition_penalty)
-        if options.temperature == 0:
-            token = mx.argmax(logits, keepdims=True)
-        else:
-            self._key, key = mx.random.split(self._key)
-            token = sample(logits, options, key)
+        token = mx.argmax(logits, keepdims=True) if noise is None else sample(logits, options, noise)
         if self._seen is not None:
             self._seen[token] = True
         if self.allowed is not None:
             self._last = token
         return token
-
-    def _allowed_logits(self, logits: mx.array, allowed: AllowedTokens) -> mx.array:
-        mx.async_eval(logits)  # computed while the host finds the allowed tokens
-        if self._last is not None:
-            allowed.advance(id_on_host(self._last))
-        return allowed.apply(logits)
 
 
 def id_on_host(token: mx.array) -> int:
@@ -154,14 +150,21 @@ def penalized(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: mx.array, options: SamplingOptions, key: mx.array) -> mx.array:
-    """Draws a token (1,) from softmax(logits / temperature) among the candidates that `options` keep."""
+def sample(logits: mx.array, options: SamplingOptions, noise: mx.array) -> mx.array:
+    """Draws a token (1,) from softmax(logits / temperature) among the candidates that `options` keep.
+
+    `noise` are standard Gumbel numbers, one per candidate. The greatest sum is a draw (arXiv 1411.0030, section 2).
+    """
     logits = logits / options.temperature
     if options.top_k == 0 and options.top_p == 1 and options.min_p == 0:
-        return mx.random.categorical(logits, key=key).reshape(1)
+        return mx.argmax(logits + noise, keepdims=True)
     order = descending(logits, options.top_k)
-    chosen = mx.random.categorical(cut(logits[order], options), key=key).reshape(1)
-    return order[chosen]
+    return order[mx.argmax(cut(logits[order], options) + noise, keepdims=True)]
+
+
+def candidate_count(size: int, options: SamplingOptions) -> int:
+    """Returns the number of logits that `top_k` keeps of `size`."""
+    return min(options.top_k, size) if options.top_k else size
 
 
 def cut(logits: mx.array, options: SamplingOptions) -> mx.array:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import UsageError
-from fastvlm.runtime.sampling import Sampler, SamplingOptions, cut, id_on_host, sample
+from fastvlm.runtime.sampling import Sampler, SamplingOptions, candidate_count, cut, id_on_host, sample
 
 LOGITS = mx.array([1.0, 4.0, 3.5, -2.0, 0.5, 2.0, 3.0, -8.0])
 logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
@@ -19,7 +19,8 @@ logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 
 def draws(options: SamplingOptions, count: int = 300, logits: mx.array = LOGITS) -> list[int]:
     keys = mx.random.split(mx.random.key(options.seed or 0), count)
-    return [id_on_host(sample(logits, options, key)) for key in keys]
+    noise = [mx.random.gumbel((candidate_count(logits.size, options),), key=key) for key in keys]
+    return [id_on_host(sample(logits, options, one)) for one in noise]
 
 
 def kept(logits: list[float], **options: float) -> list[int]:
