@@ -36,8 +36,9 @@ class Executor:
     `precision="float16"` is the unfused reference: each result of type float16 is rounded, as the Neural Engine stores
     it, and accumulation stays float32. `precision="float16-accumulate"` also sums products of matrices in float16, step
     by step, as Apple's Core AI interpreter does (`ops/accumulation.py`). `precision="float32"` computes float16 tensors
-    in float32 and fuses chains of operations, unless `record_ranges` is set. Constants are as stored either way. Rank 4
-    activations are channels-last. `outputs` selects any results of the program by name instead of its own outputs.
+    in float32 and fuses chains of operations, unless `record_ranges` is set. A cast to float16 that only other casts
+    read rounds in each mode. Constants are as stored either way. Rank 4 activations are channels-last. `outputs`
+    selects any results of the program by name instead of its own outputs.
 
     Attributes:
         ranges: with `record_ranges`, the largest absolute value of every input and result so far, by name. It is

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import PackageError, listed
 from .binding import TORCH_TYPES, Growth, Kind, Parameters, Shapes, Step, to_tensor
 from .constexpr import Constants
-from .ops import KINDS, UNTYPED, WRITE_STATE, dense, rows
+from .ops import KINDS, ROUND_TO_FLOAT16, UNTYPED, WRITE_STATE, dense, rows
 from .program import Argument, Operation, Program, TensorType, Value
 
 
@@ -105,6 +105,18 @@ def _live(program: Program, outputs: Iterable[str]) -> list[Operation]:
     return live[::-1]
 
 
+def _round_trips(live: Sequence[Operation]) -> set[str]:
+    """Returns the results of casts to float16 that only other casts read, so that rounding is all they do.
+
+    Other casts to float16 begin a part that computes in float16, which float32 mode computes in float32.
+    """
+    casts = [operation for operation in live if operation.kind == "cast"]
+    computed_on = {name for operation in live if operation.kind != "cast" for name in operation.references}
+    cast_again = {name for operation in casts for name in operation.references}
+    halves = {output.name for operation in casts for output in operation.outputs if output.dtype == "fp16"}
+    return halves & cast_again - computed_on
+
+
 class _Lowering:
     def __init__(
         self, program: Program, live: Sequence[Operation], outputs: Sequence[str], others: Mapping[str, Kind]
@@ -112,6 +124,7 @@ class _Lowering:
         self.plan = Plan()
         self.program, self.types = program, program.types
         self.constants, self.others = Constants(program), others
+        self.round_trips = _round_trips(live)
         kinds = [self.kind(operation) for operation in live]
         pairs = list(zip(live, kinds, strict=True))
         aliased = {name for operation, kind in pairs if not kind.fresh for name in operation.references}
@@ -121,6 +134,8 @@ class _Lowering:
 
     def kind(self, operation: Operation) -> Kind:
         """Returns the kind that runs an operation."""
+        if not self.round_trips.isdisjoint(output.name for output in operation.outputs):
+            return ROUND_TO_FLOAT16
         kinds: tuple[Mapping[str, Kind], ...] = (self.others, KINDS, FUSED_KINDS)
         found = next((table[operation.kind] for table in kinds if operation.kind in table), None)
         if found is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..binding import Kind, Parameters, Step
 from .accumulation import FLOAT16_SUMS
-from .elementwise import ELEMENTWISE
+from .elementwise import ELEMENTWISE, ROUND_TO_FLOAT16
 from .indexing import INDEXING
 from .matrix import MATRICES, dense, rows
 from .reduction import REDUCTIONS
@@ -19,7 +19,7 @@ from .resizing import RESIZING
 from .shape import SHAPES
 from .window import WINDOWS
 
-__all__ = ["FLOAT16_SUMS", "KINDS", "UNTYPED", "WRITE_STATE", "dense", "rows"]
+__all__ = ["FLOAT16_SUMS", "KINDS", "ROUND_TO_FLOAT16", "UNTYPED", "WRITE_STATE", "dense", "rows"]
 
 WRITE_STATE = "write_state"
 """The kind that changes a state and has no result."""

@@ -124,6 +124,10 @@ def _cast(p: Parameters) -> Step:
     return lambda x: x.to(dtype)
 
 
+ROUND_TO_FLOAT16 = Kind(("x",), lambda p: lambda x: x.to(torch.float16).to(torch.float32))
+"""A cast to float16 that is there for its rounding: casts alone read its result."""
+
+
 def _quantize(p: Parameters) -> Step:
     scale, zero_point, axis = p.required("scale"), p.tensor("zero_point"), p.integer("axis", 0)
     dtype = TORCH_TYPES[p.output.dtype]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastvlm.models.errors import PackageError, UsageError
 from fastvlm.models.mlprogram import Program, census, max_rank, read_package
 from fastvlm.models.mlprogram.binding import Kind
-from fastvlm.models.mlprogram.executor import Executor, _check_input, max_abs
+from fastvlm.models.mlprogram.executor import Executor, Precision, _check_input, max_abs
 from fastvlm.models.mlprogram.ops import KINDS
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,24 @@ def test_float16_cast_does_not_change_its_source(save_program: Callable[..., Pat
     np.testing.assert_allclose(exact, np.exp(x), rtol=1e-6)
     np.testing.assert_array_equal(only(found), exact.astype(np.float16).astype(np.float32))
     assert not np.array_equal(only(found), exact)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_cast_to_float16_and_back_rounds_in_every_mode(save_program: Callable[..., Path], precision: Precision) -> None:
+    path = save_program(lambda mb, x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), {"x": (3,)})
+    found = only(Executor(path, precision).run({"x": np.array([1e5, 1, 1 / 3], np.float32)}))
+    np.testing.assert_array_equal(found, np.array([np.inf, 1, 0.33325195], np.float32))
+
+
+def test_cast_before_arithmetic_in_float16_is_exact_in_float32(save_program: Callable[..., Path]) -> None:
+    def build(mb: Any, x: Any) -> Any:
+        half = mb.cast(x=x, dtype="fp16")
+        return [mb.cast(x=half, dtype="fp32", name="same"), mb.cast(x=mb.exp(x=half), dtype="fp32", name="grown")]
+
+    x = np.random.default_rng(4).normal(size=50).astype(np.float32)
+    found = Executor(save_program(build, {"x": (50,)})).run({"x": x})
+    np.testing.assert_array_equal(found["same"], x)
+    np.testing.assert_allclose(found["grown"], np.exp(x), rtol=1e-6)
 
 
 def test_float16_sum_of_two_rounded_terms_is_rounded_once(save_program: Callable[..., Path]) -> None:
