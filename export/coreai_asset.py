@@ -104,6 +104,8 @@ def read_metadata(asset: Path) -> dict[str, Any]:
 
 def check_asset(asset: Path) -> None:
     """Raises PackageError unless `asset` has a program. Apple's loader ends the process over a missing one."""
+    if not asset.exists():
+        raise PackageError(f"{asset} does not exist.")
     if not (asset / PROGRAM).is_file():
         raise PackageError(f"{asset} is not a Core AI asset: it has no {PROGRAM}. Export the model again.")
 

@@ -83,6 +83,8 @@ def inspect(path: str | Path) -> PackageReport:
     """
     path = Path(path).expanduser()
     package = path / PACKAGE_NAME if (path / PACKAGE_NAME).is_dir() else path
+    if not package.exists():
+        raise PackageError(f"{path} does not exist. Pass a .mlpackage, or a folder with {PACKAGE_NAME}.")
     if not package.is_dir():
         raise PackageError(f"{path} is neither a .mlpackage nor a folder with {PACKAGE_NAME}.")
     if (package / CONFIG_NAME).is_file():

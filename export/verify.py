@@ -209,6 +209,8 @@ def verify(
 
 def saved_recipe(folder: Path) -> Mapping[str, Any]:
     """Returns the manifest's recipe. Raises ModelFolderError if it lacks what verification needs."""
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder} is not a folder. Pass one that `fastvlm export` wrote.")
     recipe = read_json_object(folder / MANIFEST_NAME, ModelFolderError).get("recipe")
     if not isinstance(recipe, Mapping) or str(recipe.get("quant")) not in ENCODER_FLOOR_DB:
         raise ModelFolderError(f"{folder / MANIFEST_NAME}: the recipe is missing or unknown. Export the model again.")

@@ -17,6 +17,7 @@ def test_package_is_described_and_linted(
     assert "int8 affine" in done.stdout
     report = json.loads(fastvlm("inspect", model / "fastvithd.mlpackage", "--json", cwd=tmp_path).stdout)
     assert report["operations"]["conv"] == 46
-    one_line_error(fastvlm("inspect", "gone", cwd=tmp_path), "neither a .mlpackage")
+    for missing in ("gone", "gone.mlpackage", "gone.aimodel"):
+        one_line_error(fastvlm("inspect", missing, cwd=tmp_path), f"{missing} does not exist")
     if sys.platform != "darwin":
         one_line_error(fastvlm("inspect", model, "--placement", cwd=tmp_path), "only macOS can tell")

@@ -108,7 +108,10 @@ def test_summary_has_interface_and_stored_types(asset: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [summary, lambda path: run_images(path, [], INTERFACE), read_metadata])
-def test_path_without_a_program_is_one_line(tmp_path: Path, task: Callable[[Path], object]) -> None:
+def test_asset_that_is_missing_or_has_no_program_is_one_line(tmp_path: Path, task: Callable[[Path], object]) -> None:
+    with pytest.raises(PackageError, match=r"fastvithd\.aimodel does not exist"):
+        task(tmp_path / ASSET_NAME)
+    (tmp_path / ASSET_NAME).mkdir()
     with pytest.raises(PackageError, match=r"it has no main\.mlirb"):
         task(tmp_path / ASSET_NAME)
 

@@ -35,8 +35,11 @@ def test_real_package_is_clean_and_counted(tmp_path: Path) -> None:
 
 
 def test_path_that_is_not_a_package_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="neither a .mlpackage nor a folder with"):
+    with pytest.raises(PackageError, match="gone does not exist"):
         inspect(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(PackageError, match="neither a .mlpackage nor a folder with"):
+        inspect(tmp_path / "file")
     (tmp_path / "folder").mkdir()
     with pytest.raises(PackageError, match=r"Manifest.json"):
         inspect(tmp_path / "folder")

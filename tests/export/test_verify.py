@@ -122,6 +122,8 @@ def test_incomplete_folders_are_one_line(copy: Path, lost: str) -> None:
 def test_folder_without_a_manifest_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"fastvlm.json does not exist"):
         verify(tmp_path, "random:tiny")
+    with pytest.raises(ModelFolderError, match=r"gone is not a folder"):
+        verify(tmp_path / "gone", "random:tiny")
 
 
 def test_decoder_beyond_float16_fails(copy: Path) -> None:
