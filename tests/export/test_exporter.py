@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 import fastvlm
-from fastvlm.export import atomic_folder, coreai, exporter, write_encoder
+from fastvlm.export import atomic_folder, coreai, coreai_asset, exporter, write_encoder
 from fastvlm.export.coreai import has_coreai
 from fastvlm.export.exporter import export, tokenizer_notes
 from fastvlm.export.inspect_package import inspect
@@ -29,6 +30,7 @@ from fastvlm.models.folder_layout import saved_weights
 from fastvlm.models.random_checkpoint import RandomCheckpoint
 from fastvlm.models.references import open_checkpoint
 from fastvlm.models.tensor_names import language_shapes, saved_name
+from fastvlm.quant.schemes import LinearWeight
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +154,42 @@ def test_asset_is_verified_or_reported_as_unchecked(
     unchecked = verify(both, "random:tiny")
     assert unchecked.passed and unchecked.asset is None
     assert "fastvithd.aimodel" in unchecked.unchecked[0]
+
+
+def with_other_numbers(asset: Path, one: np.ndarray, other: np.ndarray) -> None:
+    """Overwrites the stored numbers `one` in a saved asset, as a faulty converter would, with a hash that fits."""
+    program = (asset / "main.mlirb").read_bytes()
+    assert program.count(one.tobytes()) == 1 and one.nbytes == other.nbytes
+    program = program.replace(one.tobytes(), other.tobytes())
+    (asset / "main.mlirb").write_bytes(program)
+    (asset / "main.hash").write_bytes(hashlib.sha256(program).digest())
+
+
+def double_a_scale(asset: Path, stored: Mapping[str, LinearWeight]) -> None:
+    weight = stored["10.convffn.fc1"]
+    with_other_numbers(asset, weight.scale, weight.scale * np.float16(2))
+
+
+def repeat_a_block(asset: Path, stored: Mapping[str, LinearWeight]) -> None:
+    weight, earlier = stored["11.convffn.fc1"], stored["10.convffn.fc1"]
+    with_other_numbers(asset, weight.data, earlier.data)
+
+
+@pytest.mark.skipif(not has_coreai(), reason="the extra coreai is not installed")
+@pytest.mark.parametrize("damage", [double_a_scale, repeat_a_block])
+def test_asset_with_wrong_weights_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path, Mapping[str, LinearWeight]], None]
+) -> None:
+    def write_asset(network: Any, stored: Any, image_size: int, asset: Path, *rest: Any) -> None:
+        coreai_asset.write_asset(network, stored, image_size, asset, *rest)
+        damage(asset, stored)
+
+    monkeypatch.setattr(write_encoder, "write_asset", write_asset)
+    with pytest.raises(
+        VerificationError, match=r"fastvithd\.aimodel: image_features, compared with torch with the same"
+    ):
+        export("random:tiny", tmp_path / "model", format="both")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_asset_without_the_extra_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
