@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.errors import UsageError
-from fastvlm.runtime.sampling import Sampler, SamplingOptions, candidate_count, cut, id_on_host, sample
+from fastvlm.runtime import sampling
+from fastvlm.runtime.sampling import FEW, Sampler, SamplingOptions, candidate_count, cut, id_on_host, sample
 
 LOGITS = mx.array([1.0, 4.0, 3.5, -2.0, 0.5, 2.0, 3.0, -8.0])
 logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
@@ -26,7 +27,8 @@ def draws(options: SamplingOptions, count: int = 300, logits: mx.array = LOGITS)
 def kept(logits: list[float], **options: float) -> list[int]:
     """Returns the ranks that `cut` keeps."""
     descending = mx.array(sorted(logits, reverse=True))
-    return np.flatnonzero(np.isfinite(np.array(cut(descending, SamplingOptions(temperature=1.0, **options))))).tolist()
+    found = cut(descending, mx.softmax(descending), SamplingOptions(temperature=1.0, **options))
+    return np.flatnonzero(np.isfinite(np.array(found))).tolist()
 
 
 @given(logit_lists)
@@ -98,6 +100,50 @@ def test_cuts_work_together_in_order() -> None:
     assert set(draws(SamplingOptions(temperature=50.0, top_k=4, min_p=0.99))) == {1, 2}
     assert set(draws(SamplingOptions(temperature=1.0, top_k=3, top_p=0.8))) == {1, 2}  # 0.51, 0.31, 0.19 of the three
     assert set(draws(SamplingOptions(temperature=1.0, top_p=0.01))) == {1}
+
+
+def sorted_whole(logits: mx.array, options: SamplingOptions, key: mx.array) -> int:
+    """Returns a token as `sample` draws it, with the whole vocabulary in order."""
+    order = mx.argsort(-logits / options.temperature)
+    ordered = logits[order] / options.temperature
+    chosen = mx.random.categorical(cut(ordered, mx.softmax(ordered), options), key=key)
+    return id_on_host(order[chosen])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([FEW, FEW + 1, 3 * FEW]), st.sampled_from([0.02, 1, 3, 12]),
+    st.floats(0.3, 3), st.floats(0.05, 0.999), st.sampled_from([0, 0.001, 0.2]),
+    st.sampled_from(["all", "ties", "some are impossible"]),
+)  # fmt: skip
+@example(1, 3 * FEW, 0.02, 1.0, 0.9, 0.0, "all")
+@example(1, 3 * FEW, 1, 1.0, 0.5, 0.0, "ties")
+def test_ids_are_those_of_a_whole_sort(
+    seed: int, size: int, spread: float, temperature: float, top_p: float, min_p: float, kind: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    drawn = (spread * rng.standard_normal(size)).astype(np.float32)
+    if kind == "ties":
+        drawn = np.round(drawn)
+    if kind == "some are impossible":
+        drawn[rng.permutation(size)[: size - 1 - seed % size]] = -np.inf
+    logits, key = mx.array(drawn), mx.random.key(seed)
+    options = SamplingOptions(temperature=temperature, top_p=top_p, min_p=min_p)
+    found = sample(logits, options, mx.random.gumbel((size,), key=key))
+    assert id_on_host(found) == sorted_whole(logits, options, key)
+
+
+@pytest.mark.parametrize(("spread", "cpu", "whole"), [(3.0, True, 0), (0.01, True, 1), (3.0, False, 1)])
+def test_vocabulary_is_sorted_on_gpus_and_if_few_are_not_enough(
+    spread: float, cpu: bool, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "on_cpu", lambda: cpu)
+    sizes: list[int] = []
+    sort = sampling.descending
+    monkeypatch.setattr(sampling, "descending", lambda logits, count: sizes.append(logits.size) or sort(logits, count))
+    logits = mx.array((spread * np.random.default_rng(0).standard_normal(20 * FEW)).astype(np.float32))
+    sample(logits, SamplingOptions(temperature=0.5, top_p=0.9), mx.zeros(logits.size))
+    assert sizes == [logits.size] * whole
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
