@@ -27,6 +27,8 @@ MAX_CHOICES = 1000
 MAX_STOP_CHARACTERS = 1000
 """The longest stop string, since each token is compared with all of them."""
 
+NULL_FIELD = "Accepted as null. Tables, like those of Ray Data, give each part the fields of all parts."
+
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
@@ -45,6 +47,7 @@ class TextPart(Part):
 
     type: Literal["text"]
     text: str
+    image_url: None = Field(None, description=NULL_FIELD)
 
 
 class ImageUrl(Part):
@@ -59,6 +62,7 @@ class ImagePart(Part):
 
     type: Literal["image_url"]
     image_url: ImageUrl
+    text: None = Field(None, description=NULL_FIELD)
 
 
 UserContent = Annotated[TextPart | ImagePart, Field(discriminator="type")]

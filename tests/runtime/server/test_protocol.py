@@ -73,6 +73,14 @@ def test_only_users_send_images(role: str) -> None:
     assert not valid(ChatRequest, messages=[{"role": role, "content": [part]}])
 
 
+def test_fields_of_the_other_part_are_null() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    words = {"type": "text", "text": "What?"}
+    for part, name, value in ((words, "image_url", image["image_url"]), (image, "text", "What?")):
+        assert valid(ChatRequest, messages=[{"role": "user", "content": [{**part, name: None}]}])
+        assert not valid(ChatRequest, messages=[{"role": "user", "content": [{**part, name: value}]}])
+
+
 @pytest.mark.parametrize(("prompt", "right"), [("a", True), (["a"], True), ([5, 6], True), (["a", "b"], False),
                                                ([], False), ([-1], False), (5, False)])  # fmt: skip
 def test_completion_takes_one_prompt(prompt: object, right: bool) -> None:

@@ -42,6 +42,7 @@ def chat(*messages: Any, **options: Any) -> Translated:
         ([text("First"), IMAGE, text("then"), IMAGE], "First<image>\nthen<image>\n", 2),
         ([text("This <image> here"), IMAGE], "This <image> here", 1),
         ([IMAGE], "", 1),
+        ([{**IMAGE, "text": None}, {**text("What?"), "image_url": None}], "What?", 1),  # rows of one table
     ],
 )
 def test_images_come_first_unless_text_separates_them(parts: list, content: str, count: int) -> None:
