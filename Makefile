@@ -48,6 +48,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_encoder_process.py bench/tiny
 	$(BIN)/python tests/bench/bench_server.py bench/tiny
 	$(BIN)/python tests/bench/bench_scheduler.py bench/tiny
+	$(BIN)/python tests/bench/bench_ray.py bench/tiny
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/build.py
