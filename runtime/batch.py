@@ -13,6 +13,7 @@ from ..models.images import ImageSource
 from ..models.kv_cache import CACHE_STEP, KVCache, extracted, selected, stacked
 from .engine import Engine, PrefillResult, PreparedRequest
 from .generate import AnswerReader, DecodeResult, Generation, decode_one_token, default_lookahead
+from .logprobs import TokenLogprob
 from .prompt_cache import CachedPrompt, evaluate
 from .request import Request, prepare
 from .sampling import id_on_host, ids_on_host, pick
@@ -53,6 +54,12 @@ class Piece:
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each id, if the request asks for them."""
+
+    def __add__(self, later: Piece) -> Piece:
+        """Returns both as one."""
+        return Piece(self.text + later.text, self.token_ids + later.token_ids, self.logprobs + later.logprobs)
 
 
 class Row:
@@ -90,7 +97,10 @@ class Row:
         self.ended = self._reader.ended or len(self.ids) >= self.prefilled.max_new_tokens
         if self.ended:
             text += self._reader.flush()
-        return Piece(text, (token_id,) if self._reader.count > known else ())
+        if self._reader.count == known:
+            return Piece(text, ())
+        reported = self.prefilled.sampler.logprobs
+        return Piece(text, (token_id,), () if reported is None else (reported.read(known),))
 
     @property
     def result(self) -> DecodeResult:

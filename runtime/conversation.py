@@ -68,6 +68,7 @@ class Conversation:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        logprobs: int | None = None,
     ) -> Generation:
         """Returns the whole answer. See `stream`, and `FastVLM.generate` for beam search."""
         return self._stream(
@@ -90,6 +91,7 @@ class Conversation:
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
+            logprobs=logprobs,
         ).read()
 
     def stream(
@@ -111,6 +113,7 @@ class Conversation:
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        logprobs: int | None = None,
     ) -> Stream:
         """Returns the answer as a stream of text.
 
@@ -139,6 +142,7 @@ class Conversation:
             regex=regex,
             choice=choice,
             grammar=grammar,
+            logprobs=logprobs,
         )
 
     def _stream(self, prompt: str, image: ImageSource | Sequence[ImageSource] | None, **options: Any) -> Stream:

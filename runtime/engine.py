@@ -248,6 +248,7 @@ class Engine:
             cached_images=prefilled.cached_images,
             reused_tokens=prefilled.reused_tokens,
         )
+        reported = prefilled.sampler.logprobs
         out_of_context = decoded.finish_reason == "length" and len(decoded.token_ids) < request.options.max_tokens
         return Generation(
             decoded.text,
@@ -257,6 +258,7 @@ class Engine:
             prefilled.prompt_tokens,
             decoded.stop_reason,
             request.options.constraint,
+            None if reported is None else tuple(map(reported.read, range(len(decoded.token_ids)))),
         )
 
     def prepare(self, request: Request, images: Sequence[ImageItem] = ()) -> PreparedRequest:
@@ -369,7 +371,8 @@ class Engine:
         if on_cpu():
             _check_finite(logits)
             stages_ms["prefill_ms"] = clock.lap_ms()
-        sampler = Sampler(request.options.sampling, prepared.prompt_ids, prepared.allowed)
+        options = request.options
+        sampler = Sampler(options.sampling, prepared.prompt_ids, prepared.allowed, options.logprobs)
         first = sampler(logits[0])
         if on_cpu():
             mx.eval(first, *sampler.state)

@@ -171,6 +171,7 @@ class FastVLM:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        logprobs: int | None = None,
     ) -> Generation:
         """Returns the whole answer to a prompt about an image, several images or none.
 
@@ -198,6 +199,8 @@ class FastVLM:
             num_beams: above 1, search for the likeliest answer with this many beams, without sampling.
             length_penalty: above 0 favors long answers among the beams, below 0 short ones.
             early_stopping: True, False or `never`: when the search ends, as in transformers.
+            logprobs: report the log-probability of each token in `Generation.logprobs`, with those of this many of the
+                likeliest tokens at its place.
 
         Raises:
             UsageError: an option is out of range, or a schema or its like cannot be followed.
@@ -227,6 +230,7 @@ class FastVLM:
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
+            logprobs=logprobs,
         )
         return self.engine.stream(request).read()
 
@@ -251,6 +255,7 @@ class FastVLM:
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        logprobs: int | None = None,
     ) -> Stream:
         """Returns the answer as a stream of text, which is decoded while it is read. See `generate`.
 
@@ -279,6 +284,7 @@ class FastVLM:
             regex=regex,
             choice=choice,
             grammar=grammar,
+            logprobs=logprobs,
         )
         return self.engine.stream(request)
 
@@ -307,6 +313,7 @@ class FastVLM:
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        logprobs: int | None = None,
     ) -> list[Generation]:
         """Returns the answers to many prompts, decoded `batch_size` at a time.
 
@@ -340,6 +347,7 @@ class FastVLM:
                 "num_beams": num_beams,
                 "length_penalty": length_penalty,
                 "early_stopping": early_stopping,
+                "logprobs": logprobs,
             },
         )
         return [_generation(outcome) for outcome in Batch(self.engine, batch_size).outcomes(requests)]

@@ -14,6 +14,7 @@ from ..models.errors import UsageError
 from ..models.kv_cache import KVCache
 from ..models.qwen2 import Qwen2
 from .beam_search import BeamOptions
+from .logprobs import TokenLogprob, check_count
 from .sampling import Sampler, SamplingOptions, id_on_host
 from .structured import Constraint
 from .timings import Clock, Timings
@@ -36,18 +37,21 @@ class GenerationOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     constraint: Constraint | None = None
     beams: BeamOptions = field(default_factory=BeamOptions)
+    logprobs: int | None = None
+    """The alternatives whose probabilities are reported with those of each token. None reports none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
             raise UsageError(f"max_tokens must be an integer of at least 1 (got {self.max_tokens!r:.60})", "max_tokens")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop must be strings of at least one character (got {self.stop!r:.60})", "stop")
+        check_count(self.logprobs)
         if self.beams.num_beams > 1:
             self._check_beams()
 
     def _check_beams(self) -> None:
         """Raises UsageError for options that beam search has no meaning for."""
-        others = {"temperature": self.sampling.temperature > 0}
+        others = {"temperature": self.sampling.temperature > 0, "logprobs": self.logprobs is not None}
         if self.constraint is not None:
             others[self.constraint.argument] = True
         for name in (name for name, given in others.items() if given):
@@ -76,6 +80,8 @@ class Generation:
     """The end token or the stop string that ended the answer. None for `length` and `context`."""
     constraint: Constraint | None = field(default=None, repr=False)
     """The form that the answer was held to."""
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
+    """One for each of `token_ids`, if they were asked for."""
 
     @property
     def parsed(self) -> Any:
@@ -321,7 +327,8 @@ def options_from(
     sampling: SamplingOptions,
     constraint: Constraint | None = None,
     beams: BeamOptions | None = None,
+    logprobs: int | None = None,
 ) -> GenerationOptions:
     """Returns the options. `stop` is one string or several. Raises UsageError."""
     strings = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-    return GenerationOptions(max_tokens, strings, ignore_eos, sampling, constraint, beams or BeamOptions())
+    return GenerationOptions(max_tokens, strings, ignore_eos, sampling, constraint, beams or BeamOptions(), logprobs)

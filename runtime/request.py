@@ -57,6 +57,7 @@ def prepare(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
+    logprobs: int | None = None,
 ) -> Request:
     """Returns a request with checked options and open images, so that bad input fails before a model is loaded.
 
@@ -64,7 +65,7 @@ def prepare(
     marks the place of an image. Without a mark the images precede the text. `fit` (`pad` or `crop`) and `system`
     default to what the model was trained with. `background` is drawn under transparent pixels. `schema`, `regex`,
     `choice` or `grammar` constrains the answer, see `constraint_from`. `num_beams` above 1 searches for the likeliest
-    answer, see `BeamOptions`.
+    answer, see `BeamOptions`. `logprobs` is a number of alternatives, see `Generation.logprobs`.
 
     Raises:
         UsageError: an option is out of range.
@@ -74,7 +75,7 @@ def prepare(
     sampling = SamplingOptions(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     constraint = constraint_from(schema, regex, choice, grammar)
     beams = BeamOptions(num_beams, length_penalty, early_stopping)
-    options = options_from(stop, max_tokens, ignore_eos, sampling, constraint, beams)
+    options = options_from(stop, max_tokens, ignore_eos, sampling, constraint, beams, logprobs)
     for name, text in (("prompt", prompt), ("system prompt", system), *(("stop string", s) for s in options.stop)):
         check_unicode(f"the {name}", text)
     if fit not in (None, "pad", "crop"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..models._mlx import mx, on_cpu
 from ..models.errors import UsageError
+from .logprobs import Logprobs
 from .structured import AllowedTokens
 
 FEW = 1024
@@ -72,13 +73,19 @@ class Sampler:
     Attributes:
         prompt_ids: the ids of the prompt.
         allowed: the tokens that a constraint allows next, or None without one.
+        logprobs: the log-probabilities of the tokens so far, or None if nobody asks for them.
     """
 
     def __init__(
-        self, options: SamplingOptions, prompt_ids: Sequence[int] = (), allowed: AllowedTokens | None = None
+        self,
+        options: SamplingOptions,
+        prompt_ids: Sequence[int] = (),
+        allowed: AllowedTokens | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self._options = options
         self.allowed = allowed
+        self.logprobs = None if logprobs is None else Logprobs(logprobs)
         self._last: mx.array | None = None
         self.prompt_ids = prompt_ids
         self._seen: mx.array | None = None
@@ -86,22 +93,24 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """True if each token is the likeliest one, whatever came before. Then the state is empty."""
+        """True if each token is the likeliest one, whatever came before, and nothing else is computed."""
         options = self._options
-        return options.temperature == 0 and options.repetition_penalty == 1 and self.allowed is None
+        free = self.allowed is None and self.logprobs is None
+        return options.temperature == 0 and options.repetition_penalty == 1 and free
 
     @property
     def state(self) -> list[mx.array]:
         """The arrays that the next token depends on. They must be evaluated before another thread resumes."""
         if self.greedy:
             return []
-        return [self._key, *(array for array in (self._seen, self._last) if array is not None)]
+        reported = self.logprobs.last if self.logprobs is not None else []
+        return [self._key, *(array for array in (self._seen, self._last) if array is not None), *reported]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Maps logits (V,) to the id (1,) of the next token, not yet evaluated."""
         if self.greedy:
             return mx.argmax(logits, keepdims=True)
-        options, noise = self._options, None
+        options, noise, plain = self._options, None, logits
         if options.temperature:
             self._key, key = mx.random.split(self._key)
             noise = mx.random.gumbel((candidate_count(logits.size, options),), key=key)
@@ -119,6 +128,9 @@ class Sampler:
             self._seen[token] = True
         if self.allowed is not None:
             self._last = token
+        if self.logprobs is not None:
+            count = self.logprobs.count
+            self.logprobs.append(plain, mx.concatenate([token, descending(plain, count)]) if count else token)
         return token
 
 

@@ -70,7 +70,7 @@ class Answer:
         self._cancelled = False
         self._cancellation = CancelledError("the answer was cancelled before its end.")
         self._prepared: PreparedRequest | None = None
-        self._unread: tuple[int, ...] = ()
+        self._unread = Piece("", ())
         """Ids whose characters are not complete yet."""
 
     @property
@@ -408,11 +408,11 @@ class Scheduler:
     def _deliver(self, row: Row, piece: Piece) -> None:
         """Passes a token on as soon as its text is complete, and the whole answer after the last."""
         answer = self._running[row]
-        answer._unread += piece.token_ids
+        answer._unread += piece
         with self._changed:
             self._add(generated_tokens=len(piece.token_ids))
-        if piece.text or (row.ended and answer._unread):
-            whole, answer._unread = Piece(piece.text, answer._unread), ()
+        if piece.text or (row.ended and answer._unread.token_ids):
+            whole, answer._unread = answer._unread, Piece("", ())
             self._tell(answer, whole)
         if row.ended:
             self._end(answer, outcome_of(self._engine, row), row)

@@ -180,7 +180,8 @@ class Service:
             self.body_bytes -= len(content)
         self._exchanges.add(exchange)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        reply = Reply(self.name, isinstance(body, ChatRequest), include_usage, lambda: exchange.queue_ms)
+        token_bytes = self.model.engine.tokenizer.token_bytes
+        reply = Reply(self.name, isinstance(body, ChatRequest), include_usage, token_bytes, lambda: exchange.queue_ms)
         return AnswerResponse(
             exchange, reply.whole, reply.events if body.stream else None, lambda: self._finished(exchange)
         )

@@ -68,7 +68,7 @@ class Exchange:
         self._ready = asyncio.Event()
         self._lock = threading.Lock()
         self._first_sent = threading.Event()
-        self._pieces: list[str] = []
+        self._pieces: list[Piece] = []
         self._end: Generation | FastVLMError | Exception | None = None
         self.answer: Answer | None = None
 
@@ -92,8 +92,8 @@ class Exchange:
         """The time that the request waited, in milliseconds."""
         return self.answer.queue_ms if self.answer else 0.0
 
-    async def next(self, seconds: float) -> str | Generation | None:
-        """Returns the text that has come, or the whole answer at its end, or None if nothing comes in time.
+    async def next(self, seconds: float) -> Piece | Generation | None:
+        """Returns what has come, or the whole answer at its end, or None if nothing comes in time.
 
         Raises:
             ApiError: the answer failed, or took too long.
@@ -104,7 +104,7 @@ class Exchange:
             await asyncio.wait_for(self._ready.wait(), max(0.0, min(seconds, left)))
         with self._lock:
             self._ready.clear()
-            text, end = "".join(self._pieces), self._end
+            piece, end = sum(self._pieces, Piece("", ())), self._end
             self._pieces.clear()
             if end is not None:
                 self._ready.set()  # for the next call, which returns it again
@@ -112,8 +112,8 @@ class Exchange:
             raise from_library(end)
         if isinstance(end, Exception):
             raise end
-        if text:
-            return text
+        if piece.text or piece.logprobs:
+            return piece
         if end is not None:
             return end
         if time.monotonic() >= self._deadline:
@@ -163,7 +163,7 @@ class Exchange:
             elif isinstance(event, FastVLMError):
                 self._end = self._end or event
             elif self._streams and self._end is None:
-                self._pieces.append(event.text)
+                self._pieces.append(event)
             too_slow = len(self._pieces) > MAX_WAITING_PIECES
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if too_slow:
@@ -187,7 +187,7 @@ class AnswerResponse:
     Args:
         exchange: the answer.
         whole: makes the body of a whole answer.
-        events: makes the events of a stream: for its start (None), for each text, and for its end. None sends the
+        events: makes the events of a stream: for its start (None), for each piece, and for its end. None sends the
             answer whole.
         finished: called once, when nothing more is sent.
     """
@@ -196,7 +196,7 @@ class AnswerResponse:
         self,
         exchange: Exchange,
         whole: Callable[[Generation], bytes],
-        events: Callable[[str | Generation | None], list[bytes]] | None,
+        events: Callable[[Piece | Generation | None], list[bytes]] | None,
         finished: Callable[[], None],
     ) -> None:
         self._exchange = exchange
@@ -221,7 +221,7 @@ class AnswerResponse:
             watcher.cancel()
             self._finished()
 
-    async def _stream(self, write: _Writer, events: Callable[[str | Generation | None], list[bytes]]) -> None:
+    async def _stream(self, write: _Writer, events: Callable[[Piece | Generation | None], list[bytes]]) -> None:
         first = await self._exchange.next(STATUS_SECONDS)
         write.start("text/event-stream; charset=utf-8")
         try:
@@ -234,7 +234,7 @@ class AnswerResponse:
         except ApiError as error:  # too late for a status
             await write(_event(error.body().model_dump_json().encode()), last=True)
 
-    async def _pieces(self, first: str | Generation | None) -> AsyncIterator[str | Generation | None]:
+    async def _pieces(self, first: Piece | Generation | None) -> AsyncIterator[Piece | Generation | None]:
         event = first
         while True:
             yield event

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..logprobs import MAX_TOP
 from ..timings import Timings as EngineTimings
 
 MAX_MESSAGES = 1000
@@ -180,8 +181,10 @@ class ChatRequest(Options):
     max_completion_tokens: Count | None = Field(None, description="The same as `max_tokens`, and preferred to it.")
     response_format: ResponseFormat | None = None
     fit: Literal["pad", "crop"] | None = Field(None, description="An extension: the fit of images into a square.")
-    logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = Field(
+        None, description="The alternatives per token, with `logprobs`."
+    )
     modalities: list[Literal["text"]] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -237,6 +240,28 @@ Timings = pydantic.create_model(
 FinishReason = Literal["stop", "length"]
 
 
+class TopLogprob(BaseModel):
+    """A token and the natural logarithm of its probability."""
+
+    token: str
+    """Its text. An incomplete character is U+FFFD."""
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of an answer, with the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """The log-probabilities of an answer, or of a piece of one."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class AnswerMessage(BaseModel):
     """The message of an answer."""
 
@@ -250,7 +275,7 @@ class Choice(BaseModel):
 
     index: Literal[0] = 0
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
 
 
@@ -278,6 +303,7 @@ class ChunkChoice(BaseModel):
 
     index: Literal[0] = 0
     delta: Delta
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 

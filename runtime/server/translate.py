@@ -13,8 +13,10 @@ from pydantic import BaseModel
 
 from ...models.images import Fit
 from ...models.tokenizer_files import IMAGE_TOKEN
+from ..batch import Piece
 from ..beam_search import BeamOptions
 from ..generate import Generation, GenerationOptions, options_from
+from ..logprobs import TokenLogprob
 from ..prompt import RAW, Message
 from ..request import Request
 from ..sampling import SamplingOptions
@@ -28,6 +30,7 @@ from .protocol import (
     ChatCompletion,
     ChatRequest,
     Choice,
+    ChoiceLogprobs,
     ChunkChoice,
     Completion,
     CompletionRequest,
@@ -75,7 +78,12 @@ def chat_request(body: ChatRequest, settings: Settings, reader: ImageReader, fit
             param="messages",
             code="too_many_images",
         )
-    options = _options(body, body.max_completion_tokens or body.max_tokens, settings, _schema(body.response_format))
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(
+            400, "top_logprobs needs logprobs=true. Leave it out.", param="top_logprobs", code="invalid_value"
+        )
+    count, schema = body.max_completion_tokens or body.max_tokens, _schema(body.response_format)
+    options = _options(body, count, settings, schema, (body.top_logprobs or 0) if body.logprobs else None)
     fit = body.fit or fit
     clock = LapClock()
     contents = [reader.read(url) for url in urls]
@@ -105,7 +113,7 @@ def completion_request(
             param="prompt",
             code="invalid_value",
         )
-    options = _options(body, body.max_tokens, settings, None)
+    options = _options(body, body.max_tokens, settings, None, None)
     return Translated(Request((), (Message(RAW, text, ids=ids),), None, options, 0.0), 0.0)
 
 
@@ -152,7 +160,11 @@ def _schema(form: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 def _options(
-    body: ChatRequest | CompletionRequest, max_tokens: int | None, settings: Settings, schema: dict[str, Any] | None
+    body: ChatRequest | CompletionRequest,
+    max_tokens: int | None,
+    settings: Settings,
+    schema: dict[str, Any] | None,
+    logprobs: int | None,
 ) -> GenerationOptions:
     """Returns the options of an answer. Raises UsageError."""
     if body.stream_options is not None and not body.stream:
@@ -186,14 +198,25 @@ def _options(
             400, "num_beams above 1 gives a whole answer. Leave stream out.", param="num_beams", code="invalid_value"
         )
     count = min(max_tokens or settings.max_tokens, settings.max_tokens)
-    return options_from(body.stop or (), count, False, sampling, constraint, beams)
+    return options_from(body.stop or (), count, False, sampling, constraint, beams, logprobs)
 
 
 class Reply:
-    """The bodies of the responses to one request. `chat` selects their form, and `queue_ms` is called at the end."""
+    """The bodies of the responses to one request.
 
-    def __init__(self, model: str, chat: bool, include_usage: bool, queue_ms: Callable[[], float]) -> None:
+    `chat` selects their form, `token_bytes` gives the bytes of a token, and `queue_ms` is called at the end.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        chat: bool,
+        include_usage: bool,
+        token_bytes: Callable[[int], bytes],
+        queue_ms: Callable[[], float],
+    ) -> None:
         self._chat = chat
+        self._token_bytes = token_bytes
         self._include_usage = include_usage
         self._queue_ms = queue_ms
         self._common: dict[str, Any] = {
@@ -208,7 +231,11 @@ class Reply:
         measured: dict[str, Any] = {"usage": usage(generation), "timings": self._timings(generation)}
         body: BaseModel
         if self._chat:
-            choice = Choice(message=AnswerMessage(content=generation.text), finish_reason=reason)
+            choice = Choice(
+                message=AnswerMessage(content=generation.text),
+                logprobs=None if generation.logprobs is None else self._logprobs(generation.logprobs),
+                finish_reason=reason,
+            )
             body = ChatCompletion(**self._common, choices=[choice], **measured)
         else:
             body = Completion(
@@ -216,12 +243,12 @@ class Reply:
             )
         return body.model_dump_json().encode()
 
-    def events(self, part: str | Generation | None) -> list[bytes]:
-        """Returns the events of a stream for its start (None), for a text, and for its end."""
+    def events(self, part: Piece | Generation | None) -> list[bytes]:
+        """Returns the events of a stream for its start (None), for a piece, and for its end."""
         if part is None:
             return [self._event(Delta(role="assistant", content=""), "")] if self._chat else []
-        if isinstance(part, str):
-            return [self._event(Delta(content=part), part)]
+        if isinstance(part, Piece):
+            return [self._event(Delta(content=part.text), part.text, logprobs=part.logprobs)]
         timings = self._timings(part)
         end = [self._event(Delta(), "", finish_reason=finish_reason(part), timings=timings)]
         if self._include_usage:
@@ -229,11 +256,20 @@ class Reply:
         return end
 
     def _event(
-        self, delta: Delta | None, text: str, *, finish_reason: FinishReason | None = None, **measured: Any
+        self,
+        delta: Delta | None,
+        text: str,
+        *,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        **measured: Any,
     ) -> bytes:
         chunk: BaseModel
         if self._chat:
-            choices = [] if delta is None else [ChunkChoice(delta=delta, finish_reason=finish_reason)]
+            reported = self._logprobs(logprobs) if logprobs else None
+            choices = (
+                [] if delta is None else [ChunkChoice(delta=delta, logprobs=reported, finish_reason=finish_reason)]
+            )
             chunk = ChatChunk(**self._common, choices=choices, **measured)
         else:
             texts = [] if delta is None else [TextChoice(text=text, finish_reason=finish_reason)]
@@ -242,6 +278,20 @@ class Reply:
         for choice in content["choices"]:
             choice.setdefault("finish_reason", None)
         return _json(content)
+
+    def _logprobs(self, found: tuple[TokenLogprob, ...]) -> ChoiceLogprobs:
+        def named(token_id: int, logprob: float) -> dict[str, Any]:
+            content = self._token_bytes(token_id)
+            return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+
+        return ChoiceLogprobs.model_validate(
+            {
+                "content": [
+                    {**named(one.token_id, one.logprob), "top_logprobs": [named(*other) for other in one.top]}
+                    for one in found
+                ]
+            }
+        )
 
     def _timings(self, generation: Generation) -> BaseModel:
         return cast("BaseModel", Timings(queue_ms=round(self._queue_ms(), 3), **generation.timings.as_dict()))

@@ -335,3 +335,35 @@ def test_log_has_no_secrets(start_server: Start, caplog: pytest.LogCaptureFixtur
 def test_page_is_served_where_it_exists(client: httpx.Client) -> None:
     page = Path(__file__).parents[3] / "runtime" / "server" / "page" / "index.html"
     assert client.get("/").status_code == (200 if page.is_file() else 404)
+
+
+def reported(content: list[dict]) -> list[tuple]:
+    """The tokens, log-probabilities and alternatives of a response."""
+    for token in [token for one in content for token in (one, *one["top_logprobs"])]:
+        assert bytes(token["bytes"]).decode(errors="replace") == token["token"]
+    return [
+        (one["token"], round(one["logprob"], 4), [other["token"] for other in one["top_logprobs"]]) for one in content
+    ]
+
+
+def test_log_probabilities_are_those_of_generate(client: httpx.Client, model: FastVLM) -> None:
+    expected = model.generate(None, "What is it?", max_tokens=8, logprobs=2).logprobs
+    assert expected is not None
+    body = question("What is it?", logprobs=True, top_logprobs=2)
+    whole = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]
+    with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
+        choices = [choice for event in events(response) for choice in event["choices"]]
+    text = {n: model.engine.tokenizer.token_bytes(n).decode(errors="replace") for one in expected for n, _ in one.top}
+    assert reported(whole["content"]) == [
+        (text[one.token_id], round(one.logprob, 4), [text[n] for n, _ in one.top]) for one in expected
+    ]
+    pieces = [one for choice in choices if "logprobs" in choice for one in choice["logprobs"]["content"]]
+    assert reported(pieces) == reported(whole["content"])
+    plain = client.post(CHAT, json=question("What is it?")).json()["choices"][0]
+    assert plain["logprobs"] is None
+
+
+def test_alternatives_need_log_probabilities(client: httpx.Client) -> None:
+    response = client.post(CHAT, json=question(top_logprobs=2))
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "top_logprobs")
+    assert client.post(CHAT, json=question(logprobs=True, num_beams=2)).status_code == 400

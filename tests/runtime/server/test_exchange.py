@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastvlm.models.errors import PromptError
+from fastvlm.runtime.batch import Piece
 from fastvlm.runtime.fastvlm import FastVLM
 from fastvlm.runtime.generate import Generation
 from fastvlm.runtime.request import prepare
@@ -60,7 +61,7 @@ class Client:
         response = AnswerResponse(
             exchange,
             lambda generation: generation.text.encode(),
-            (lambda part: [b"-" if part is None else b"." if isinstance(part, str) else b"end"]) if streams else None,
+            (lambda part: [b"-" if part is None else b"." if isinstance(part, Piece) else b"end"]) if streams else None,
             lambda: finished.append(True),
         )
         await response({"type": "http", "state": {"abort": self.abort}}, self.receive, self.send)
@@ -87,8 +88,8 @@ def idle(scheduler: Scheduler) -> Callable[[], Awaitable[None]]:
 def test_pieces_add_up_to_the_answer(scheduler: Scheduler) -> None:
     async def work() -> None:
         exchange, text = ask(scheduler, 20), ""
-        while isinstance(event := await exchange.next(10), str):
-            text += event
+        while isinstance(event := await exchange.next(10), Piece):
+            text += event.text
         assert isinstance(event, Generation)
         assert event.text == text
         assert await exchange.result() == exchange.generation == event

@@ -28,7 +28,14 @@ def valid(kind: type[pydantic.BaseModel], **fields: Any) -> bool:
     [
         {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me", "store": False},
         {"temperature": 0, "top_p": 1, "seed": -5, "stop": None, "max_completion_tokens": 5, "modalities": ["text"]},
-        {"stop": ["a", "b"], "tools": [], "tool_choice": "none", "logprobs": False, "metadata": {"a": "b"}},
+        {
+            "stop": ["a", "b"],
+            "tools": [],
+            "tool_choice": "none",
+            "logprobs": True,
+            "top_logprobs": 20,
+            "metadata": {"a": "b"},
+        },
         {"response_format": {"type": "text"}, "stream": True, "stream_options": {"include_usage": True}},
     ],
 )
@@ -43,7 +50,8 @@ def test_usual_fields_are_accepted(fields: dict[str, Any]) -> None:
         {"presence_penalty": 0.1},
         {"logit_bias": {"5": 1}},
         {"tools": [{"type": "function"}]},
-        {"logprobs": True},
+        {"logprobs": 1},
+        {"top_logprobs": 21},
         {"modalities": ["audio"]},
         {"temperature": "0"},
         {"temperature": True},
