@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 ENCODER_FLOOR_DB = {"fp16": 42.0, "pal8": 28.0, "int8": 28.0, "pal6": 16.0, "int4": 6.0, "pal4": 6.0, "mixed": 12.0,
                     "w8a8": 16.0, "bf16": 30.0, "fp32": 90.0}  # fmt: skip
 """The least SNR of `image_features` in dB by scheme, for drawings and for photographs. Encoders with the published
-ranges keep 48 dB at fp16 and 33 at int8 in true size. Small ones keep 54 and 43, 35 at w8a8, 28 at pal6 and 15 at pal4,
-and true size is 6 to 10 dB below. Damaged weights are found one by one, above these floors too."""
+ranges keep 48 dB at fp16 and 33 at int8 in true size, 36 with GPTQ. Small ones keep 54 and 43 without it, 35 at w8a8,
+28 at pal6 and 15 at pal4, and true size is 6 to 10 dB below. Damaged weights are found one by one, above these floors
+too."""
 
 DECODER_FLOOR_DB = {16: 45.0, 8: 25.0, 6: 15.0, 5: 10.0, 4: 6.0}
 """The least SNR of the logits in dB by the fewest bits of a layer. Rounded to nearest, the small reference decoders

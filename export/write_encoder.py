@@ -29,6 +29,7 @@ from ..models.versions import import_coremltools
 from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_images, trial_images, verification_images
 from ..quant.constexprs import with_stored_weights
 from ..quant.encoder import (
+    compensated,
     convolutions,
     input_means,
     plan_of,
@@ -163,6 +164,7 @@ def write_encoder(
     if recipe.quant == W8A8:
         int8_inputs = evened_inputs(network, stored, fed, on_stage)
         stored = stored_by_plan(network, plan_of(network, stored))  # of the evened weights
+    stored = compensated_weights(network, stored, fed, on_stage)
     quantize(network, stored, fed)
     metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
     if recipe.has_package:
@@ -240,6 +242,17 @@ def encoder_weights(
     return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant, path_convolutions(network))
 
 
+def compensated_weights(
+    network: nn.Sequential, stored: Mapping[str, StoredWeight], calibration: ImageSet, on_stage: OnStage
+) -> dict[str, StoredWeight]:
+    """Returns `stored` with weights that are rounded for the inputs that images of `PROBE_SIZE` at most give."""
+    image_size = calibration[0].shape[-1]
+    probe_size = min(PROBE_SIZE, image_size)
+    on_stage("round the encoder's weights for their inputs")
+    with resized_inputs(network, image_size, probe_size):
+        return compensated(network, stored, range_images(calibration, probe_size))
+
+
 def evened_inputs(
     network: nn.Sequential, stored: Mapping[str, StoredWeight], calibration: ImageSet, on_stage: OnStage
 ) -> dict[str, InputRange]:
@@ -257,10 +270,10 @@ def evened_inputs(
         ranges = input_ranges(network, names, follow_gelu(names), images)
         exponents = {name: found.exponents for name, found in ranges.items() if found.exponents}
         on_stage("measure what each int8 input costs")
-        before = rounding_noise(network, stored, images[: len(calibration)], probes)
+        before = rounding_noise(network, compensated(network, stored, images), images[: len(calibration)], probes)
         even_channels(network, exponents)
         evened = stored_by_plan(network, plan_of(network, stored))
-        after = rounding_noise(network, evened, images[: len(calibration)], probes)
+        after = rounding_noise(network, compensated(network, evened, images), images[: len(calibration)], probes)
         costs = input_costs(network, ranges, probes)
     chosen = chosen_inputs(costs, MAX_NOISE * before - after)
     spared = {name: [-power for power in powers] for name, powers in exponents.items() if name not in chosen}

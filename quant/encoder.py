@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .schemes import PALETTE_BITS, StoredWeight, store, stored_if_kept
+from .schemes import (
+    INT8_MAX,
+    PALETTE_BITS,
+    PaletteWeight,
+    StoredWeight,
+    drowns_a_row,
+    is_kept,
+    store,
+    stored_if_kept,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from .gptq import Hessian, Nearest
+
 
 Plan = Mapping[str, str]
 """The scheme of every convolution's weight, by the convolution's name in the rewritten network."""
+
+COMPENSATED = ("int8", "pal8", "pal6")
+"""The schemes whose rounding GPTQ chooses. With 4 bits the compensation is as large as the faults that an audit of the
+weights finds."""
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
@@ -51,6 +67,88 @@ def stored_by_plan(network: nn.Module, plan: Plan) -> dict[str, StoredWeight]:
 def plan_of(network: nn.Module, stored: Mapping[str, StoredWeight]) -> dict[str, str]:
     """Returns the plan of stored weights, with float16 for the other convolutions."""
     return {name: stored[name].scheme if name in stored else "fp16" for name in convolutions(network)}
+
+
+def compensated(
+    network: nn.Module, stored: Mapping[str, StoredWeight], images: Sequence[np.ndarray]
+) -> dict[str, StoredWeight]:
+    """Returns `stored` with the weights of 1 x 1 convolutions rounded by GPTQ to the same levels, in the same bytes.
+
+    Weights of `COMPENSATED` schemes are, unless their own error then passes what the scheme allows. `images` are
+    inputs of `network`, (1, 3, S, S) float32, which has its original weights and is not changed. Sums use one thread,
+    because a sum in another order would round some weights to another level.
+    """
+    import torch
+
+    from .gptq import compensated_codes
+
+    convs, found, threads = convolutions(network), dict(stored), torch.get_num_threads()
+    names = [name for name, kept in stored.items() if kept.scheme in COMPENSATED and convs[name].kernel_size == (1, 1)]
+    torch.set_num_threads(1)
+    try:
+        for name, hessian in input_hessians(network, names, images).items():
+            weight = convs[name].weight.numpy()
+            codes = compensated_codes(weight[:, :, 0, 0], hessian.feedback(), nearest_level(stored[name]))
+            other = with_codes(stored[name], codes.reshape(weight.shape))
+            if is_kept(weight, other) and not drowns_a_row(weight, other.dense()):
+                found[name] = other
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def nearest_level(stored: StoredWeight) -> Nearest:
+    """Returns the rounding of a column of weights (out,) to the levels of `stored`, an int8 weight or a palette."""
+    import torch
+
+    if isinstance(stored, PaletteWeight):
+        lut = torch.from_numpy(stored.lut.astype(np.float32))
+        edges = (lut[1:] + lut[:-1]) / 2
+
+        def index(column: Tensor) -> tuple[Tensor, Tensor]:
+            codes = torch.bucketize(column.contiguous(), edges, right=True)
+            return codes, lut[codes]
+
+        return index
+
+    scales = torch.from_numpy(stored.scale.reshape(-1).astype(np.float32))
+    inverses = torch.where(scales > 0, 1 / scales, 0.0)
+
+    def step(column: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (column * inverses).round_().clamp_(-INT8_MAX, INT8_MAX)
+        return codes, codes * scales
+
+    return step
+
+
+def with_codes(stored: StoredWeight, codes: np.ndarray) -> StoredWeight:
+    """Returns `stored` with other codes of its levels."""
+    if isinstance(stored, PaletteWeight):
+        return replace(stored, indices=codes.astype(np.uint8))
+    return replace(stored, data=codes.astype(np.int8))
+
+
+def input_hessians(network: nn.Module, names: Collection[str], images: Sequence[np.ndarray]) -> dict[str, Hessian]:
+    """Returns the products of the inputs of the 1 x 1 convolutions `names`, summed over `images` and positions."""
+    import torch
+
+    from .gptq import Hessian
+
+    convs = convolutions(network)
+    found = {name: Hessian(convs[name].in_channels, 1) for name in names}
+
+    def adding(name: str) -> Callable[..., None]:
+        return lambda _, inputs, __: found[name].add(inputs[0][0].flatten(1).mT.numpy())  # (HW, C)
+
+    hooks = [convs[name].register_forward_hook(adding(name)) for name in names]
+    try:
+        with torch.inference_mode():
+            for image in images if names else ():
+                network(torch.from_numpy(image))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def quantize(network: nn.Module, stored: Mapping[str, StoredWeight], images: Sequence[np.ndarray]) -> None:

@@ -7,7 +7,7 @@ columns with larger inputs count more in the fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,6 +40,12 @@ correlations.
 
 ROWS_AT_ONCE = 8192
 """The rows that are rounded together, which bounds memory. Rows are independent."""
+
+COLUMNS_AT_ONCE = 64
+"""The columns whose errors reach later columns in one product, where no groups decide it."""
+
+Nearest = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A function from a column (rows,) to the codes and the values of the nearest levels."""
 
 
 class Hessian:
@@ -87,6 +93,31 @@ def gptq(weight: np.ndarray, feedback: Feedback, affine: Affine) -> Packed:
         for start in range(0, len(weight), ROWS_AT_ONCE)
     ]
     return Packed(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def compensated_codes(weight: np.ndarray, feedback: Feedback, nearest: Nearest) -> np.ndarray:
+    """Returns the codes (rows, columns) of a float32 weight whose levels are given, with the feedback of its inputs."""
+    parts = []
+    for (start, stop), factor, _ in zip(*feedback, strict=True):
+        columns = torch.from_numpy(weight[:, start:stop]).mT.clone(memory_format=torch.contiguous_format)
+        parts.append(_compensated_span(columns, factor, nearest))
+    return torch.cat(parts).mT.contiguous().numpy()
+
+
+def _compensated_span(columns: Tensor, factor: Tensor, nearest: Nearest) -> Tensor:
+    """Returns the transposed codes (columns, rows) of a span. Overwrites `columns`."""
+    codes = []
+    for start in range(0, len(columns), COLUMNS_AT_ONCE):
+        block = columns[start : start + COLUMNS_AT_ONCE]
+        stop, errors = start + len(block), torch.empty_like(block)
+        for k, column in enumerate(block):
+            at = start + k
+            code, value = nearest(column)
+            codes.append(code)
+            errors[k] = (column - value) / factor[at, at]
+            block[k + 1 :].addr_(factor[at, at + 1 : stop], errors[k], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].mT, errors, alpha=-1)
+    return torch.stack(codes)
 
 
 def _gptq(weight: Tensor, feedback: Feedback, affine: Affine) -> Packed:

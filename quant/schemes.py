@@ -145,13 +145,17 @@ def stored_if_kept(weight: np.ndarray, scheme: str) -> StoredWeight | None:
     if scheme == "fp16" or not is_candidate(weight):
         return None
     stored = store(weight, scheme)
-    kept, least = stored.dense(), MIN_WEIGHT_SNR_DB[scheme]
-    is_kept = (
+    return stored if is_kept(weight, stored) else None
+
+
+def is_kept(weight: np.ndarray, stored: StoredWeight) -> bool:
+    """Returns True if `stored` keeps `weight` and its rows well enough for its scheme."""
+    scheme, kept, least = stored.scheme, stored.dense(), MIN_WEIGHT_SNR_DB[stored.scheme]
+    return (
         weight_snr_db(weight, kept) > least
         and low_row_snr_db(weight, kept) > least - ROW_SNR_MARGIN_DB
         and (scheme not in LEAST_ROW_SNR_DB or low_row_snr_db(weight, kept, 0) > LEAST_ROW_SNR_DB[scheme])
     )
-    return stored if is_kept else None
 
 
 def low_row_snr_db(weight: np.ndarray, kept: np.ndarray, share: float = 0.05) -> float:

@@ -48,8 +48,8 @@ def copy(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
-QKV = -8
-"""The last attention's, in front of three other convolutions and the output's three."""
+QKV, FC1 = -8, -5
+"""The last attention's, in front of three other convolutions and the output's three, and its first feed-forward one."""
 
 
 def test_nan_in_the_package_is_an_error(copy: Path) -> None:
@@ -76,6 +76,16 @@ def test_two_swapped_channels_of_the_package_fail(copy: Path) -> None:
     result = verify(copy, "random:tiny")
     assert result.encoder.output.snr_db > result.encoder_floor_db  # the output alone does not tell
     assert result.failures == ["encoder 19.qkv.weight differs in 2 of 768 rows (the first: 3)"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda bias: bias.fill(0), lambda bias: bias.put(range(len(bias)), np.roll(bias, 1))]
+)
+def test_missing_or_shifted_bias_of_the_package_fails(copy: Path, change: Callable[[np.ndarray], None]) -> None:
+    edit_package(copy, weight_of(copy, FC1, "bias"), change)
+    result = verify(copy, "random:tiny")
+    assert result.encoder.output.snr_db > result.encoder_floor_db
+    assert result.failures == ["encoder 19.convffn.fc1.bias is missing or another one"]
 
 
 @pytest.mark.parametrize(("factor", "word"), [(1.02, "large"), (0.98, "small")])

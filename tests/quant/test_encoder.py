@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from fastvlm.quant.encoder import (
+    compensated,
     convolutions,
     input_means,
+    nearest_level,
     plan_of,
     quantize,
     stored_by_plan,
     stored_uniformly,
+    with_codes,
 )
 
 DRAW = np.random.default_rng(4)
@@ -58,6 +61,49 @@ def test_corrected_biases_keep_the_mean_output(network: nn.Sequential) -> None:
         shifts.append(float(np.abs(mean_output() - original).max()))
     assert shifts[0] > 1e-3
     assert shifts[1] < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int8", "pal8", "pal6"])
+def test_compensated_weights_keep_products_better(network: nn.Sequential, scheme: str) -> None:
+    mix = DRAW.standard_normal((64, 64), dtype=np.float32) * np.exp(-np.arange(64, dtype=np.float32) / 8)
+    images = [np.einsum("ij,bjhw->bihw", mix, image) for image in IMAGES]
+    expected = [network[0](torch.from_numpy(image)) for image in images]
+    nearest = stored_by_plan(network, {"0": scheme})
+    found = compensated(network, nearest, images)
+    assert found["0"].nbytes == nearest["0"].nbytes
+    weight, bias = network[0].weight.data, network[0].bias.data
+    noises = []
+    for stored in (nearest, found):
+        network[0].weight.data, network[0].bias.data = weight, bias
+        quantize(network, stored, images)
+        outputs = [network[0](torch.from_numpy(image)) for image in images]
+        noises.append(sum(float((y - x).square().sum()) for x, y in zip(expected, outputs, strict=True)))
+    assert noises[1] < 0.5 * noises[0]
+
+
+def test_coarse_palettes_and_larger_kernels_are_not_compensated(network: nn.Sequential) -> None:
+    wide = nn.Sequential(nn.Conv2d(64, 64, 3)).requires_grad_(False)
+    for net, scheme in ((network, "pal4"), (wide, "int8")):
+        stored = stored_by_plan(net, {"0": scheme})
+        assert compensated(net, stored, IMAGES)["0"] is stored["0"]
+
+
+def test_palette_whose_small_rows_would_drown_is_not_compensated(network: nn.Sequential) -> None:
+    network[0].weight.data[5] *= 3e-3
+    stored = stored_by_plan(network, {"0": "pal6"})
+    assert compensated(network, stored, IMAGES)["0"] is stored["0"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "pal6"])
+def test_nearest_level_is_that_of_the_stored_weight(network: nn.Sequential, scheme: str) -> None:
+    network[0].weight.data[3] = 0  # its scale is 0
+    network[0].weight.data = network[0].weight.data.half().float()  # as palettes are fitted
+    stored = stored_by_plan(network, {"0": scheme})["0"]
+    pairs = [nearest_level(stored)(column) for column in network[0].weight.data[:, :, 0, 0].mT]
+    values = torch.stack([value for _, value in pairs], 1).half().float().numpy()  # (64, 64)
+    np.testing.assert_array_equal(values, stored.dense()[:, :, 0, 0])
+    codes = torch.stack([code for code, _ in pairs], 1).numpy()
+    np.testing.assert_array_equal(with_codes(stored, codes[:, :, None, None]).dense(), stored.dense())
 
 
 def test_weight_with_rows_of_unequal_size_is_stored_per_row() -> None:

@@ -12,7 +12,7 @@ from fastvlm.models.quantization import Affine
 from fastvlm.quant import gptq as module
 from fastvlm.quant.affine_groups import fitted
 from fastvlm.quant.decoder import dequantized
-from fastvlm.quant.gptq import Hessian, gptq, spans
+from fastvlm.quant.gptq import Hessian, compensated_codes, gptq, spans
 
 RNG = np.random.default_rng(0)
 MIX = RNG.standard_normal((128, 128), dtype=np.float32) * np.exp(-np.arange(128, dtype=np.float32) / 16)[:, None]
@@ -55,6 +55,15 @@ def test_columns_with_large_inputs_count_more_in_the_fit(tolerance: Callable[[st
         for factors in (feedback, alike)
     ]
     assert 10 * np.log10(errors[1] / errors[0]) > tolerance("gptq_importance_gain_db")
+
+
+@pytest.mark.parametrize("step", [0.5, 0.02])
+def test_products_with_given_levels_have_less_error(step: float, tolerance: Callable[[str], float]) -> None:
+    codes = compensated_codes(
+        WEIGHT, hessian(400).feedback(), lambda x: ((x / step).round(), (x / step).round() * step)
+    )
+    gain_db = noise_db(codes * np.float32(step)) - noise_db(np.rint(WEIGHT / step) * np.float32(step))
+    assert gain_db > tolerance("gptq_products_gain_db")
 
 
 @pytest.mark.parametrize("rows", [1, 96])
