@@ -16,13 +16,12 @@ demo: $(INSTALLED)
 	$(BIN)/fastvlm generate demo/model --image $(SAMPLES)/word.png --prompt "What is written?"
 	$(BIN)/fastvlm generate demo/model --image $(SAMPLES)/number.png --prompt "What does the picture show?"
 
-# The root folder is the package, and a clone may have any name: for pytest the tests alone are the root.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rootdir tests -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The tests of a minute or less: those that are not marked `slow`.
 quick: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rootdir tests -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
