@@ -150,9 +150,8 @@ class EncoderProcess:
         running = next(iter(self._running), None)
         return running.pid if running is not None and running.ending is None else None
 
-    @property
     def room(self) -> int:
-        """The number of images that `submit` accepts without waiting."""
+        """Returns the number of images that `submit` accepts without waiting. Starts a child if there is none."""
         return self._process().free_slots.qsize()
 
     @property

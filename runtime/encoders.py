@@ -92,9 +92,8 @@ class PendingFeatures(Protocol):
 class SeparateEncoder(Protocol):
     """A `VisionEncoder` that works in parallel with this process."""
 
-    @property
     def room(self) -> int:
-        """The number of images that `submit` accepts without waiting."""
+        """Returns the number of images that `submit` accepts without waiting."""
 
     def submit(self, pixel_values: NDArray[np.float32]) -> PendingFeatures:
         """Starts to encode an image and returns its pending features. Raises as `encode` does."""

@@ -445,7 +445,7 @@ class Engine:
         for image in prepared.items[reused:]:
             if not isinstance(image, ImageItem):
                 continue
-            if self.encoder.room == 0 or len(prepared.submitted) == ENCODE_AHEAD:
+            if self.encoder.room() == 0 or len(prepared.submitted) == ENCODE_AHEAD:
                 return
             if not self.feature_cache.holds(image) and image.digest not in self._pending:
                 self._pending[image.digest] = pending = self.encoder.submit(to_pixel_values(image.pixels))

@@ -16,7 +16,7 @@ import pytest
 from fastvlm.models.errors import CrashError, MachineError, PackageError, UsageError
 from fastvlm.runtime import encoder_process
 from fastvlm.runtime.encoder_process import EncoderProcess, Limits
-from fastvlm.runtime.encoders import Shapes
+from fastvlm.runtime.encoders import SeparateEncoder, Shapes
 
 from .processes import BAD_CHILD, is_running, until
 
@@ -164,6 +164,14 @@ def test_crash_loop_ends(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder_process, "RETRY_SECONDS", 0.0)
     with pytest.raises(MachineError, match="in a row: 3"):
         encoder.encode(PIXELS)
+
+
+def test_crash_while_loading_is_reported_before_another_child(make: Make) -> None:
+    encoder = make("exit", when="load")
+    assert until(lambda: encoder.pid is None)
+    assert isinstance(encoder, SeparateEncoder)  # Python 3.11 reads the properties of a protocol
+    with pytest.raises(CrashError, match=r"exited with code 7 while it loaded .*[^)]$"):
+        encoder.wait_ready()
 
 
 def test_advice_fits_the_backend_and_the_units(make: Make) -> None:
