@@ -17,7 +17,7 @@ from fastvlm.models.errors import FastVLMError, OutputError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PYTHON_ONLY = {"cache_bytes", "prompts", "queue_timeout_s"}
+PYTHON_ONLY = {"cache_bytes", "logprobs", "prompts", "queue_timeout_s"}
 """The arguments that no command gives, such as the prompts of `FastVLM.generate_batch`."""
 
 

@@ -262,8 +262,8 @@ def test_sampler_knows_the_prompt_and_the_options(vlm: FastVLM, monkeypatch: pyt
     monkeypatch.setattr(engine_module, "Sampler", lambda *args: made.append(args) or original(*args))
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5, "seed": 9}
     vlm.generate(PICTURE, "Hi", max_tokens=1, **given)
-    options, ids, allowed = made[0]
-    assert allowed is None
+    options, ids, allowed, logprobs = made[0]
+    assert allowed is logprobs is None
     assert vars(options) == given
     assert ids == vlm.engine.prompts.encode(request_module._messages("Hi", None, 1)).ids
 
