@@ -135,12 +135,13 @@ def test_logits_are_computed_for_the_last_position_alone(vlm: FastVLM, monkeypat
 class SlowEncoder:
     """Works in another process, so to speak: features come only after the text before the image has been read."""
 
-    room = 3
-
     def __init__(self, encoder: VisionEncoder, reading: threading.Event) -> None:
         self._encoder, self._reading = encoder, reading
         self.name, self.projected, self.compile_ms = encoder.name, encoder.projected, 0.0
         self.image_size = encoder.image_size
+
+    def room(self) -> int:
+        return 3
 
     def submit(self, pixel_values: np.ndarray) -> SlowEncoder:
         self._pixel_values, self.done = pixel_values, False
