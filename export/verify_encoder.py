@@ -292,10 +292,11 @@ def audit_program(program: Program, network: nn.Module) -> WeightAudit:
 
 
 def wrong_biases(program: Program, constants: Constants, network: nn.Module) -> list[str]:
-    """Returns a line for each bias that is missing, or another one than the network's.
+    """Returns a line for each bias that is missing or differs from the network's.
 
     An export corrects biases for the mean error of rounding, by less than 1 % of their power with 6 bits or more. Those
-    of coarser weights and of attention, which have the mean of the values, change more. They are not compared.
+    of coarser weights change more, and so do those of attention, which contain the mean of the values. Neither is
+    compared.
     """
     means = {f"{name}.{conv}" for name, module in network.named_modules() if isinstance(module, EngineAttentionBlock)
              for conv in ("qkv", "proj")}  # fmt: skip

@@ -248,7 +248,7 @@ def compensated_weights(
     """Returns `stored` with weights that are rounded for the inputs that images of `PROBE_SIZE` at most give."""
     image_size = calibration[0].shape[-1]
     probe_size = min(PROBE_SIZE, image_size)
-    on_stage("round the encoder's weights for their inputs")
+    on_stage("round the weights with GPTQ")
     with resized_inputs(network, image_size, probe_size):
         return compensated(network, stored, range_images(calibration, probe_size))
 

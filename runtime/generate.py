@@ -81,7 +81,7 @@ class Generation:
     constraint: Constraint | None = field(default=None, repr=False)
     """The form that the answer was held to."""
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
-    """One for each of `token_ids`, if they were asked for."""
+    """The `logprob` of each of `token_ids`, with the likeliest tokens at its place (`top`), if they were asked for."""
 
     @property
     def parsed(self) -> Any:

@@ -71,7 +71,7 @@ class Answer:
         self._cancellation = CancelledError("the answer was cancelled before its end.")
         self._prepared: PreparedRequest | None = None
         self._unread = Piece("", ())
-        """Ids whose characters are not complete yet."""
+        """Tokens whose characters are not complete yet."""
 
     @property
     def done(self) -> bool:
