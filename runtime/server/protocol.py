@@ -206,7 +206,9 @@ class CompletionRequest(Options):
     ) = Field(description="A text, a list of one text, or token ids.")
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = Field(
+        None, description="Report the log-probability of each token, and of this many of the likeliest ones."
+    )
     suffix: Literal[""] | None = None
 
 
@@ -260,6 +262,20 @@ class ChoiceLogprobs(BaseModel):
 
     content: list[TokenLogprob]
     refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    """The log-probabilities of a continuation, or of a piece of one, with an entry per token in each list.
+
+    A token that is not valid UTF-8 alone is written as `bytes:` and its bytes, such as `bytes:\\xf0\\x9f`.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    """The likeliest tokens at this place, and the chosen one, with their log-probabilities."""
+    text_offset: list[int]
+    """The characters of the answer that earlier tokens completed."""
 
 
 class AnswerMessage(BaseModel):
@@ -324,7 +340,7 @@ class TextChoice(BaseModel):
 
     index: Literal[0] = 0
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 

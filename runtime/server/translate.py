@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import secrets
 import time
@@ -42,6 +43,7 @@ from .protocol import (
     ResponseFormat,
     TextChoice,
     TextFormat,
+    TextLogprobs,
     TextPart,
     Timings,
     Usage,
@@ -113,7 +115,7 @@ def completion_request(
             param="prompt",
             code="invalid_value",
         )
-    options = _options(body, body.max_tokens, settings, None, None)
+    options = _options(body, body.max_tokens, settings, None, body.logprobs)
     return Translated(Request((), (Message(RAW, text, ids=ids),), None, options, 0.0), 0.0)
 
 
@@ -219,6 +221,7 @@ class Reply:
         self._token_bytes = token_bytes
         self._include_usage = include_usage
         self._queue_ms = queue_ms
+        self._characters, self._offset = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
         self._common: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -238,9 +241,9 @@ class Reply:
             )
             body = ChatCompletion(**self._common, choices=[choice], **measured)
         else:
-            body = Completion(
-                **self._common, choices=[TextChoice(text=generation.text, finish_reason=reason)], **measured
-            )
+            reported = None if generation.logprobs is None else self._text_logprobs(generation.logprobs)
+            choices = [TextChoice(text=generation.text, logprobs=reported, finish_reason=reason)]
+            body = Completion(**self._common, choices=choices, **measured)
         return body.model_dump_json().encode()
 
     def events(self, part: Piece | Generation | None) -> list[bytes]:
@@ -266,13 +269,12 @@ class Reply:
     ) -> bytes:
         chunk: BaseModel
         if self._chat:
-            reported = self._logprobs(logprobs) if logprobs else None
-            choices = (
-                [] if delta is None else [ChunkChoice(delta=delta, logprobs=reported, finish_reason=finish_reason)]
-            )
+            of_chat = self._logprobs(logprobs) if logprobs else None
+            choices = [] if delta is None else [ChunkChoice(delta=delta, logprobs=of_chat, finish_reason=finish_reason)]
             chunk = ChatChunk(**self._common, choices=choices, **measured)
         else:
-            texts = [] if delta is None else [TextChoice(text=text, finish_reason=finish_reason)]
+            of_text = self._text_logprobs(logprobs) if logprobs else None
+            texts = [] if delta is None else [TextChoice(text=text, logprobs=of_text, finish_reason=finish_reason)]
             chunk = Completion(**self._common, choices=texts, **measured)
         content = chunk.model_dump(mode="json", exclude_none=True)
         for choice in content["choices"]:
@@ -292,6 +294,28 @@ class Reply:
                 ]
             }
         )
+
+    def _text_logprobs(self, found: tuple[TokenLogprob, ...]) -> TextLogprobs:
+        """Returns the form of completions. The offsets continue from one piece to the next."""
+
+        def named(token_id: int) -> str:
+            content = self._token_bytes(token_id)
+            try:
+                return content.decode()
+            except UnicodeDecodeError:
+                return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+        reported = TextLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for one in found:
+            likeliest: dict[str, float] = {}
+            for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
+                likeliest.setdefault(named(token_id), logprob)
+            reported.tokens.append(named(one.token_id))
+            reported.token_logprobs.append(one.logprob)
+            reported.top_logprobs.append(likeliest)
+            reported.text_offset.append(self._offset)
+            self._offset += len(self._characters.decode(self._token_bytes(one.token_id)))
+        return reported
 
     def _timings(self, generation: Generation) -> BaseModel:
         return cast("BaseModel", Timings(queue_ms=round(self._queue_ms(), 3), **generation.timings.as_dict()))

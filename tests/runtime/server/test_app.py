@@ -15,6 +15,10 @@ import httpx
 import pytest
 
 from fastvlm.runtime.fastvlm import FastVLM
+from fastvlm.runtime.generate import GenerationOptions
+from fastvlm.runtime.prompt import RAW, Message
+from fastvlm.runtime.request import Request
+from fastvlm.runtime.sampling import SamplingOptions
 from fastvlm.runtime.server import app, images
 from fastvlm.runtime.server.run import Server
 
@@ -337,13 +341,11 @@ def test_page_is_served_where_it_exists(client: httpx.Client) -> None:
     assert client.get("/").status_code == (200 if page.is_file() else 404)
 
 
-def reported(content: list[dict]) -> list[tuple]:
-    """The tokens, log-probabilities and alternatives of a response."""
+def reported(content: list[dict]) -> list[tuple[str, list[str]]]:
+    """The tokens and alternatives of a response."""
     for token in [token for one in content for token in (one, *one["top_logprobs"])]:
         assert bytes(token["bytes"]).decode(errors="replace") == token["token"]
-    return [
-        (one["token"], round(one["logprob"], 4), [other["token"] for other in one["top_logprobs"]]) for one in content
-    ]
+    return [(one["token"], [other["token"] for other in one["top_logprobs"]]) for one in content]
 
 
 def test_log_probabilities_are_those_of_generate(client: httpx.Client, model: FastVLM) -> None:
@@ -354,11 +356,12 @@ def test_log_probabilities_are_those_of_generate(client: httpx.Client, model: Fa
     with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
         choices = [choice for event in events(response) for choice in event["choices"]]
     text = {n: model.engine.tokenizer.token_bytes(n).decode(errors="replace") for one in expected for n, _ in one.top}
-    assert reported(whole["content"]) == [
-        (text[one.token_id], round(one.logprob, 4), [text[n] for n, _ in one.top]) for one in expected
-    ]
+    assert reported(whole["content"]) == [(text[one.token_id], [text[n] for n, _ in one.top]) for one in expected]
+    values = [one.logprob for one in expected]
+    assert [one["logprob"] for one in whole["content"]] == pytest.approx(values, rel=0, abs=5e-5)
     pieces = [one for choice in choices if "logprobs" in choice for one in choice["logprobs"]["content"]]
     assert reported(pieces) == reported(whole["content"])
+    assert [one["logprob"] for one in pieces] == pytest.approx(values, rel=0, abs=5e-5)
     plain = client.post(CHAT, json=question("What is it?")).json()["choices"][0]
     assert plain["logprobs"] is None
 
@@ -367,3 +370,25 @@ def test_alternatives_need_log_probabilities(client: httpx.Client) -> None:
     response = client.post(CHAT, json=question(top_logprobs=2))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "top_logprobs")
     assert client.post(CHAT, json=question(logprobs=True, num_beams=2)).status_code == 400
+
+
+def test_log_probabilities_of_completions_are_those_of_the_engine(client: httpx.Client, model: FastVLM) -> None:
+    body = {"prompt": "A red", "max_tokens": 8, "logprobs": 2, "temperature": 1.0, "seed": 3}
+    options = GenerationOptions(8, sampling=SamplingOptions(temperature=1.0, seed=3), logprobs=2)
+    stream = model.engine.stream(Request((), (Message(RAW, "A red"),), None, options, 0.0))
+    text, expected = "".join(stream), stream.generation.logprobs
+    assert expected is not None
+    whole = client.post(COMPLETE, json=body).json()["choices"][0]
+    with client.stream("POST", COMPLETE, json={**body, "stream": True}) as response:
+        pieces = [event["choices"][0]["logprobs"] for event in events(response) if "logprobs" in event["choices"][0]]
+    found = whole["logprobs"]
+    assert whole["text"] == text
+    for reply in (found, {name: [one for piece in pieces for one in piece[name]] for name in found}):
+        assert (reply["tokens"], reply["text_offset"]) == (found["tokens"], found["text_offset"])
+        for n, one in enumerate(expected):
+            token, likeliest = reply["tokens"][n], reply["top_logprobs"][n]
+            assert reply["token_logprobs"][n] == likeliest[token] == pytest.approx(one.logprob, rel=0, abs=5e-5)
+            assert list(likeliest.values())[:2] == pytest.approx([value for _, value in one.top], rel=0, abs=5e-5)
+            assert len(likeliest) == 2 + (one.token_id not in [token_id for token_id, _ in one.top])
+    assert client.post(COMPLETE, json={"prompt": "A red", "max_tokens": 1}).json()["choices"][0]["logprobs"] is None
+    assert client.post(COMPLETE, json={**body, "logprobs": 21}).status_code == 400

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 
 from fastvlm.models.errors import ImageError, UsageError
+from fastvlm.runtime.batch import Piece
 from fastvlm.runtime.beam_search import BeamOptions
+from fastvlm.runtime.generate import Generation
+from fastvlm.runtime.logprobs import TokenLogprob
 from fastvlm.runtime.prompt import RAW
 from fastvlm.runtime.server.errors import ApiError
 from fastvlm.runtime.server.images import ImageReader
 from fastvlm.runtime.server.protocol import ChatRequest, CompletionRequest
 from fastvlm.runtime.server.settings import Settings
-from fastvlm.runtime.server.translate import Translated, chat_request, completion_request
+from fastvlm.runtime.server.translate import Reply, Translated, chat_request, completion_request
+from fastvlm.runtime.timings import Timings
 
 from .conftest import data_url, png
 
@@ -143,3 +147,33 @@ def test_beam_search_is_an_extension_without_a_stream() -> None:
         chat("Hi", num_beams=2, stream=True)
     with pytest.raises(UsageError, match="num_beams above 1 cannot be combined with temperature"):
         chat("Hi", num_beams=2, temperature=1)
+
+
+def test_offsets_of_completions_count_characters() -> None:
+    """Tokens 0 and 1 are one character together, and a stream has them in two pieces."""
+    tokens = ["é".encode()[:1], "é".encode()[1:], b"ab", b"!"]
+    found = [TokenLogprob(n, -1.0, ((2, -0.5), (n, -1.0))) for n in range(4)]
+
+    def reply() -> Reply:
+        return Reply("model", False, False, lambda token_id: tokens[token_id], lambda: 0.0)
+
+    timings = Timings(**dict.fromkeys(Timings.__dataclass_fields__, 1))
+    whole = json.loads(reply().whole(Generation("éab!", (0, 1, 2, 3), timings, "length", 1, logprobs=tuple(found))))
+    streamed = reply()
+    sent = [streamed.events(Piece(part, (n,), (found[n],))) for n, part in enumerate(("", "é", "ab", "!"))]
+    pieces = [json.loads(event)["choices"][0]["logprobs"] for (event,) in sent]
+    assert (
+        whole["choices"][0]["logprobs"]
+        == {name: [piece[name][0] for piece in pieces] for name in pieces[0]}
+        == {
+            "tokens": [r"bytes:\xc3", r"bytes:\xa9", "ab", "!"],
+            "token_logprobs": [-1.0] * 4,
+            "top_logprobs": [
+                {"ab": -0.5, r"bytes:\xc3": -1.0},
+                {"ab": -0.5, r"bytes:\xa9": -1.0},
+                {"ab": -0.5},
+                {"ab": -0.5, "!": -1.0},
+            ],
+            "text_offset": [0, 0, 1, 3],
+        }
+    )
