@@ -29,6 +29,21 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+class RootFolder:
+    """Collects the root as a plain folder, although its `__init__.py` makes it the package `fastvlm`.
+
+    As a package it would be imported under the name of its folder, which a clone chooses and which may have a hyphen.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootFolder())  # a hook of this file alone would not be asked about its parent
+
+
 @pytest.hookimpl(tryfirst=True)  # before the option -m deselects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests with an expensive fixture as `slow`."""

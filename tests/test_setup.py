@@ -102,3 +102,14 @@ def test_mac_form_asks_for_the_report() -> None:
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/mac.yml").read_text())
     required = {part["id"] for part in form["body"] if part.get("validations", {}).get("required")}
     assert {"command", "mac-check", "doctor"} <= required
+
+
+@pytest.mark.slow
+def test_clone_may_have_any_name(tmp_path: Path) -> None:
+    tests = ("conftest.py", "prose.py", "test_prose.py")
+    for name in ("__init__.py", "_version.py", "pyproject.toml", *(f"tests/{test}" for test in tests)):
+        (tmp_path / "has-hyphen" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "has-hyphen" / name)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "good_prose", "tests/test_prose.py"]
+    done = subprocess.run(command, cwd=tmp_path / "has-hyphen", capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
