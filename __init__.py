@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from .runtime.fastvlm import FastVLM as FastVLM
     from .runtime.fastvlm import load as load
     from .runtime.generate import Generation as Generation
+    from .runtime.logprobs import TokenLogprob as TokenLogprob
 
 PUBLIC = {
     "Conversation": ".runtime.conversation",
     "FastVLM": ".runtime.fastvlm",
     "FastVLMError": ".models.errors",
     "Generation": ".runtime.generate",
+    "TokenLogprob": ".runtime.logprobs",
     "benchmark": ".runtime.benchmark.run",
     "bundle": ".export.bundle.write",
     "evaluate": ".runtime.evaluation.run",

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ WIDTH = 100
 """The most characters of a signature on one line."""
 
 GROUPS = {
-    "Models": ("load", "FastVLM", "Conversation", "Generation"),
+    "Models": ("load", "FastVLM", "Conversation", "Generation", "TokenLogprob"),
     "Export": ("export", "verify", "bundle"),
     "Measure": ("benchmark", "evaluate"),
     "Ray Data": ("ray.Captioner",),
@@ -128,10 +129,27 @@ def _entry(name: str, member: Any, level: str = "###") -> Iterator[str]:
     elif dataclasses.is_dataclass(member) or not inspect.isclass(member):
         yield from ("```python", *_signature(name.split(".", 1)[1], member), "```", "")
     yield from _prose(inspect.getdoc(member) or "")
+    if dataclasses.is_dataclass(member):
+        yield from _fields(member)
     if inspect.isclass(member) and not issubclass(member, BaseException):
         for method, value in vars(member).items():
             if not method.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
                 yield from ("", *_entry(f"{name}.{method}", value, "####"))
+
+
+def _fields(member: Any) -> Iterator[str]:
+    """Yields the strings under the fields of a dataclass as a list."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(member)).body if isinstance(node, ast.ClassDef))
+    pairs = []
+    for field, text in itertools.pairwise(body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                pairs.append((name, inspect.cleandoc(doc)))
+    if pairs:
+        yield from ("", "**Attributes**", "")
+    for name, doc in pairs:
+        first, *others = doc.splitlines()
+        yield from (f"- `{name}`: {first}", *(f"  {line}" for line in others))
 
 
 class _Written(str):

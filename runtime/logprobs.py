@@ -21,7 +21,9 @@ class TokenLogprob:
     """
 
     token_id: int
+    """The token's id."""
     logprob: float
+    """The log-probability, 0 or less."""
     top: tuple[tuple[int, float], ...]
     """The ids and log-probabilities of the likeliest tokens at this place, the likeliest first."""
 
