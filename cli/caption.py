@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -154,8 +154,8 @@ def caption_command(
                 "encoder_process": encoder_process,
             }
             width = {"batch_size": batch_size, "workers": workers}
-            opened = on_cluster(cluster) if engine == "ray" else in_process
-            with opened(model, questions, options, load, width) as (captioner, notes):
+            place = cluster if engine == "ray" else None
+            with opened(model, questions, options, load, width, place) as (captioner, notes):
                 write(job, captioner, source.count())
                 for text in notes():
                     note(text)
@@ -175,32 +175,28 @@ Opened: TypeAlias = "tuple[RowMaker, Callable[[], Sequence[str]]]"
 
 
 @contextmanager
-def in_process(
-    model: Path, questions: list[str], options: dict[str, Any], load: dict[str, Any], width: dict[str, Any]
+def opened(
+    model: Path,
+    questions: list[str],
+    options: dict[str, Any],
+    load: dict[str, Any],
+    width: dict[str, Any],
+    cluster: dict[str, Any] | None,
 ) -> Iterator[Opened]:
-    """Loads the model into this process, and yields its captioner."""
-    from ..runtime.bulk.pipeline import Captioner
+    """Yields the captioner of this process, or that of a Ray cluster, with the model loaded."""
+    if cluster is None:
+        from ..runtime.bulk.pipeline import Captioner
 
-    vlm = given.loaded(model, **load)
-    yield Captioner(vlm, questions, options, **width), lambda: vlm.notes
+        vlm = given.loaded(model, **load)
+        yield Captioner(vlm, questions, options, **width), lambda: vlm.notes
+        return
+    from ..runtime.bulk.ray_pool import RayCaptioner
 
-
-def on_cluster(cluster: dict[str, Any]) -> Callable[..., AbstractContextManager[Opened]]:
-    """Returns the counterpart of `in_process` for a Ray cluster."""
-
-    @contextmanager
-    def opened(
-        model: Path, questions: list[str], options: dict[str, Any], load: dict[str, Any], width: dict[str, Any]
-    ) -> Iterator[Opened]:
-        from ..runtime.bulk.ray_pool import RayCaptioner
-
-        load = {**load, "kv_bits": given.as_int(load["kv_bits"])}
-        with LoadProgress() as progress:
-            captioner = RayCaptioner(model, questions, options, load=load, on_wait=progress, **width, **cluster)
-        with captioner:
-            yield captioner, lambda: captioner.notes
-
-    return opened
+    load = {**load, "kv_bits": given.as_int(load["kv_bits"])}
+    with LoadProgress() as progress:
+        captioner = RayCaptioner(model, questions, options, load=load, on_wait=progress, **width, **cluster)
+    with captioner:
+        yield captioner, lambda: captioner.notes
 
 
 def parts_of(shard: str) -> tuple[int, int]:
