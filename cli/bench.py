@@ -153,7 +153,7 @@ def bench_command(
     check_picture(plot)
     lengths, sizes = numbers(prompt_tokens, "--prompt-tokens"), numbers(image_size, "--image-size")
     if estimate is not None:
-        check_used(context, "estimate", ("estimate",) if is_list(estimate) else USED)
+        check_used(context, "estimate", "does not measure", ("estimate",) if is_list(estimate) else USED)
         outputs = Outputs(as_json, report, markdown, plot)
         print_estimates(estimate, models or [], sizes, lengths, quant, outputs)
         return
@@ -162,7 +162,7 @@ def bench_command(
     if captions is not None:
         from ..runtime.bulk.sources import Source
 
-        check_used(context, "captions", CAPTIONING)
+        check_used(context, "captions", "measures images per second", CAPTIONING)
         workload = Workload(SAMPLE, prompt, max_tokens, runs)
         loading = {
             "backend": backend,
@@ -325,15 +325,17 @@ class Outputs:
     plot: Path | None = None
 
 
-def check_used(context: typer.Context, name: str, used: Sequence[str]) -> None:
-    """Raises BadParameter with every option that was given and that the option `name` does not use."""
+def check_used(context: typer.Context, name: str, does: str, used: Sequence[str]) -> None:
+    """Raises BadParameter with every option that was given and that the option `name` does not use.
+
+    `does` says what `name` does, as the reason.
+    """
     ignored = [
         "FOLDER" if parameter.name == "models" else parameter.opts[0]
         for parameter in context.command.params
         if parameter.name and parameter.name not in used and was_given(context, parameter.name)
     ]
     if ignored:
-        does = "does not measure" if name == "estimate" else "measures images per second"
         raise typer.BadParameter(f"{does}: leave out {', '.join(ignored)}", param_hint=f"--{name}")
 
 

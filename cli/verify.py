@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..export.verify import Verification
     from ..runtime.on_device import DeviceRun, DeviceVerification
 
+ADVICE = "Export the checkpoint again, or pass the one that the folder was exported from"
+"""The advice if weights differ."""
+
 
 def verify_command(
     folder: Annotated[
@@ -148,9 +151,17 @@ def summary(result: Verification) -> str:
         *(f"not checked: {text}" for text in result.unchecked),
         answer(result),
         f"weights compared: {result.encoder.weights.count + result.decoder.weights.count}",
-        "passed" if result.passed else f"failed: {'; '.join(result.failures)}",
+        verdict(result),
     ]
     return "\n".join(lines)
+
+
+def verdict(result: Verification) -> str:
+    """Returns `passed`, or the failures, with what to do if weights differ."""
+    if result.passed:
+        return "passed"
+    differ = result.encoder.weights.failures or result.decoder.weights.failures
+    return f"failed: {'; '.join(result.failures)}{f'. {ADVICE}' if differ else ''}"
 
 
 def by_kind(result: Verification) -> list[str]:

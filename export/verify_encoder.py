@@ -309,7 +309,7 @@ def wrong_biases(program: Program, constants: Constants, network: nn.Module) -> 
         expected = module.bias.numpy().astype(np.float64)
         bias = constants.array(operation.inputs["bias"][0]) if operation.inputs.get("bias") else 0 * expected
         if np.square(bias - expected).sum() > SHIFTED_ROW * np.square(expected).sum() > 0:
-            found.append(f"encoder {name}.bias is missing or another one")
+            found.append(f"encoder {name}.bias is missing, or differs by more than rounding explains")
     return found
 
 

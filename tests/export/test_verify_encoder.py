@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastvlm.cli.verify import ADVICE, verdict
 from fastvlm.export.exporter import export
 from fastvlm.export.rewrite import rewrite, stream_maxima, stream_scales
 from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
@@ -32,6 +34,7 @@ from fastvlm.models.fastvit_config import FastViTConfig
 from fastvlm.models.random_checkpoint import TINY_ENCODER, RandomCheckpoint
 from fastvlm.quant.calibration import NOISE, verification_images
 from fastvlm.quant.encoder import convolutions
+from fastvlm.quant.metrics import WeightAudit
 
 from .edits import edit_package, swap_rows, weight_of
 
@@ -85,7 +88,11 @@ def test_missing_or_shifted_bias_of_the_package_fails(copy: Path, change: Callab
     edit_package(copy, weight_of(copy, FC1, "bias"), change)
     result = verify(copy, "random:tiny")
     assert result.encoder.output.snr_db > result.encoder_floor_db
-    assert result.failures == ["encoder 19.convffn.fc1.bias is missing or another one"]
+    failure = "encoder 19.convffn.fc1.bias is missing, or differs by more than rounding explains"
+    assert result.failures == [failure]
+    assert verdict(result) == f"failed: {failure}. {ADVICE}"
+    alone = replace(result, encoder_floor_db=100.0, encoder=replace(result.encoder, weights=WeightAudit()))
+    assert verdict(alone).startswith("failed: image_features") and not verdict(alone).endswith(ADVICE)
 
 
 @pytest.mark.parametrize(("factor", "word"), [(1.02, "large"), (0.98, "small")])
