@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import runpy
 import sys
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before the import of MLX, since tolerances assume full float32
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin take the other workers' cores
 if sys.platform == "darwin":
     # torch's and scikit-learn's wheels each bring an OpenMP library there, and a process that loads both aborts with
     # "OMP: Error #15" or hangs. The tests compare palettes with scikit-learn's, with one thread and small arrays.
@@ -21,9 +23,28 @@ if sys.platform == "darwin":
 ROOT = Path(__file__).resolve().parent.parent
 
 SLOW_FIXTURES = frozenset(
-    ("fastvlm", "model", "exported", "exports", "at_four_bits", "fastvithd_package", "folders", "bundles")
+    (
+        "fastvlm",
+        "here",
+        "model",
+        "random_tiny",
+        "shipped_tiny",
+        "exported",
+        "exports",
+        "at_four_bits",
+        "fastvithd_package",
+        "folders",
+        "bundles",
+    )
 )
 """The fixtures that start commands or export models. A test with one of them is marked `slow`."""
+
+LONGEST = (
+    "test_docs.py",
+    "export/test_write_encoder.py",
+    "export/test_exporter.py",
+)
+"""The files of more than about ten seconds, the longest first, so that none runs alone at the end."""
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -46,10 +67,47 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before the option -m deselects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests with an expensive fixture as `slow`."""
+    """Marks the tests with an expensive fixture as `slow`, and puts the longest files first."""
     for item in items:
         if isinstance(item, pytest.Function) and SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns the function from a name to the folder that `make(folder)` writes, once for all workers of a run.
+
+    Tests that change the folder copy it.
+    """
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        root = tmp_path_factory.getbasetemp()
+        root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / name).exists():
+                make(root / name)
+        return root / name
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def random_tiny(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """An exported `random:tiny` with every default."""
+    from fastvlm.export.exporter import export
+
+    return once("random-tiny", lambda folder: export("random:tiny", folder))
+
+
+@pytest.fixture(scope="session")
+def shipped_tiny(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """An exported `tiny` with every default."""
+    from fastvlm.export.exporter import export
+
+    return once("shipped-tiny", lambda folder: export("tiny", folder))
 
 
 @pytest.fixture(scope="session")

@@ -44,15 +44,34 @@ def made() -> ModuleType:
     return module
 
 
+def run_block(language: str, code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    return done
+
+
+EXPORT = "fastvlm export tiny -o model\n"
+"""The first line of most pages. It runs once, and each page has a copy of its folder."""
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `EXPORT` writes."""
+    folder = tmp_path_factory.mktemp("docs")
+    run_block("sh", EXPORT, folder)
+    return folder / "model"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in WITH_BLOCKS if page.name != "api.md"], ids=lambda page: page.name)
-def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path) -> None:
+def test_blocks_of_a_page_run_in_order(page: Path, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "runtime" / "samples", tmp_path / "runtime" / "samples")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, code in blocks(page, "sh|python"):
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        if code.startswith(EXPORT):
+            shutil.copytree(exported, tmp_path / "model")  # fails if the page has written one already
+        done = run_block(language, code.removeprefix(EXPORT), tmp_path)
         if page.name == "README.md" and "generate model" in code:
             assert done.stdout.splitlines()[-1] in page.read_text()  # the answer under the command is the real one
 

@@ -82,7 +82,7 @@ def unreachable(n: int) -> dict[str, float]:
 
 
 def test_comparison_with_another_machine_warns(
-    fastvlm: Callable, finished: subprocess.CompletedProcess, model: Path
+    here: Callable, finished: subprocess.CompletedProcess, model: Path
 ) -> None:
     """The earlier report gets impossible times of another chip, so that any new measurement is slower."""
     report = json.loads((model.parent / "b.json").read_text())
@@ -91,7 +91,7 @@ def test_comparison_with_another_machine_warns(
         process["runs"] = [{**run, **unreachable(n)} for n, run in enumerate(process["runs"] * 3)]
     (model.parent / "old.json").write_text(json.dumps(report))
     words = ("--runs", 3, "--warmup", 0, "--processes", 2, "--max-tokens", 1, "--kv-bits", 8, "--json")
-    done = fastvlm("bench", model, *words, "--compare", "old.json", "--fail-above", 50, cwd=model.parent)
+    done = here("bench", model, *words, "--compare", "old.json", "--fail-above", 50, cwd=model.parent)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report["configurations"][0]["kv_bits"] == 8
@@ -103,22 +103,22 @@ def test_comparison_with_another_machine_warns(
 
 
 def test_bad_requests_are_reported_before_measuring(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+    here: Callable, one_line_error: Callable, model: Path, tmp_path: Path
 ) -> None:
-    one_line_error(fastvlm("bench", model, "--image-size", 512, cwd=tmp_path), "for 256 pixels", "--image-size")
-    one_line_error(fastvlm("bench", model, "--plot", "p.jpg", cwd=tmp_path), "ends in .png")
+    one_line_error(here("bench", model, "--image-size", 512, cwd=tmp_path), "for 256 pixels", "--image-size")
+    one_line_error(here("bench", model, "--plot", "p.jpg", cwd=tmp_path), "ends in .png")
     (tmp_path / "old.json").write_text('{"schema": "other"}')
-    one_line_error(fastvlm("bench", model, "--compare", "old.json", cwd=tmp_path), "got 'other'")
-    one_line_error(fastvlm("bench", model, "--estimate", "M99", cwd=tmp_path), "unknown chip 'M99'")
-    assert fastvlm("bench", "--prompt-tokens", "many", model, cwd=tmp_path).returncode == 2
-    assert fastvlm("bench", cwd=tmp_path).returncode == 2
+    one_line_error(here("bench", model, "--compare", "old.json", cwd=tmp_path), "got 'other'")
+    one_line_error(here("bench", model, "--estimate", "M99", cwd=tmp_path), "unknown chip 'M99'")
+    assert here("bench", "--prompt-tokens", "many", model, cwd=tmp_path).returncode == 2
+    assert here("bench", cwd=tmp_path).returncode == 2
 
 
-def test_damaged_folder_leaves_no_report(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+def test_damaged_folder_leaves_no_report(here: Callable, model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").write_bytes(b"")
-    done = fastvlm("bench", broken, "--report", "b.json", cwd=tmp_path)
+    done = here("bench", broken, "--report", "b.json", cwd=tmp_path)
     assert done.returncode == 1
     assert "does not match its manifest" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "b.json").exists()
@@ -299,9 +299,9 @@ def test_assumed_prompt_length_is_printed(words: tuple[str, ...], tokens: int) -
 
 
 @pytest.mark.slow
-def test_captions_are_measured_and_reported(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+def test_captions_are_measured_and_reported(here: Callable, model: Path, tmp_path: Path) -> None:
     words = ("--captions", SAMPLE.parent, "--runs", 2, "--max-tokens", 2, "--encoder-process", "--report", "r.json")
-    done = fastvlm("bench", model, *words, cwd=tmp_path)
+    done = here("bench", model, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "3 images, " in done.stdout and " of the slowest stage" in done.stdout
     assert "  model (2 of 2)" in done.stderr

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 SAMPLES = Path(__file__).resolve().parents[2] / "runtime" / "samples"
@@ -36,13 +37,13 @@ def test_chat_follows_piped_lines(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 1  # two lines could not be followed
 
 
-def test_full_context_is_reported(model: Path, tmp_path: Path) -> None:
+def test_full_context_is_reported(here: Callable, model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "tokenizer_model_max_length": 24}))
     (copy / "fastvlm.json").unlink()
-    done = run("chat", copy, stdin=b"What?\nAnd?\n", cwd=tmp_path)
-    errors = done.stderr.decode()
+    done = here("chat", copy, stdin="What?\nAnd?\n", cwd=tmp_path)
+    errors = done.stderr
     assert "the context of 24 tokens is full. /reset starts a new conversation" in errors
     assert "error: the prompt takes" in errors.splitlines()[-1]
     assert "Traceback" not in errors

@@ -57,9 +57,9 @@ def test_report_and_pictures_are_written(evaluated: subprocess.CompletedProcess,
 
 
 def test_compared_with_itself_nothing_changed(
-    fastvlm: Callable, evaluated: subprocess.CompletedProcess, model: Path
+    here: Callable, evaluated: subprocess.CompletedProcess, model: Path
 ) -> None:
-    done = fastvlm("eval", model, *SHORT, "--verify-hashes", "--compare", "r.json", "--json", cwd=model.parent)
+    done = here("eval", model, *SHORT, "--verify-hashes", "--compare", "r.json", "--json", cwd=model.parent)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["comparison"]["left_out"] == 0
@@ -69,13 +69,13 @@ def test_compared_with_itself_nothing_changed(
     assert report["wrong"] == earlier["wrong"]
 
 
-def test_own_questions_are_compared(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+def test_own_questions_are_compared(here: Callable, model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), (200, 0, 0)).save(tmp_path / "a.png")
     entries = [{"image": "a.png", "question": f"Which {n}?", "answer": "none", "kind": "\x1b[2Jbad"} for n in range(3)]
     (tmp_path / "mine.json").write_text(json.dumps(entries))
     words = ("eval", model, "--data", "mine.json", "--max-tokens", 2)
-    assert fastvlm(*words, "--report", "old.json", cwd=tmp_path).returncode == 0
-    done = fastvlm(*words, "--compare", "old.json", cwd=tmp_path)
+    assert here(*words, "--report", "old.json", cwd=tmp_path).returncode == 0
+    done = here(*words, "--compare", "old.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert "question by question" in done.stdout
@@ -109,10 +109,8 @@ def test_ctrl_c_shows_the_answers_so_far(model: Path, tmp_path: Path) -> None:
         (("--report", "no/folder/r.json"), "cannot be written"),
     ],
 )
-def test_bad_requests_are_one_line_before_loading(
-    fastvlm: Callable, tmp_path: Path, words: tuple, problem: str
-) -> None:
-    done = fastvlm("eval", "no-folder-either", *words, cwd=tmp_path)
+def test_bad_requests_are_one_line_before_loading(here: Callable, tmp_path: Path, words: tuple, problem: str) -> None:
+    done = here("eval", "no-folder-either", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()

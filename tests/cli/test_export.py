@@ -29,8 +29,8 @@ def test_results_go_to_stdout_and_progress_to_stderr(fastvlm: Callable, tmp_path
         assert noise not in done.stdout + done.stderr
 
 
-def test_json_has_folder_and_sizes(fastvlm: Callable, tmp_path: Path) -> None:
-    done = fastvlm("export", "--quant", "fp16", "--json", cwd=tmp_path)
+def test_json_has_folder_and_sizes(here: Callable, tmp_path: Path) -> None:
+    done = here("export", "--quant", "fp16", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert result["folder"] == "tiny-fp16"
     assert (tmp_path / "tiny-fp16" / "fastvlm.json").is_file()
@@ -39,34 +39,34 @@ def test_json_has_folder_and_sizes(fastvlm: Callable, tmp_path: Path) -> None:
 
 
 def test_input_that_is_not_a_checkpoint_is_one_line(
-    fastvlm: Callable, one_line_error: Callable, tmp_path: Path, write_checkpoint: Callable
+    fastvlm: Callable, here: Callable, one_line_error: Callable, tmp_path: Path, write_checkpoint: Callable
 ) -> None:
     (tmp_path / "empty").mkdir()
     one_line_error(fastvlm("export", "empty", cwd=tmp_path), "no config.json")
-    one_line_error(fastvlm("export", "missing", cwd=tmp_path), "neither a folder")
-    one_line_error(fastvlm("export", "random:9b", cwd=tmp_path), "random:tiny")
+    one_line_error(here("export", "missing", cwd=tmp_path), "neither a folder")
+    one_line_error(here("export", "random:9b", cwd=tmp_path), "random:tiny")
     (tmp_path / "text").write_text("hello")
-    one_line_error(fastvlm("export", "text", cwd=tmp_path), "is a file")
+    one_line_error(here("export", "text", cwd=tmp_path), "is a file")
     checkpoint = write_checkpoint()
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    one_line_error(fastvlm("export", checkpoint, "-o", "out", cwd=tmp_path), "truncated or corrupt")
+    one_line_error(here("export", checkpoint, "-o", "out", cwd=tmp_path), "truncated or corrupt")
     weights.rename(checkpoint / "pytorch_model.bin")
-    one_line_error(fastvlm("export", checkpoint, "-o", "out", cwd=tmp_path), "pickle")
+    one_line_error(here("export", checkpoint, "-o", "out", cwd=tmp_path), "pickle")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_existing_folder_needs_force(fastvlm: Callable, one_line_error: Callable, model: Path) -> None:
-    one_line_error(fastvlm("export", "-o", model, cwd=model.parent), "Pass --force")
+def test_existing_folder_needs_force(here: Callable, one_line_error: Callable, model: Path) -> None:
+    one_line_error(here("export", "-o", model, cwd=model.parent), "Pass --force")
 
 
 @pytest.mark.parametrize(
     "words",
     [("--quant", "int3"), ("--decoder-bits", "3"), ("--io", "png"), ("--min-os", "ios16"), ("--format", "onnx")],
 )
-def test_unknown_choice_lists_the_known_ones(fastvlm: Callable, tmp_path: Path, words: tuple[str, str]) -> None:
-    done = fastvlm("export", *words, cwd=tmp_path)
+def test_unknown_choice_lists_the_known_ones(here: Callable, tmp_path: Path, words: tuple[str, str]) -> None:
+    done = here("export", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "is not one of" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,8 @@ import pytest
 
 from fastvlm.cli.generate import show
 from fastvlm.cli.interrupt import Interrupted
-from fastvlm.models.errors import FastVLMError, PromptError
+from fastvlm.models.errors import FastVLMError, PackageError, PromptError
+from fastvlm.runtime.encoders import ReferenceEncoder
 
 SAMPLE = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.png"
 
@@ -26,93 +27,87 @@ def test_text_goes_to_stdout_and_timings_to_stderr(fastvlm: Callable, model: Pat
     assert all(stage in done.stderr for stage in ("preprocess", "encode", "project", "prefill", "sample"))
 
 
-def test_json_has_stages_that_add_up_to_ttft(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+def test_json_has_stages_that_add_up_to_ttft(here: Callable, model: Path, tmp_path: Path) -> None:
     words = ("generate", model, "-i", SAMPLE, "--max-tokens", 6, "--ignore-eos", "--json")
-    result = json.loads(fastvlm(*words, "-p", "Describe.", cwd=tmp_path).stdout)
+    result = json.loads(here(*words, "-p", "Describe.", cwd=tmp_path).stdout)
     assert len(result["token_ids"]) == 6
     assert result["finish_reason"] == "length"
     timings = result["timings"]
     stages = sum(timings[f"{stage}_ms"] for stage in ("preprocess", "encode", "project", "prefill", "sample"))
     assert stages == pytest.approx(timings["ttft_ms"], abs=0.01)  # each is rounded to a microsecond
     assert "random weights: the text means nothing" in result["notes"]
-    piped = json.loads(fastvlm(*words, "-p", "-", cwd=tmp_path, stdin="Describe.").stdout)
+    piped = json.loads(here(*words, "-p", "-", cwd=tmp_path, stdin="Describe.").stdout)
     assert piped["token_ids"] == result["token_ids"]
     assert piped["text"] == result["text"]
 
 
 def test_structure_of_the_answer_is_an_option(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+    here: Callable, one_line_error: Callable, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
     (tmp_path / "bad.json").write_text('{"type": "objekt"}')
     (tmp_path / "latin.txt").write_bytes(b"start: \xff")
     (tmp_path / "grammar.txt").write_text('start: "a" "b"')
     words = ("generate", model, "-p", "Describe.")
-    answer = json.loads(fastvlm(*words, "--json-schema", "schema.json", cwd=tmp_path).stdout)
+    answer = json.loads(here(*words, "--json-schema", "schema.json", cwd=tmp_path).stdout)
     assert set(answer) <= {True, False}
-    assert fastvlm(*words, "--choice", "red,dark blue", cwd=tmp_path).stdout in ("red\n", "dark blue\n")
-    assert fastvlm(*words, "--grammar", "grammar.txt", cwd=tmp_path).stdout == "ab\n"
-    one_line_error(fastvlm(*words, "--json-schema", "bad.json", cwd=tmp_path), "--json-schema: ", "objekt")
-    one_line_error(fastvlm(*words, "--json-schema", "gone.json", cwd=tmp_path), "--json-schema: gone.json cannot be")
-    one_line_error(fastvlm(*words, "--grammar", "latin.txt", cwd=tmp_path), "--grammar: latin.txt is not UTF-8")
-    one_line_error(fastvlm(*words, "--regex", "a", "--choice", "a", cwd=tmp_path), "--regex and --choice")
+    assert here(*words, "--choice", "red,dark blue", cwd=tmp_path).stdout in ("red\n", "dark blue\n")
+    assert here(*words, "--grammar", "grammar.txt", cwd=tmp_path).stdout == "ab\n"
+    one_line_error(here(*words, "--json-schema", "bad.json", cwd=tmp_path), "--json-schema: ", "objekt")
+    one_line_error(here(*words, "--json-schema", "gone.json", cwd=tmp_path), "--json-schema: gone.json cannot be")
+    one_line_error(here(*words, "--grammar", "latin.txt", cwd=tmp_path), "--grammar: latin.txt is not UTF-8")
+    one_line_error(here(*words, "--regex", "a", "--choice", "a", cwd=tmp_path), "--regex and --choice")
 
 
-def test_beam_search_is_an_option(fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
+def test_beam_search_is_an_option(here: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
     words = ("generate", model, "-p", "Describe.", "--max-tokens", 5, "--ignore-eos", "--num-beams", 2)
-    done = fastvlm(*words, "--length-penalty", 0.5, "--early-stopping", "never", "--json", cwd=tmp_path)
+    done = here(*words, "--length-penalty", 0.5, "--early-stopping", "never", "--json", cwd=tmp_path)
     assert len(json.loads(done.stdout)["token_ids"]) == 5
-    one_line_error(fastvlm(*words, "--temperature", 1, cwd=tmp_path), "--num-beams above 1", "with --temperature")
-
-
-WITHOUT_ENCODER = """
-from fastvlm.models.errors import PackageError
-from fastvlm.runtime.encoders import ReferenceEncoder
-def encode(self, pixel_values):
-    raise PackageError("an image is encoded")
-ReferenceEncoder.encode = encode
-from fastvlm.cli.main import main
-main()
-"""
+    one_line_error(here(*words, "--temperature", 1, cwd=tmp_path), "--num-beams above 1", "with --temperature")
 
 
 def test_prompt_without_an_image_encodes_nothing(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+    here: Callable, one_line_error: Callable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def encode(self: object, pixel_values: object) -> None:
+        raise PackageError("an image is encoded")
+
+    monkeypatch.setattr(ReferenceEncoder, "encode", encode)
     words = (model, "--backend", "reference", "-p", "Hello", "--max-tokens", 2, "--ignore-eos", "--json")
-    done = fastvlm("generate", *words, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
+    done = here("generate", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["token_ids"]) == 2
-    with_image = fastvlm("generate", *words, "-i", SAMPLE, cwd=tmp_path, start=("-c", WITHOUT_ENCODER))
-    one_line_error(with_image, "an image is encoded")
+    one_line_error(here("generate", *words, "-i", SAMPLE, cwd=tmp_path), "an image is encoded")
 
 
 @pytest.mark.parametrize(
     ("content", "name"), [(b"", "empty.png"), (b"just words", "text.jpg"), (SAMPLE.read_bytes()[:900], "cut.png")]
 )
 def test_file_that_is_not_an_image_is_one_line(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path, content: bytes, name: str
+    here: Callable, one_line_error: Callable, model: Path, tmp_path: Path, content: bytes, name: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    done = fastvlm("generate", model, "--image", name, "--prompt", "x", cwd=tmp_path)
+    done = here("generate", model, "--image", name, "--prompt", "x", cwd=tmp_path)
     one_line_error(done, name)
 
 
-def test_missing_inputs_are_one_line(fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path) -> None:
+def test_missing_inputs_are_one_line(
+    fastvlm: Callable, here: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+) -> None:
     one_line_error(fastvlm("generate", model, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
-    one_line_error(fastvlm("generate", "gone", "-p", "x", cwd=tmp_path), "gone")
-    one_line_error(fastvlm("generate", model, "-p", "x", "--top-p", "7", cwd=tmp_path), "--top-p")
-    assert fastvlm("generate", model, "-p", "x", "--fit", "squash", "-i", SAMPLE, cwd=tmp_path).returncode == 2
+    one_line_error(here("generate", "gone", "-p", "x", cwd=tmp_path), "gone")
+    one_line_error(here("generate", model, "-p", "x", "--top-p", "7", cwd=tmp_path), "--top-p")
+    assert here("generate", model, "-p", "x", "--fit", "squash", "-i", SAMPLE, cwd=tmp_path).returncode == 2
 
 
 def test_bad_requests_are_reported_before_loading(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+    here: Callable, one_line_error: Callable, model: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     (copy / "model.safetensors").unlink()  # loading would fail on this
-    one_line_error(fastvlm("generate", copy, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
-    one_line_error(fastvlm("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "--temperature")
-    one_line_error(fastvlm("generate", copy, "-p", "x", cwd=tmp_path), "model.safetensors is missing")
+    one_line_error(here("generate", copy, "-i", "gone.png", "-p", "x", cwd=tmp_path), "gone.png")
+    one_line_error(here("generate", copy, "-p", "x", "--temperature", "-1", cwd=tmp_path), "--temperature")
+    one_line_error(here("generate", copy, "-p", "x", cwd=tmp_path), "model.safetensors is missing")
 
 
 def interrupted(pieces: str, reason: BaseException) -> Iterator[str]:

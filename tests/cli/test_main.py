@@ -36,12 +36,12 @@ def test_wrong_usage_exits_with_2(fastvlm: Callable, tmp_path: Path, words: list
     assert fastvlm(*words, cwd=tmp_path).returncode == 2
 
 
-def test_untrusted_text_is_printed_without_escapes(fastvlm: Callable, model: Path, tmp_path: Path) -> None:
+def test_untrusted_text_is_printed_without_escapes(here: Callable, model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     manifest = json.loads((copy / "fastvlm.json").read_text())
     manifest["notes"] = ["\x1b[2J\x07 hello\nerror: forged " + "x" * 5000]
     (copy / "fastvlm.json").write_text(json.dumps(manifest))
-    done = fastvlm("generate", copy, "-p", "hi", "--max-tokens", 1, cwd=tmp_path)
+    done = here("generate", copy, "-p", "hi", "--max-tokens", 1, cwd=tmp_path)
     assert done.returncode == 0
     assert "\x1b" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("note:")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -29,14 +30,16 @@ def run(*words: object, stdin: bytes, cwd: Path) -> subprocess.CompletedProcess:
     ("stdin", "problem"),
     [(b"a" * (2**20 + 2), "on stdin is longer than 1,048,576 bytes"), (b"\xff\xfe", "is not UTF-8")],
 )
-def test_stdin_that_is_not_a_prompt_is_one_line(model: Path, tmp_path: Path, stdin: bytes, problem: str) -> None:
+def test_stdin_that_is_not_a_prompt_is_one_line(
+    here: Callable, model: Path, tmp_path: Path, stdin: bytes, problem: str
+) -> None:
     done = run("generate", model, "-p", "-", stdin=stdin, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: the prompt on stdin")
     assert problem in done.stderr.decode()
-    done = run("chat", model, stdin=stdin, cwd=tmp_path)
+    done = here("chat", model, stdin=stdin, cwd=tmp_path)
     assert done.returncode == 1
-    assert problem in done.stderr.decode().splitlines()[-1]
+    assert problem in done.stderr.splitlines()[-1]
 
 
 def choices(command: str, option: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ SHAPES = Path(__file__).resolve().parents[2] / "runtime" / "samples" / "shapes.p
 
 @pytest.mark.slow
 def test_image_and_array_give_the_same_outputs(
-    fastvlm: Callable, one_line_error: Callable, model: Path, tmp_path: Path
+    fastvlm: Callable, here: Callable, one_line_error: Callable, model: Path, tmp_path: Path
 ) -> None:
     package = model / "fastvithd.mlpackage"
     done = fastvlm("run", package, "--image", SHAPES, "-o", "image.npz", cwd=tmp_path)
@@ -26,15 +26,15 @@ def test_image_and_array_give_the_same_outputs(
     assert "image_features: float32[1, 16, 512]" in done.stdout
     pixels = np.asarray(Image.open(SHAPES).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC))
     np.save(tmp_path / "x.npy", pixels.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
-    done = fastvlm("run", model, "--input", "images=x.npy", "-o", "array.npy", "--json", cwd=tmp_path)
+    done = here("run", model, "--input", "images=x.npy", "-o", "array.npy", "--json", cwd=tmp_path)
     (output,) = json.loads(done.stdout)["outputs"]
     found = np.load(tmp_path / "array.npy")
     assert output["shape"] == list(found.shape) and output["max"] == pytest.approx(found.max())
     np.testing.assert_array_equal(np.load(tmp_path / "image.npz")["image_features"], found)
-    one_line_error(fastvlm("run", package, cwd=tmp_path), "data must have the inputs images fp32[1, 3, 256, 256]")
-    wrong = fastvlm("run", package, "--input", "images=x.npy", "-o", "x.txt", cwd=tmp_path)
+    one_line_error(here("run", package, cwd=tmp_path), "data must have the inputs images fp32[1, 3, 256, 256]")
+    wrong = here("run", package, "--input", "images=x.npy", "-o", "x.txt", cwd=tmp_path)
     one_line_error(wrong, "arrays are written as .npy or .npz")
-    one_line_error(fastvlm("run", "gone.mlpackage", cwd=tmp_path), "must be a .mlpackage folder")
+    one_line_error(here("run", "gone.mlpackage", cwd=tmp_path), "must be a .mlpackage folder")
 
 
 @pytest.mark.parametrize("text", ["x", "=x.npy", "x="])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,9 @@ from fastvlm.runtime.doctor import Finding
 from fastvlm.runtime.on_device import BASELINE, EXACT, DeviceRun, DeviceVerification, Way
 
 
-def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path, write_checkpoint: Callable) -> None:
+def test_exit_code_is_the_verdict(
+    fastvlm: Callable, here: Callable, model: Path, tmp_path: Path, write_checkpoint: Callable
+) -> None:
     good = fastvlm("verify", model, "--against", "random:tiny", cwd=tmp_path)
     assert (good.returncode, good.stdout.splitlines()[-1]) == (0, "passed")
     assert "the first image, dB: float16 " in good.stdout and ", float16-accumulate " in good.stdout
@@ -29,7 +30,7 @@ def test_exit_code_is_the_verdict(fastvlm: Callable, model: Path, tmp_path: Path
     def change(tensors: dict) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] *= -1
 
-    bad = fastvlm("verify", model, "--against", write_checkpoint(change=change), "--json", cwd=tmp_path)
+    bad = here("verify", model, "--against", write_checkpoint(change=change), "--json", cwd=tmp_path)
     assert bad.returncode == 1
     result = json.loads(bad.stdout)
     assert result["passed"] is False
@@ -46,11 +47,6 @@ ABORTED = DeviceRun(Way("coreml", "ALL"), error="Core ML: its process was ended 
 def verification(*runs: DeviceRun) -> DeviceVerification:
     first = DeviceRun(BASELINE, finite=True, load_ms=1000.0, first_ms=900.0, warm_ms=500.0)
     return DeviceVerification("model", "shapes.png", 125_000_000, (first, *runs), ())
-
-
-def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fastvlm.cli.main", *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def test_table_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,14 +96,16 @@ def test_judgement_has_a_row_per_stage_and_a_verdict() -> None:
         (["verify", "model", "--against", "tiny", "--judge-size", "128"], "--judge-size"),
     ],
 )
-def test_verify_without_a_comparison_is_a_usage_error(words: list[str], named: str, tmp_path: Path) -> None:
-    done = run_command(*words, cwd=tmp_path)
+def test_verify_without_a_comparison_is_a_usage_error(
+    here: Callable, words: list[str], named: str, tmp_path: Path
+) -> None:
+    done = here(*words, cwd=tmp_path)
     assert done.returncode == 2 and named in done.stderr
 
 
 @pytest.mark.slow
-def test_model_that_is_nothing_is_one_line(tmp_path: Path) -> None:
-    done = run_command("verify", "nothing-here", "--on-device", cwd=tmp_path)
+def test_model_that_is_nothing_is_one_line(here: Callable, tmp_path: Path) -> None:
+    done = here("verify", "nothing-here", "--on-device", cwd=tmp_path)
     assert done.returncode == 1
     assert next(line for line in done.stderr.splitlines() if "nothing-here" in line).startswith("error: ")
 
@@ -138,8 +136,8 @@ def test_deep_doctor_judges_the_default(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="the two modes of the executor, which stand in for Core ML")
-def test_executor_is_verified_off_a_mac(model: Path) -> None:
-    done = run_command("verify", str(model), "--on-device", "--json", cwd=model.parent)
+def test_executor_is_verified_off_a_mac(here: Callable, model: Path) -> None:
+    done = here("verify", str(model), "--on-device", "--json", cwd=model.parent)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     runs = {run["label"]: run for run in found["on_device"]["runs"]}
@@ -151,16 +149,16 @@ def test_executor_is_verified_off_a_mac(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_and_device_are_verified_together(model: Path) -> None:
-    done = run_command("verify", str(model), "--against", "random:tiny", "--on-device", "--json", cwd=model.parent)
+def test_checkpoint_and_device_are_verified_together(here: Callable, model: Path) -> None:
+    done = here("verify", str(model), "--against", "random:tiny", "--on-device", "--json", cwd=model.parent)
     found = json.loads(done.stdout)
     assert {"image_features", "logits", "on_device", "passed", "failures"} <= set(found)
     assert done.returncode == 0 and found["passed"]
 
 
 @pytest.mark.slow
-def test_deep_doctor_runs_the_embedded_model(tmp_path: Path) -> None:
-    done = run_command("doctor", "--deep", cwd=tmp_path)
+def test_deep_doctor_runs_the_embedded_model(here: Callable, tmp_path: Path) -> None:
+    done = here("doctor", "--deep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "executor, float16" in done.stdout and "passed: " in done.stdout
     assert list(tmp_path.iterdir()) == []

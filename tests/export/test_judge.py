@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.export.exporter import export
 from fastvlm.export.judge import ACCUMULATE, FLOAT16_BOUND_DB, Judgement, check_recipe, estimate, judge, take_numbers
 from fastvlm.export.options import silent
 from fastvlm.export.recipe import PackageInterface
@@ -101,14 +100,9 @@ def test_folder_without_a_package_is_refused() -> None:
         check_recipe(Path("model"), {"format": "coreai", "quant": "int8"})
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("tiny", tmp_path_factory.mktemp("judge") / "model").folder
-
-
 @needs_coreai
-def test_judge_agrees_with_the_executor_on_tiny(exported: Path, tolerance: Callable[[str], float]) -> None:
-    found = judge(exported, "tiny")
+def test_judge_agrees_with_the_executor_on_tiny(shipped_tiny: Path, tolerance: Callable[[str], float]) -> None:
+    found = judge(shipped_tiny, "tiny")
     assert found.passed, found.failures
     assert min(found.judge["float32"].values()) > tolerance("coreai_float32_snr_db")
     assert found.executor["float32"]["output"] > tolerance("coreai_float32_snr_db")
@@ -119,16 +113,16 @@ def test_judge_agrees_with_the_executor_on_tiny(exported: Path, tolerance: Calla
 
 
 @pytest.mark.slow
-def test_estimate_grows_with_the_arithmetic(exported: Path) -> None:
-    program = read_package(exported / PACKAGE_NAME)
+def test_estimate_grows_with_the_arithmetic(shipped_tiny: Path) -> None:
+    program = read_package(shipped_tiny / PACKAGE_NAME)
     executor, coreai = estimate(program)
     fewer = replace(program, operations=program.operations[: len(program.operations) // 2])
     assert 0 < estimate(fewer)[0] < executor < 60 and estimate(fewer)[1] < coreai < 60
 
 
 @needs_coreai
-def test_another_checkpoint_or_size_is_refused(exported: Path) -> None:
+def test_another_checkpoint_or_size_is_refused(shipped_tiny: Path) -> None:
     with pytest.raises(VerificationError, match="Pass the checkpoint that it was exported from|Export the model again"):
-        judge(exported, "random:tiny")
+        judge(shipped_tiny, "random:tiny")
     with pytest.raises(UsageError, match="judge_size must be a multiple of 64"):
-        judge(exported, "tiny", judge_size=100)
+        judge(shipped_tiny, "tiny", judge_size=100)

@@ -22,14 +22,9 @@ from .edits import edit_weights, sign, swap_rows
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("random:tiny", tmp_path_factory.mktemp("verify") / "model").folder
-
-
 @pytest.fixture
-def copy(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "model"))
+def copy(random_tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_tiny, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin"])
@@ -65,12 +60,12 @@ def test_odd_recipes_are_one_line(copy: Path, image_size: object) -> None:
         verify(copy, "random:tiny")
 
 
-def test_a_good_folder_passes_with_the_figures_of_its_manifest(exported: Path) -> None:
-    result = verify(exported, "random:tiny")
+def test_a_good_folder_passes_with_the_figures_of_its_manifest(random_tiny: Path) -> None:
+    result = verify(random_tiny, "random:tiny")
     assert result.passed
     figures = result.as_dict()
     assert set(figures.pop("modes_snr_db")) == {"float16", "float16-accumulate"}  # which an export does not measure
-    assert figures == json.loads((exported / "fastvlm.json").read_text())["parity"]
+    assert figures == json.loads((random_tiny / "fastvlm.json").read_text())["parity"]
 
 
 def test_stale_package_with_newer_weights_fails_even_if_signed(copy: Path, write_checkpoint: Callable) -> None:
@@ -162,7 +157,7 @@ def test_scrambled_projector_fails(copy: Path) -> None:
 @pytest.fixture(scope="module", params=["rtn", "gptq"])
 def at_four_bits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "model"
-    return export("random:tiny", out, decoder_bits=4, decoder_quantizer=request.param).folder
+    return export("random:tiny", out, encoder="mlx", decoder_bits=4, decoder_quantizer=request.param).folder
 
 
 LAYERS = [f"model.layers.1.{name}" for name in ("self_attn.v_proj", "mlp.down_proj")] + ["model.embed_tokens"]
@@ -215,16 +210,18 @@ def test_export_of_another_size_is_one_line(copy: Path) -> None:
         verify_decoder(copy, RandomCheckpoint("0.5b"), np.zeros((1, 16, 512), np.float32))
 
 
-def test_answers_are_compared_token_by_token(exported: Path) -> None:
-    logits = json.loads((exported / "fastvlm.json").read_text())["parity"]["logits"]
+def test_answers_are_compared_token_by_token(random_tiny: Path) -> None:
+    logits = json.loads((random_tiny / "fastvlm.json").read_text())["parity"]["logits"]
     assert logits["greedy_tokens"] == 16
     assert logits["greedy_prefix"] <= 16 * logits["greedy_same"] + 1e-9
     assert 0 < logits["kl"] < 0.01
 
 
-def test_no_answer_is_written_when_the_weights_are_too_large(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_written_when_the_weights_are_too_large(
+    random_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastvlm.export.verify.MAX_RESIDENT_BYTES", 1e5)
     features = np.random.default_rng(0).standard_normal((1, 16, 512), dtype=np.float32)
-    result = verify_decoder(exported, RandomCheckpoint("tiny"), features)
+    result = verify_decoder(random_tiny, RandomCheckpoint("tiny"), features)
     assert (result.greedy_tokens, result.greedy_same, result.greedy_prefix) == (0, None, 0)
     assert result.logits.snr_db > 25

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from fastvlm.cli.verify import ADVICE, verdict
-from fastvlm.export.exporter import export
 from fastvlm.export.rewrite import rewrite, stream_maxima, stream_scales
 from fastvlm.export.verify import ENCODER_FLOOR_DB, verify
 from fastvlm.export.verify_encoder import (
@@ -41,14 +40,9 @@ from .edits import edit_package, swap_rows, weight_of
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("random:tiny", tmp_path_factory.mktemp("verify") / "model").folder
-
-
 @pytest.fixture
-def copy(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "model"))
+def copy(random_tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_tiny, tmp_path / "model"))
 
 
 QKV, FC1 = -8, -5
@@ -107,15 +101,15 @@ def test_a_scale_of_the_package_that_is_off_by_two_percent_fails(copy: Path, fac
     assert re.fullmatch(rf"encoder 19.qkv.weight is (1.9|2.0)% too {word}", result.failures[0])
 
 
-def test_every_stage_is_compared(exported: Path) -> None:
-    stages = json.loads((exported / "fastvlm.json").read_text())["parity"]["stages_snr_db"]
+def test_every_stage_is_compared(random_tiny: Path) -> None:
+    stages = json.loads((random_tiny / "fastvlm.json").read_text())["parity"]["stages_snr_db"]
     assert list(stages) == ["stem", *(f"stage {index}" for index in range(5))]
     assert all(snr_db > 30 for snr_db in stages.values())
     assert stages["stem"] > 60  # all float16 up to here
 
 
-def test_first_image_is_measured_with_sums_in_float16_too(exported: Path) -> None:
-    result = verify(exported, "random:tiny")
+def test_first_image_is_measured_with_sums_in_float16_too(random_tiny: Path) -> None:
+    result = verify(random_tiny, "random:tiny")
     found = result.encoder.modes
     assert list(found) == ["float16", "float16-accumulate"]
     assert found["float16"] != found["float16-accumulate"]

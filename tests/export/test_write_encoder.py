@@ -386,8 +386,14 @@ def test_executed_package_matches_the_reference(
     assert executor.first_overflow is None
 
 
-def test_interface_is_what_the_clients_expect(tmp_path: Path) -> None:
-    program = read_package(write_package(RandomCheckpoint("tiny"), "int8", tmp_path / "fastvithd.mlpackage"))
+@pytest.fixture(scope="module")
+def int8_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of `random:tiny` in int8."""
+    return write_package(RandomCheckpoint("tiny"), "int8", tmp_path_factory.mktemp("int8") / "fastvithd.mlpackage")
+
+
+def test_interface_is_what_the_clients_expect(int8_package: Path) -> None:
+    program = read_package(int8_package)
     (images,), (features,) = program.inputs, program.outputs
     assert (images.name, tuple(images.shape), images.dtype) == ("images", (1, 3, 256, 256), "fp32")
     assert (features.name, tuple(features.shape), features.dtype) == ("image_features", (1, 16, 512), "fp32")
@@ -400,7 +406,7 @@ def test_interface_is_what_the_clients_expect(tmp_path: Path) -> None:
     )
 
 
-def test_correcting_biases_removes_most_of_the_noise(tmp_path: Path) -> None:
+def test_correcting_biases_removes_most_of_the_noise(int8_package: Path, tmp_path: Path) -> None:
     checkpoint = RandomCheckpoint("tiny")
     from fastvlm.export.verify_encoder import reference_features
     from fastvlm.quant.calibration import verification_images
@@ -408,20 +414,18 @@ def test_correcting_biases_removes_most_of_the_noise(tmp_path: Path) -> None:
     images = verification_images(256)[:-1]  # without noise, which biases were not corrected for
     expected = reference_features(FastViT.from_checkpoint(checkpoint), images)
     snr = {}
-    for correct in (False, True):
-        executor = Executor(write_package(checkpoint, "int8", tmp_path / f"{correct}.mlpackage", correct=correct))
+    plain = write_package(checkpoint, "int8", tmp_path / "plain.mlpackage", correct=False)
+    for correct, package in ((False, plain), (True, int8_package)):
+        executor = Executor(package)
         outputs = [executor.run({INPUT_NAME: image})[OUTPUT_NAME] for image in images]
         snr[correct] = compare(np.concatenate(expected), np.concatenate(outputs), "features").snr_db
     assert snr[True] > snr[False] + 3
 
 
-def test_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
-    contents = []
-    for k in range(2):
-        package = write_package(RandomCheckpoint("tiny"), "int8", tmp_path / str(k) / "fastvithd.mlpackage")
-        contents.append({p.relative_to(package): p.read_bytes() for p in package.rglob("*") if p.is_file()})
-    assert contents[0] == contents[1]
-    assert len(contents[0]) == 3
+def test_same_network_gives_the_same_bytes(int8_package: Path, tmp_path: Path) -> None:
+    again = write_package(RandomCheckpoint("tiny"), "int8", tmp_path / "fastvithd.mlpackage")
+    assert contents(again) == contents(int8_package)
+    assert len(contents(again)) == 3
 
 
 def test_weight_that_the_program_lacks_is_an_error(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ SEEDS = {"shapes": 2_000_500_019, "word": 2_000_500_190, "number": 2_000_500_188
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> fastvlm.FastVLM:
-    return fastvlm.load(fastvlm.export("tiny", tmp_path_factory.mktemp("samples") / "model").folder)
+def model(shipped_tiny: Path) -> fastvlm.FastVLM:
+    return fastvlm.load(shipped_tiny)
 
 
 @pytest.mark.parametrize("name", SEEDS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,19 +84,6 @@ def make_images(folder: Path, count: int) -> None:
     for n in range(count):
         Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(folder / f"{n:03d}.png")
     (folder / "broken.png").write_bytes(b"no picture")
-
-
-def export_tiny(folder: Path) -> Path:
-    """Exports `random:tiny`, and returns the folder."""
-    command = [sys.executable, "-m", "fastvlm.cli.main", "export", "random:tiny", "-o", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported `random:tiny`."""
-    return export_tiny(tmp_path_factory.mktemp("bulk") / "model")
 
 
 @contextlib.contextmanager

@@ -101,11 +101,11 @@ class NotedCaptioner(Captioner):
 
 
 @pytest.mark.slow
-def test_data_set_survives_a_killed_node(exported: Path, tmp_path: Path) -> None:
+def test_data_set_survives_a_killed_node(random_tiny: Path, tmp_path: Path) -> None:
     make_images(tmp_path / "images", 60)
     notes = tmp_path / "notes"
     options = {"max_tokens": 24, "ignore_eos": True}
-    arguments: dict[str, Any] = {"model": str(exported), "prompts": "What?", "options": options, "batch_size": 2}
+    arguments: dict[str, Any] = {"model": str(random_tiny), "prompts": "What?", "options": options, "batch_size": 2}
     with two_nodes(head_cpus=2) as (address, kill_second):
         import ray
         from ray import cloudpickle

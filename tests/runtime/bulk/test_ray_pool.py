@@ -146,9 +146,11 @@ def untimed(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_node_loses_and_repeats_nothing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_node_loses_and_repeats_nothing(
+    random_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_images(tmp_path / "images", 60)
-    given = ["caption", "images", "--model", exported, "-p", "What?", "--max-tokens", "24", "--ignore-eos"]
+    given = ["caption", "images", "--model", random_tiny, "-p", "What?", "--max-tokens", "24", "--ignore-eos"]
     command = [sys.executable, "-m", "fastvlm.cli.main", *map(str, given), "--batch-size", "2"]
     with two_nodes() as (address, kill_second):
         cluster = ("--engine", "ray", "--address", address, "--actors", "2")
@@ -169,7 +171,7 @@ def test_killed_node_loses_and_repeats_nothing(exported: Path, tmp_path: Path, m
     assert "note: 1 actor ended before the run did" in errors
     assert "1 of 61 images have no caption" in errors
     monkeypatch.chdir(tmp_path)
-    local = Captioner(load(exported), "What?", {"max_tokens": 24, "ignore_eos": True})
+    local = Captioner(load(random_tiny), "What?", {"max_tokens": 24, "ignore_eos": True})
     expected = [untimed({"file": row.key, **row.entry}) for row in local.rows(Source(["images"]))]
     assert [untimed(json.loads(line)) for line in log.read_text().splitlines()] == expected
     assert len({line["file"] for line in expected}) == 61

@@ -108,10 +108,8 @@ def page(browser: Any) -> Page:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> FastVLM:
-    folder = tmp_path_factory.mktemp("page") / "model"
-    fastvlm.export("tiny", folder, quant="int8")
-    return fastvlm.load(folder)
+def tiny(shipped_tiny: Path) -> FastVLM:
+    return fastvlm.load(shipped_tiny)
 
 
 @pytest.fixture(scope="module")

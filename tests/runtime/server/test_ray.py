@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 import fastvlm
 
-from ..bulk.conftest import export_tiny, make_images
+from ..bulk.conftest import make_images
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,11 +54,11 @@ def example(urls: list[str], images: Path) -> str:
 
 
 @pytest.mark.slow
-def test_ray_data_asks_two_servers_and_survives_one(tmp_path: Path) -> None:
+def test_ray_data_asks_two_servers_and_survives_one(random_tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra ray")
     pytest.importorskip("aiohttp", reason="needs aiohttp")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
-    images, folder = tmp_path / "images", export_tiny(tmp_path / "model")
+    images, folder = tmp_path / "images", Path(shutil.copytree(random_tiny, tmp_path / "model"))
     make_images(images, 40)
     with ExitStack() as stack:
         servers = [stack.enter_context(served(folder, tmp_path / f"{n}.log")) for n in range(2)]
