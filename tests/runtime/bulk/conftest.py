@@ -94,7 +94,13 @@ def two_nodes(head_cpus: int = 1) -> Iterator[tuple[str, Callable[[], None]]]:
     from ray.cluster_utils import Cluster
 
     memory = 100 * 2**20
-    head = {"num_cpus": head_cpus, "object_store_memory": memory, "include_dashboard": False}
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    head = {
+        "num_cpus": head_cpus,
+        "object_store_memory": memory,
+        "include_dashboard": False,
+        "_system_config": soon,  # a killed node is known after about a second
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         node = cluster.add_node(num_cpus=1, object_store_memory=memory)
