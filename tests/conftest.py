@@ -41,8 +41,22 @@ SLOW_FIXTURES = frozenset(
 
 LONGEST = (
     "test_docs.py",
-    "export/test_write_encoder.py",
     "export/test_exporter.py",
+    "export/test_write_encoder.py",
+    "mac/test_mac_check.py",
+    "runtime/bulk/test_ray_pool.py",
+    "runtime/bulk/test_ray_data.py",
+    "runtime/server/test_ray.py",
+    "cli/test_export.py",
+    "cli/test_verify.py",
+    "export/test_verify_encoder.py",
+    "export/test_recipe.py",
+    "cli/test_bench.py",
+    "models/mlprogram/test_constexpr.py",
+    "models/mlprogram/test_package.py",
+    "soak/test_soak_captions.py",
+    "models/test_random_encoder.py",
+    "cli/test_serve.py",
 )
 """The files of more than about ten seconds, the longest first, so that none runs alone at the end."""
 
