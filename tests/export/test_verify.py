@@ -157,7 +157,7 @@ def test_scrambled_projector_fails(copy: Path) -> None:
 @pytest.fixture(scope="module", params=["rtn", "gptq"])
 def at_four_bits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "model"
-    return export("random:tiny", out, encoder="mlx", decoder_bits=4, decoder_quantizer=request.param).folder
+    return export("random:tiny", out, decoder_bits=4, decoder_quantizer=request.param).folder
 
 
 LAYERS = [f"model.layers.1.{name}" for name in ("self_attn.v_proj", "mlp.down_proj")] + ["model.embed_tokens"]
