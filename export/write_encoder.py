@@ -29,6 +29,8 @@ from ..models.versions import import_coremltools
 from ..quant.calibration import CALIBRATION_NOISE_SEED, ImageSet, calibration_images, trial_images, verification_images
 from ..quant.constexprs import with_stored_weights
 from ..quant.encoder import (
+    COMPENSATED,
+    Rounding,
     compensated,
     convolutions,
     input_means,
@@ -44,8 +46,8 @@ from ..quant.range_images import range_images
 from ..quant.schemes import COARSE_PALETTE, W8A8, StoredWeight, with_groups
 from ..quant.search import (
     Images,
-    SearchResult,
     applied,
+    candidates,
     measured_options,
     noise_of,
     outputs,
@@ -163,8 +165,8 @@ def write_encoder(
     int8_inputs: dict[str, InputRange] = {}
     if recipe.quant == W8A8:
         int8_inputs = evened_inputs(network, stored, fed, on_stage)
-        stored = stored_by_plan(network, plan_of(network, stored))  # of the evened weights
-    stored = compensated_weights(network, stored, fed, on_stage)
+        evened = stored_by_plan(network, plan_of(network, stored))
+        stored = compensated_weights(network, evened, fed, on_stage)
     quantize(network, stored, fed)
     metadata = {"fastvlm.version": __version__, "fastvlm.quant": recipe.quant}
     if recipe.has_package:
@@ -224,28 +226,36 @@ def rewritten(
 def encoder_weights(
     network: nn.Sequential,
     scheme: EncoderScheme,
-    calibration: Sequence[np.ndarray],
+    calibration: ImageSet,
     *,
     pixel_scale: float = 1.0,
     on_stage: OnStage,
 ) -> dict[str, StoredWeight]:
     """Returns the compressed weights by the names of their convolutions in `network`, which is not changed.
 
+    GPTQ rounds them for what `calibration` shows, except with w8a8, whose weights are evened out before.
+
     Raises:
         UsageError: a recipe is for another encoder, or `max_bytes` is less than the fewest bits need.
     """
     if scheme.weights:
         scheme.check_names(convolutions(network))
-        return stored_by_plan(network, scheme.weights)
-    if scheme.quant == MIXED:
-        return stored_by_plan(network, searched(network, scheme, calibration, pixel_scale, on_stage).plan)
-    return stored_uniformly(network, "int8" if scheme.quant == W8A8 else scheme.quant, path_convolutions(network))
+        stored = stored_by_plan(network, scheme.weights)
+    elif scheme.quant == MIXED:
+        return searched(network, scheme, calibration, pixel_scale, on_stage)
+    elif scheme.quant == W8A8:
+        return stored_uniformly(network, "int8", path_convolutions(network))
+    else:
+        stored = stored_uniformly(network, scheme.quant, path_convolutions(network))
+    return compensated_weights(network, stored, calibration, on_stage)
 
 
 def compensated_weights(
     network: nn.Sequential, stored: Mapping[str, StoredWeight], calibration: ImageSet, on_stage: OnStage
 ) -> dict[str, StoredWeight]:
     """Returns `stored` with weights that are rounded for the inputs that images of `PROBE_SIZE` at most give."""
+    if not any(weight.scheme in COMPENSATED for weight in stored.values()):
+        return dict(stored)
     image_size = calibration[0].shape[-1]
     probe_size = min(PROBE_SIZE, image_size)
     on_stage("round the weights with GPTQ")
@@ -303,23 +313,26 @@ def rounding_noise(
 def searched(
     network: nn.Sequential,
     scheme: EncoderScheme,
-    calibration: Sequence[np.ndarray],
+    calibration: ImageSet,
     pixel_scale: float,
     on_stage: OnStage,
-) -> SearchResult:
-    """Searches the plan of a `mixed` export."""
+) -> dict[str, StoredWeight]:
+    """Searches the plan of a `mixed` export, and returns its weights."""
     image_size = calibration[0].shape[-1]
     probe_size = min(PROBE_SIZE, image_size)
     on_stage("measure what each weight's rounding costs")
     with resized_inputs(network, image_size, probe_size):
-        probes = calibration_images(probe_size)[::2]  # a drawing and a photograph
-        options = measured_options(network, [pixel_scale * image for image in probes])
+        rounding = Rounding(network, candidates(network), range_images(calibration, probe_size))
+        probes = trial_images(probe_size)[::2]  # a drawing and a photograph
+        options = measured_options(network, rounding, [pixel_scale * image for image in probes])
     images = Images(calibration, [pixel_scale * image for image in trial_images(image_size)])
     fixed = fixed_bytes(network, options)
     if scheme.max_bytes is None:
         assert scheme.min_snr is not None
-        return search(network, options, images, min_snr=scheme.min_snr, fixed_bytes=fixed, on_stage=on_stage)
-    return search_bytes(network, options, images, max_bytes=scheme.max_bytes, fixed_bytes=fixed)
+        found = search(network, options, rounding, images, min_snr=scheme.min_snr, fixed_bytes=fixed, on_stage=on_stage)
+    else:
+        found = search_bytes(network, options, rounding, images, max_bytes=scheme.max_bytes, fixed_bytes=fixed)
+    return rounding.by_plan(found.plan)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from .schemes import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .gptq import Hessian, Nearest
+    from .gptq import Feedback, Hessian, Nearest
 
 
 Plan = Mapping[str, str]
@@ -31,6 +32,13 @@ Plan = Mapping[str, str]
 COMPENSATED = ("int8", "pal8", "pal6")
 """The schemes whose rounding GPTQ chooses. With 4 bits the compensation is as large as the faults that an audit of the
 weights finds."""
+
+DAMPING = 0.02
+"""The damping of GPTQ's Hessians, as a share of their mean.
+
+At 0.2, 0.05 and 0.01 int8 at 256 px keeps 40.4, 40.9 and 41.3 dB of `random:7b` and 41.9, 42.5 and 42.0 dB of
+`random:0.5b`, on photographs that were not calibrated on. Less moves the weights themselves further.
+"""
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
@@ -69,32 +77,72 @@ def plan_of(network: nn.Module, stored: Mapping[str, StoredWeight]) -> dict[str,
     return {name: stored[name].scheme if name in stored else "fp16" for name in convolutions(network)}
 
 
+class Rounding:
+    """The weights `names` of a network in fewer bits, those of 1 x 1 convolutions rounded by GPTQ.
+
+    `images` are inputs of the network, (1, 3, S, S) float32. The network has its original weights whenever a weight is
+    asked for. Each is rounded once per scheme. Sums use one thread, because a sum in another order would round some
+    weights to another level.
+    """
+
+    def __init__(self, network: nn.Module, names: Collection[str], images: Sequence[np.ndarray]) -> None:
+        self.names = list(names)
+        self.convs = convolutions(network)
+        self._kept: dict[tuple[str, str], StoredWeight] = {}
+        self._feedback: dict[str, Feedback] = {}
+        with one_thread():
+            hessians = input_hessians(network, [name for name in names if self._is_pointwise(name)], images)
+            for name in list(hessians):
+                self._feedback[name] = hessians.pop(name).feedback(DAMPING)
+
+    def _is_pointwise(self, name: str) -> bool:
+        return self.convs[name].kernel_size == (1, 1)
+
+    def by_plan(self, plan: Plan) -> dict[str, StoredWeight]:
+        """Returns the weights that `plan` compresses."""
+        return {name: self.stored(name, scheme) for name, scheme in plan.items() if scheme != "fp16"}
+
+    def stored(self, name: str, scheme: str) -> StoredWeight:
+        """Returns a weight in one scheme."""
+        if (name, scheme) not in self._kept:
+            self._kept[name, scheme] = self.compensated(name, store(self.convs[name].weight.numpy(), scheme))
+        return self._kept[name, scheme]
+
+    def compensated(self, name: str, stored: StoredWeight) -> StoredWeight:
+        """Returns `stored` rounded by GPTQ to the same levels, in the same bytes.
+
+        Weights of other schemes than `COMPENSATED` stay, and those whose own error would pass what the scheme allows.
+        """
+        if name not in self._feedback or stored.scheme not in COMPENSATED:
+            return stored
+        from .gptq import compensated_codes
+
+        weight = self.convs[name].weight.numpy()
+        with one_thread():
+            codes = compensated_codes(weight[:, :, 0, 0], self._feedback[name], nearest_level(stored))
+        other = with_codes(stored, codes.reshape(weight.shape))
+        return other if is_kept(weight, other) and not drowns_a_row(weight, other.dense()) else stored
+
+
 def compensated(
     network: nn.Module, stored: Mapping[str, StoredWeight], images: Sequence[np.ndarray]
 ) -> dict[str, StoredWeight]:
-    """Returns `stored` with the weights of 1 x 1 convolutions rounded by GPTQ to the same levels, in the same bytes.
+    """Returns `stored` with the weights of 1 x 1 convolutions rounded by GPTQ, as `Rounding.compensated` does."""
+    rounding = Rounding(network, [name for name, kept in stored.items() if kept.scheme in COMPENSATED], images)
+    return {name: rounding.compensated(name, kept) for name, kept in stored.items()}
 
-    Weights of `COMPENSATED` schemes are, unless their own error then passes what the scheme allows. `images` are
-    inputs of `network`, (1, 3, S, S) float32, which has its original weights and is not changed. Sums use one thread,
-    because a sum in another order would round some weights to another level.
-    """
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute in one thread inside the block."""
     import torch
 
-    from .gptq import compensated_codes
-
-    convs, found, threads = convolutions(network), dict(stored), torch.get_num_threads()
-    names = [name for name, kept in stored.items() if kept.scheme in COMPENSATED and convs[name].kernel_size == (1, 1)]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, hessian in input_hessians(network, names, images).items():
-            weight = convs[name].weight.numpy()
-            codes = compensated_codes(weight[:, :, 0, 0], hessian.feedback(), nearest_level(stored[name]))
-            other = with_codes(stored[name], codes.reshape(weight.shape))
-            if is_kept(weight, other) and not drowns_a_row(weight, other.dense()):
-                found[name] = other
+        yield
     finally:
         torch.set_num_threads(threads)
-    return found
 
 
 def nearest_level(stored: StoredWeight) -> Nearest:

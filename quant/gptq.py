@@ -1,8 +1,9 @@
 """GPTQ (arXiv 2210.17323): rounding column by column, where later columns compensate the error of earlier ones.
 
 The error that counts is that of products with real inputs, not that of weights. With correlated inputs, later columns
-can cancel the error of earlier ones. Scales and biases are fitted when a group is reached, with the compensation, and
-columns with larger inputs count more in the fit.
+can cancel the error of earlier ones. So columns with large inputs come first: groups by their energy, and columns by
+theirs within a group. Scales and biases are fitted when a group is reached, with the compensation, and columns with
+larger inputs count more in the fit.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Hessian:
     """The products of input columns, summed over tokens, in diagonal blocks of at most `MAX_SPAN` columns."""
 
     def __init__(self, columns: int, group_size: int) -> None:
+        self.group_size = group_size
         self.spans = list(spans(columns, group_size))
         self._sums = [torch.zeros(stop - start, stop - start) for start, stop in self.spans]
 
@@ -64,14 +66,22 @@ class Hessian:
 
     def feedback(self, damping: float = DAMPING) -> Feedback:
         """Returns the factors for `gptq`, for all matrices with these inputs."""
-        damped = [_damped(total, damping) for total in self._sums]
-        return Feedback(self.spans, [_factor(total) for total in damped], [total.diagonal() for total in damped])
+        orders, factors, importance = [], [], []
+        for total in self._sums:
+            order = rounding_order(total.diagonal(), self.group_size)
+            damped = _damped(total, damping)[order][:, order]
+            orders.append(order)
+            factors.append(_factor(damped))
+            importance.append(damped.diagonal())
+        return Feedback(self.spans, orders, factors, importance)
 
 
 class Feedback(NamedTuple):
-    """The factors by which errors pass from column to column."""
+    """The factors by which errors pass from column to column. Columns of a span are in the order of their rounding."""
 
     spans: list[tuple[int, int]]
+    orders: list[Tensor]
+    """The places of a span's columns in the order of their rounding."""
     factors: list[Tensor]
     """The upper Cholesky factor of the inverse Hessian per span. Row k has the weights of the columns after k."""
     importance: list[Tensor]
@@ -86,6 +96,14 @@ def spans(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
     yield from pairwise(bounds)
 
 
+def rounding_order(energy: Tensor, group_size: int) -> Tensor:
+    """Returns the places of columns of this energy, the largest first. Groups stay together."""
+    groups = energy.reshape(-1, group_size)
+    first = groups.sum(1).argsort(descending=True, stable=True)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    return (first[:, None] * group_size + inside[first]).flatten()
+
+
 def gptq(weight: np.ndarray, feedback: Feedback, affine: Affine) -> Packed:
     """Quantizes (rows, columns) float32 to `affine` with the feedback of its inputs."""
     parts = [
@@ -98,9 +116,9 @@ def gptq(weight: np.ndarray, feedback: Feedback, affine: Affine) -> Packed:
 def compensated_codes(weight: np.ndarray, feedback: Feedback, nearest: Nearest) -> np.ndarray:
     """Returns the codes (rows, columns) of a float32 weight whose levels are given, with the feedback of its inputs."""
     parts = []
-    for (start, stop), factor, _ in zip(*feedback, strict=True):
-        columns = torch.from_numpy(weight[:, start:stop]).mT.clone(memory_format=torch.contiguous_format)
-        parts.append(_compensated_span(columns, factor, nearest))
+    for (start, stop), order, factor, _ in zip(*feedback, strict=True):
+        columns = torch.from_numpy(weight[:, start:stop]).mT[order]
+        parts.append(_compensated_span(columns, factor, nearest)[order.argsort()])
     return torch.cat(parts).mT.contiguous().numpy()
 
 
@@ -122,15 +140,18 @@ def _compensated_span(columns: Tensor, factor: Tensor, nearest: Nearest) -> Tens
 
 def _gptq(weight: Tensor, feedback: Feedback, affine: Affine) -> Packed:
     parts = [
-        _span(weight[:, start:stop].mT.clone(memory_format=torch.contiguous_format), factor, importance, affine)
-        for (start, stop), factor, importance in zip(*feedback, strict=True)
+        _span(weight[:, start:stop].mT, order, factor, importance, affine)
+        for (start, stop), order, factor, importance in zip(*feedback, strict=True)
     ]
     codes, scales, biases = (torch.cat(tensors).mT.contiguous() for tensors in zip(*parts, strict=True))
     return packed(codes, scales, biases, affine.bits)
 
 
-def _span(columns: Tensor, factor: Tensor, importance: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns transposed codes (columns, rows), scales and biases (groups, rows) of a span. Overwrites `columns`."""
+def _span(
+    columns: Tensor, order: Tensor, factor: Tensor, importance: Tensor, affine: Affine
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns transposed codes (columns, rows), scales and biases (groups, rows) of a span."""
+    columns = columns[order]
     size, codes, scales, biases = affine.group_size, torch.empty_like(columns), [], []
     for start in range(0, len(columns), size):
         group = columns[start : start + size]  # (size, rows)
@@ -145,7 +166,8 @@ def _span(columns: Tensor, factor: Tensor, importance: Tensor, affine: Affine) -
         columns[start + size :].addmm_(factor[start : start + size, start + size :].mT, errors, alpha=-1)
         scales.append(scale)
         biases.append(bias)
-    return codes, torch.stack(scales), torch.stack(biases)
+    groups = (order[::size] // size).argsort()
+    return codes[order.argsort()], torch.stack(scales)[groups], torch.stack(biases)[groups]
 
 
 def _damped(total: Tensor, damping: float) -> Tensor:

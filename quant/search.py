@@ -1,9 +1,9 @@
 """The search of `mixed`: for each weight the fewest bits that the output can bear, by measurement.
 
 Rounding one weight adds noise to the output. This noise is close to the weight's own rounding noise times a gain of
-that weight, and the noises of different weights add up. On small encoders, gains were mostly within 3 dB from 4 bits
-to 8, and sums within 1.5 dB of whole plans. So two runs of the network per weight predict the noise of every scheme,
-and the choice follows the best trades of noise for bytes. The whole plan is then run, and corrected until it passes.
+that weight, and the noises of different weights add up. So three runs of the network per weight predict the noise of
+every scheme, and the choice follows the best trades of noise for bytes. The whole plan is then run, and corrected until
+it passes.
 
 Whole plans run with results, weights and biases rounded to float16, as in the package, and the noise of that rounding
 alone is measured first. Sums inside an operation stay float32, as in the executor's float16 mode. Unlike the executor
@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.errors import UsageError
-from .encoder import apply_weights, convolutions, input_means, stored_by_plan
+from .encoder import Rounding, apply_weights, convolutions, input_means
 from .schemes import StoredWeight, is_candidate, store, stored_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PROBES = {"int8": "int8", "pal8": "pal6", "pal6": "pal6", "pal4": "pal6"}
+PROBES = {"int8": "int8", "pal8": "pal6", "pal6": "pal6", "pal4": "pal4"}
 """The schemes to choose from besides float16, each with the scheme that its gain is measured with.
 
-Palettes spread their noise evenly over a weight's channels, and int8 by their scales, so gains differ. pal8 and int8
-take about the same bytes. Either can be better than the other, by 8 dB on some weights.
+GPTQ rounds all but pal4, which is measured for itself. Palettes spread their noise evenly over a weight's channels, and
+int8 by their scales, so gains differ. pal8 and int8 take about the same bytes. Either can be better than the other, by
+8 dB on some weights.
 """
 
 MARGIN_DB = 2.0
@@ -86,7 +87,14 @@ class Images:
 
 
 def search(
-    network: nn.Sequential, options: Options, images: Images, *, min_snr: float, fixed_bytes: int = 0, on_stage: OnStage
+    network: nn.Sequential,
+    options: Options,
+    rounding: Rounding,
+    images: Images,
+    *,
+    min_snr: float,
+    fixed_bytes: int = 0,
+    on_stage: OnStage,
 ) -> SearchResult:
     """Searches the smallest plan that exceeds `min_snr` (dB) by `MARGIN_DB` on each trial image.
 
@@ -96,7 +104,7 @@ def search(
     Raises:
         UsageError: float16 does not reach `min_snr`.
     """
-    runner = TrialRunner(network, options, images)
+    runner = TrialRunner(network, rounding, images)
     base = runner.noises({})  # of each image
     best = SearchResult(filled(network, {}), decibels(base.max()))
     check_attainable(min_snr, best.snr_db)
@@ -137,7 +145,13 @@ def next_budget(passed: float, failed: float, proposed: float) -> float:
 
 
 def search_bytes(
-    network: nn.Sequential, options: Options, images: Images, *, max_bytes: int, fixed_bytes: int
+    network: nn.Sequential,
+    options: Options,
+    rounding: Rounding,
+    images: Images,
+    *,
+    max_bytes: int,
+    fixed_bytes: int,
 ) -> SearchResult:
     """Returns the best plan of at most `max_bytes`, with `fixed_bytes` for weights that no plan changes.
 
@@ -148,15 +162,15 @@ def search_bytes(
     if plan is None:
         least = fixed_bytes + sum(choices[-1].nbytes for choices in options.values())
         raise UsageError(f"max_bytes must be at least {least} for this encoder (got {max_bytes}).", "max_bytes")
-    return SearchResult(filled(network, plan), decibels(TrialRunner(network, options, images).noises(plan).max()))
+    return SearchResult(filled(network, plan), decibels(TrialRunner(network, rounding, images).noises(plan).max()))
 
 
 class TrialRunner:
     """A runner of whole plans, in float16 and at full size. It restores the network after each run."""
 
-    def __init__(self, network: nn.Sequential, options: Options, images: Images) -> None:
-        self.network, self.images = network, images.trial
-        self.means = input_means(network, list(options), images.calibration)
+    def __init__(self, network: nn.Sequential, rounding: Rounding, images: Images) -> None:
+        self.network, self.rounding, self.images = network, rounding, images.trial
+        self.means = input_means(network, rounding.names, images.calibration)
         self.expected = [outputs(network, image) for image in images.trial]
 
     def noises(self, plan: Mapping[str, str]) -> np.ndarray:
@@ -164,29 +178,35 @@ class TrialRunner:
 
         Images are apart because the verification is by kind: a noisy kind would hide behind the energy of another.
         """
-        with applied(self.network, stored_by_plan(self.network, plan), self.means):
+        with applied(self.network, self.rounding.by_plan(plan), self.means):
             found = [float16_outputs(self.network, image) for image in self.images]
-        return np.array([noise_of([a], [b]) for a, b in zip(self.expected, found, strict=True)])
+        return noises_of(self.expected, found)
 
 
-def measured_options(network: nn.Sequential, images: Sequence[np.ndarray]) -> dict[str, list[Option]]:
-    """Measures the options of each convolution that can take fewer bits.
+def candidates(network: nn.Module) -> list[str]:
+    """Returns the names of the convolutions that can take fewer bits."""
+    return [name for name, conv in convolutions(network).items() if is_candidate(conv.weight.numpy())]
 
-    Each takes two runs per image of the layers from the convolution on. `images` may be smaller than the encoder's
-    input, as gains hardly depend on the size.
+
+def measured_options(
+    network: nn.Sequential, rounding: Rounding, images: Sequence[np.ndarray]
+) -> dict[str, list[Option]]:
+    """Measures the options of each convolution of `rounding`.
+
+    Each takes three runs per image of the layers from the convolution on. `images` may be smaller than the encoder's
+    input, as gains hardly depend on the size, but should not be those of `rounding`, on which GPTQ has less noise.
     """
-    candidates = {name: conv for name, conv in convolutions(network).items() if is_candidate(conv.weight.numpy())}
-    means = input_means(network, list(candidates), images)
+    means = input_means(network, rounding.names, images)
     prefixes = [list(partial_outputs(network, image)) for image in images]
     expected = [found[-1].numpy() for found in prefixes]
     options = {}
-    for name, conv in candidates.items():
-        weight, part = conv.weight.numpy(), int(name.split(".")[0])
-        stored = {scheme: store(weight, scheme) for scheme in PROBES}
-        noises = {scheme: float(np.square(kept.dense() - weight).sum()) for scheme, kept in stored.items()}
+    for name in rounding.names:
+        weight, part = rounding.convs[name].weight.numpy(), int(name.split(".")[0])
+        nearest = {scheme: store(weight, scheme) for scheme in PROBES}
+        noises = {scheme: float(np.square(kept.dense() - weight).sum()) for scheme, kept in nearest.items()}
         gains = {}
         for probe in set(PROBES.values()):
-            with applied(network, {name: stored[probe]}, means):
+            with applied(network, {name: rounding.stored(name, probe)}, means):
                 found = [outputs(network[part:], prefix[part]) for prefix in prefixes]
             gains[probe] = noise_of(expected, found) / noises[probe] if noises[probe] else 0.0
         choices = [
@@ -275,6 +295,11 @@ def noise_of(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> flo
     """Returns the energy of the differences relative to that of `expected`."""
     noise = sum(float(np.square(b.astype(np.float64) - a).sum()) for a, b in zip(expected, found, strict=True))
     return noise / sum(float(np.square(a.astype(np.float64)).sum()) for a in expected)
+
+
+def noises_of(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the energy of the difference of each pair, relative to that of the expected one."""
+    return np.array([noise_of([a], [b]) for a, b in zip(expected, found, strict=True)])
 
 
 def decibels(noise: float) -> float:

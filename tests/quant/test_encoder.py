@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastvlm.quant.encoder import (
+    Rounding,
     compensated,
     convolutions,
     input_means,
@@ -79,6 +80,18 @@ def test_compensated_weights_keep_products_better(network: nn.Sequential, scheme
         outputs = [network[0](torch.from_numpy(image)) for image in images]
         noises.append(sum(float((y - x).square().sum()) for x, y in zip(expected, outputs, strict=True)))
     assert noises[1] < 0.5 * noises[0]
+
+
+def test_rounding_keeps_a_weight_for_the_plans_that_follow(network: nn.Sequential) -> None:
+    rounding = Rounding(network, ["0", "2"], IMAGES)
+    first, second = (rounding.by_plan({"0": "int8", "2": scheme}) for scheme in ("fp16", "pal4"))
+    assert first.keys() == {"0"}
+    assert first["0"] is second["0"]
+    expected = compensated(network, stored_by_plan(network, {"0": "int8", "2": "pal4"}), IMAGES)
+    for name, kept in second.items():
+        np.testing.assert_array_equal(kept.dense(), expected[name].dense())
+    nearest = stored_by_plan(network, {"0": "int8"})["0"]
+    assert (first["0"].dense() != nearest.dense()).any()
 
 
 def test_coarse_palettes_and_larger_kernels_are_not_compensated(network: nn.Sequential) -> None:

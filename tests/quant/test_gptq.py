@@ -7,12 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastvlm.models.quantization import Affine
 from fastvlm.quant import gptq as module
 from fastvlm.quant.affine_groups import fitted
 from fastvlm.quant.decoder import dequantized
-from fastvlm.quant.gptq import Hessian, compensated_codes, gptq, spans
+from fastvlm.quant.gptq import Hessian, compensated_codes, gptq, rounding_order, spans
 
 RNG = np.random.default_rng(0)
 MIX = RNG.standard_normal((128, 128), dtype=np.float32) * np.exp(-np.arange(128, dtype=np.float32) / 16)[:, None]
@@ -64,6 +66,35 @@ def test_products_with_given_levels_have_less_error(step: float, tolerance: Call
     )
     gain_db = noise_db(codes * np.float32(step)) - noise_db(np.rint(WEIGHT / step) * np.float32(step))
     assert gain_db > tolerance("gptq_products_gain_db")
+
+
+@given(st.lists(st.floats(0, 1e9, width=32), min_size=1, max_size=12), st.sampled_from([1, 2, 4]))
+def test_columns_are_rounded_by_falling_energy_and_groups_stay_together(energies: list[float], size: int) -> None:
+    energy = torch.tensor(energies, dtype=torch.float64).repeat_interleave(size)
+    energy[::2] *= 0.5
+    order = rounding_order(energy, size)
+    assert sorted(order.tolist()) == list(range(len(energy)))
+    groups = order.reshape(-1, size)
+    assert (groups // size == groups[:, :1] // size).all()
+    sorted_energy = energy[groups]
+    assert (sorted_energy.diff(dim=1) <= 0).all()
+    assert (sorted_energy.sum(1).diff() <= 0).all()
+
+
+def test_large_inputs_first_have_less_error_than_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(2)
+    scales = np.exp(1.5 * draw.standard_normal(128)).astype(np.float32)
+    seen, unseen = (inputs(400) * scales for _ in range(2))
+    found, step = Hessian(128, 1), 0.1
+    found.add(seen)
+
+    def noise() -> float:
+        codes = compensated_codes(WEIGHT, found.feedback(), lambda x: ((x / step).round(), (x / step).round() * step))
+        return float(np.square(unseen @ (codes * np.float32(step) - WEIGHT).T).sum())
+
+    ordered = noise()
+    monkeypatch.setattr(module, "rounding_order", lambda energy, _: torch.arange(len(energy)))
+    assert ordered < 0.8 * noise()
 
 
 @pytest.mark.parametrize("rows", [1, 96])
