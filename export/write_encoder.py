@@ -48,8 +48,9 @@ from ..quant.search import (
     Images,
     applied,
     candidates,
+    float16_outputs,
     measured_options,
-    noise_of,
+    noises_of,
     outputs,
     search,
     search_bytes,
@@ -278,14 +279,12 @@ def evened_inputs(
         on_stage("measure the ranges of int8 inputs")
         images = range_images(calibration, probe_size)
         ranges = input_ranges(network, names, follow_gelu(names), images)
-        exponents = {name: found.exponents for name, found in ranges.items() if found.exponents}
         on_stage("measure what each int8 input costs")
-        before = rounding_noise(network, compensated(network, stored, images), images[: len(calibration)], probes)
+        noises = rounding_noises(network, compensated(network, stored, images), images[: len(calibration)], probes)
+        exponents = {name: found.exponents for name, found in ranges.items() if found.exponents}
         even_channels(network, exponents)
-        evened = stored_by_plan(network, plan_of(network, stored))
-        after = rounding_noise(network, compensated(network, evened, images), images[: len(calibration)], probes)
         costs = input_costs(network, ranges, probes)
-    chosen = chosen_inputs(costs, MAX_NOISE * before - after)
+    chosen = chosen_inputs(costs, MAX_NOISE * noises)
     spared = {name: [-power for power in powers] for name, powers in exponents.items() if name not in chosen}
     even_channels(network, spared)
     return {name: ranges[name] for name in chosen}
@@ -298,16 +297,19 @@ def noise_images(image_size: int) -> list[np.ndarray]:
     return [*trial_images(image_size), *(image for image, kind in kinds if kind == "photographs")]
 
 
-def rounding_noise(
+def rounding_noises(
     network: nn.Sequential,
     stored: Mapping[str, StoredWeight],
     calibration: Sequence[np.ndarray],
     images: Sequence[np.ndarray],
-) -> float:
-    """Returns the noise that stored weights add to the output on `images`. `network` is not changed."""
+) -> np.ndarray:
+    """Returns the noise of the output of each image with stored weights and float16 results.
+
+    `network` is not changed.
+    """
     expected = [outputs(network, image) for image in images]
     with applied(network, stored, input_means(network, list(stored), calibration)):
-        return noise_of(expected, [outputs(network, image) for image in images])
+        return noises_of(expected, [float16_outputs(network, image) for image in images])
 
 
 def searched(

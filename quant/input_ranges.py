@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,12 @@ OCTAVES = range(-14, 18)
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The exponents of a channel's own range in its factor. At 0 channels stay, at 1 each uses all levels."""
+
+LEAST_EXPONENT = -12
+"""The least exponent that the refinement of factors tries. The depthwise convolutions before have 11 bits too."""
+
+REFINEMENTS = 4
+"""The most times that all factors are chosen again. Later ones changed no range of the small encoders."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class InputStatistics:
     def variances(self) -> tuple[np.ndarray, np.ndarray]:
         """The variances of inputs (C,) and outputs (D,)."""
         inputs, outputs = (sums / self.count for sums in (self.inputs, self.outputs))
-        return inputs[1] - inputs[0] ** 2, outputs[1] - outputs[0] ** 2
+        return np.maximum(inputs[1] - inputs[0] ** 2, 0), np.maximum(outputs[1] - outputs[0] ** 2, 0)
 
     def noises(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scale (bins,) of each possible range, and the noise (C, bins) of a channel in it."""
@@ -105,25 +111,64 @@ def chosen_range(weight: np.ndarray, statistics: InputStatistics, can_even: bool
     importance = 1 / np.maximum(outputs, 1e-12 * max(float(outputs.max()), 1e-30))
     gains = np.einsum("ij,ij,i->j", weight, weight, importance)
     scales, noises = statistics.noises()
-    least, best = np.inf, None
+    least, scale, places = np.inf, np.float16(0), np.zeros(len(inputs), int)
     for offset in range(PER_OCTAVE):
-        noise = noises[:, offset::PER_OCTAVE]  # (C, octaves)
-        own = noise.argmin(1)
-        for strength in STRENGTHS if can_even else (0.0,):
-            octaves = np.rint(strength * own).astype(int)
-            exponents = octaves - octaves.max()
-            rounding = weight_noise(weight * 2.0**exponents, inputs * 4.0**-exponents, importance)
-            for shift in range(-octaves.min(), len(OCTAVES) - octaves.max()):
-                places = octaves + shift
-                total = rounding + gains @ noise[np.arange(len(own)), places]
-                if total < least:
-                    least, best = total, (scales[offset + PER_OCTAVE * places.max()], exponents)
-    assert best is not None
-    scale = np.float16(best[0])
+        noise = noises[:, offset::PER_OCTAVE]
+        trade = Trade(weight, inputs, importance, gains[:, None] * noise)
+        found = trade.evened(noise.argmin(1)) if can_even else trade.shifted(np.zeros(len(inputs), int))
+        if found[0] < least:
+            least, places = found
+            scale = np.float16(scales[offset + PER_OCTAVE * places.max()])
     if scale < MIN_SCALE:
         return None
     zero_point = INT8_MIN + round(GELU_LEAST / float(scale)) if statistics.after_gelu else 0
-    return InputRange(scale, min(zero_point, 0), tuple(map(int, best[1])) if best[1].any() else ())
+    exponents = places - places.max()
+    return InputRange(scale, min(zero_point, 0), tuple(map(int, exponents)) if exponents.any() else ())
+
+
+class Trade(NamedTuple):
+    """The noises of one convolution's weight and input, between which factors of channels choose."""
+
+    weight: np.ndarray
+    """(D, C) float64."""
+    inputs: np.ndarray
+    """The variances of the inputs (C,)."""
+    importance: np.ndarray
+    """The factor by which the noise of each output (D,) counts."""
+    noise: np.ndarray
+    """The noise (C, octaves) in the outputs of each channel's input, by the octave in which its range ends."""
+
+    def evened(self, own: np.ndarray) -> tuple[float, np.ndarray]:
+        """Returns the least noise, and the octave of each channel's range (C,). `own` are their best alone."""
+        proposed = (self.shifted(np.rint(strength * own).astype(int)) for strength in STRENGTHS)
+        least, places = min(proposed, key=lambda found: found[0])
+        for _ in range(REFINEMENTS):
+            found = self.shifted(self.refined(places))
+            if found[0] >= least:
+                break
+            least, places = found
+        return least, places
+
+    def shifted(self, octaves: np.ndarray) -> tuple[float, np.ndarray]:
+        """Returns the least noise with ranges that are as far apart as `octaves` (C,), and the octaves then."""
+        exponents = octaves - octaves.max()
+        rounding = weight_noise(self.weight * 2.0**exponents, self.inputs * 4.0**-exponents, self.importance)
+        shifts = range(-octaves.min(), len(OCTAVES) - octaves.max())
+        channels = np.arange(len(octaves))
+        noises = [self.noise[channels, octaves + shift].sum() for shift in shifts]
+        best = int(np.argmin(noises))
+        return rounding + float(noises[best]), octaves + shifts[best]
+
+    def refined(self, places: np.ndarray) -> np.ndarray:
+        """Returns the octave of each channel (C,) with the least noise while the weight's scales stay.
+
+        A channel with a smaller range has less noise of its own, but its larger factor makes the weight's count more.
+        """
+        last = places.max()
+        steps = np.abs(self.weight * 2.0 ** (places - last)).max(1) / INT8_MAX
+        choices = np.arange(max(last + LEAST_EXPONENT, 0), last + 1)
+        rounding = steps**2 / 12 @ self.importance * self.inputs[:, None] * 4.0 ** (last - choices)  # (C, choices)
+        return choices[(rounding + self.noise[:, choices]).argmin(1)]
 
 
 def weight_noise(weight: np.ndarray, inputs: np.ndarray, importance: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from ..models.errors import PackageError
 from .constexprs import conv_name
 from .encoder import convolutions
 from .input_ranges import INT8_MAX, INT8_MIN, InputRange
-from .search import noise_of, outputs, partial_outputs
+from .search import noises_of, outputs, partial_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 PASS_NAME = "fastvlm::int8_inputs"
 
-MAX_NOISE = 5.0
-"""The noise of w8a8 as a multiple of the noise of int8 weights alone, above which inputs stay float16. It is 7 dB, the
-middle of Apple's rule of thumb for w8a8 (6 to 8 dB)."""
+MAX_NOISE = 4.0
+"""The noise of int8 inputs as a multiple of the noise of int8 weights and float16 results, above which inputs stay
+float16. Both together are 7 dB below int8, the middle of Apple's rule of thumb for w8a8 (6 to 8 dB)."""
 
-MAX_FLOAT16_SHARE = 0.5
+MAX_FLOAT16_SHARE = 0.6
 """The most of the multiplications of the candidates that may stay float16, because w8a8 is chosen for its speed."""
 
 
@@ -37,28 +37,33 @@ MAX_FLOAT16_SHARE = 0.5
 class InputCost:
     """One int8 input: the noise that it adds to the output, and the arithmetic that it makes int8."""
 
-    noise: float
-    """The noise relative to the output's energy, with this input alone in int8."""
+    noises: np.ndarray
+    """The noise of each image's output, relative to its energy, with this input alone in int8 (images,)."""
     multiplications: int
 
 
-def chosen_inputs(costs: Mapping[str, InputCost], limit: float) -> list[str]:
+def chosen_inputs(costs: Mapping[str, InputCost], limits: np.ndarray) -> list[str]:
     """Returns the names of the inputs that become int8. Those with the most noise per multiplication stay float16.
 
-    The noises of inputs add up, as their rounding errors are independent. They may reach `limit`, relative to the
-    output's energy. At most `MAX_FLOAT16_SHARE` of the multiplications stay float16, also if the noise is larger then.
+    The noises of inputs add up, as their rounding errors are independent. They may reach `limits` (images,), each image
+    for itself: a noisy kind of images would hide behind the energy of another. At most `MAX_FLOAT16_SHARE` of the
+    multiplications stay float16, also if the noise is larger then.
     """
-    noise = sum(cost.noise for cost in costs.values())
+    noises = sum((cost.noises for cost in costs.values()), np.zeros(len(limits)))
     room = MAX_FLOAT16_SHARE * sum(cost.multiplications for cost in costs.values())
     left: list[str] = []
-    for name in sorted(costs, key=lambda name: -costs[name].noise / costs[name].multiplications):
-        if noise > limit and costs[name].multiplications <= room:
+
+    def price(name: str) -> float:
+        return float((costs[name].noises / limits).max()) / costs[name].multiplications
+
+    for name in sorted(costs, key=price, reverse=True):
+        if (noises > limits).any() and costs[name].multiplications <= room:
             room -= costs[name].multiplications
-            noise -= costs[name].noise
+            noises = noises - costs[name].noises
             left.append(name)
     for name in sorted(left, key=lambda name: -costs[name].multiplications):  # a later one can make it unnecessary
-        if noise + costs[name].noise <= limit:
-            noise += costs[name].noise
+        if (noises + costs[name].noises <= limits).all():
+            noises = noises + costs[name].noises
             left.remove(name)
     return [name for name in costs if name not in left]
 
@@ -77,7 +82,7 @@ def input_costs(
         part = int(name.split(".")[0])
         with int8_inputs(network, {name: chosen}) as multiplications:
             found = [outputs(network[part:], prefix[part]) for prefix in prefixes]
-        costs[name] = InputCost(noise_of(expected, found), multiplications[name])
+        costs[name] = InputCost(noises_of(expected, found), multiplications[name])
     return costs
 
 

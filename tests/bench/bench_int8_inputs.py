@@ -81,7 +81,7 @@ def measured(model: str, image_size: int) -> Iterator[tuple[str, list[float]]]:
     whole, share, left = sum(cost.multiplications for cost in costs.values()), 0.0, dict(evened)
     limits = iter(SHARES)
     limit = next(limits)
-    for name in sorted(costs, key=lambda name: -costs[name].noise / costs[name].multiplications):
+    for name in sorted(costs, key=lambda name: -costs[name].noises.mean() / costs[name].multiplications):
         more = share + costs[name].multiplications / whole
         if more > limit:
             yield f"the same, {share:.0%} of the multiplications in float16 ({len(left)} int8 inputs)", snr_db(left)

@@ -13,31 +13,39 @@ from fastvlm.quant.input_ranges import InputRange
 from fastvlm.quant.int8_inputs import MAX_FLOAT16_SHARE, InputCost, chosen_inputs, input_costs, int8_inputs
 from fastvlm.quant.search import noise_of, outputs
 
+NOISES = st.tuples(st.floats(1e-9, 1e-2), st.floats(1e-9, 1e-2)).map(np.array)
 COSTS = st.dictionaries(
     st.text("abcdefgh", min_size=1),
-    st.builds(InputCost, noise=st.floats(1e-9, 1e-2), multiplications=st.integers(1, 10**9)),
+    st.builds(InputCost, noises=NOISES, multiplications=st.integers(1, 10**9)),
     min_size=1,
 )
 
 
-@given(COSTS, st.floats(1e-9, 1e-2))
-def test_choice_keeps_its_bounds(costs: dict[str, InputCost], limit: float) -> None:
-    kept = chosen_inputs(costs, limit)
+@given(COSTS, NOISES)
+def test_choice_keeps_its_bounds(costs: dict[str, InputCost], limits: np.ndarray) -> None:
+    kept = chosen_inputs(costs, limits)
     left = [cost for name, cost in costs.items() if name not in kept]
     total = sum(cost.multiplications for cost in costs.values())
     assert sum(cost.multiplications for cost in left) <= MAX_FLOAT16_SHARE * total
-    if left:  # without the cheapest of them, the noise would be too large
-        noise = sum(costs[name].noise for name in kept) + min(cost.noise for cost in left)
-        assert noise > limit * (1 - 1e-9)
+    noises = sum((costs[name].noises for name in kept), np.zeros(2))
+    for cost in left:  # with any of them, an image has too much noise
+        assert ((noises + cost.noises) > limits * (1 - 1e-9)).any()
     assert kept == [name for name in costs if name in kept], "in the order of the computation"
 
 
 def test_noisiest_input_with_little_arithmetic_stays_float16() -> None:
-    costs = {"fc1": InputCost(1.0, 40), "proj": InputCost(2.0, 5), "fc2": InputCost(2.5, 55)}
-    assert chosen_inputs(costs, limit=6.0) == ["fc1", "proj", "fc2"]
-    assert chosen_inputs(costs, limit=4.0) == ["fc1", "fc2"]
-    assert chosen_inputs(costs, limit=3.0) == ["fc2"]
-    assert chosen_inputs(costs, limit=0.1) == ["fc2"], "the last has more than half of the arithmetic"
+    noises = {"fc1": (1.0, 30), "proj": (2.0, 5), "fc2": (2.5, 65)}
+    costs = {name: InputCost(np.array([noise]), multiplications) for name, (noise, multiplications) in noises.items()}
+    assert chosen_inputs(costs, np.array([6.0])) == ["fc1", "proj", "fc2"]
+    assert chosen_inputs(costs, np.array([4.0])) == ["fc1", "fc2"]
+    assert chosen_inputs(costs, np.array([3.0])) == ["fc2"]
+    assert chosen_inputs(costs, np.array([0.1])) == ["fc2"], "the last has more arithmetic than may stay"
+
+
+def test_image_with_little_noise_in_all_decides_for_itself() -> None:
+    costs = {"fc1": InputCost(np.array([5.0, 0.1]), 10), "fc2": InputCost(np.array([1.0, 0.4]), 10)}
+    assert chosen_inputs(costs, np.array([10.0, 0.2])) == ["fc1"]
+    assert chosen_inputs(costs, np.array([5.5, 1.0])) == ["fc2"]
 
 
 def test_cost_of_an_input_is_the_noise_of_it_alone() -> None:
@@ -51,7 +59,7 @@ def test_cost_of_an_input_is_the_noise_of_it_alone() -> None:
     for name, used in ranges.items():
         with int8_inputs(network, {name: used}):
             noise = noise_of(plain, [outputs(network, image)])
-        assert costs[name].noise == pytest.approx(noise)
+        assert costs[name].noises == pytest.approx([noise])
         assert noise > 0
     np.testing.assert_array_equal(outputs(network, image), plain[0])
 
