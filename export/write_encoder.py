@@ -285,6 +285,7 @@ def evened_inputs(
         even_channels(network, exponents)
         costs = input_costs(network, ranges, probes)
     chosen = chosen_inputs(costs, MAX_NOISE * noises)
+    on_stage(f"take {len(chosen)} of {len(costs)} inputs in int8")
     spared = {name: [-power for power in powers] for name, powers in exponents.items() if name not in chosen}
     even_channels(network, spared)
     return {name: ranges[name] for name in chosen}
