@@ -84,8 +84,8 @@ if TYPE_CHECKING:
 
 
 PROBE_SIZE = 256
-"""The side in pixels of the images that `mixed` measures on. FastViTHD runs 107 times, and 1024 px would take 16 times
-as long."""
+"""The side in pixels of the images that `mixed` and w8a8 measure on. FastViTHD runs hundreds of times, and 1024 px
+would take 16 times as long."""
 
 BYTES_PER_CONVOLUTION = 2048
 """The bytes of a package per convolution besides its weight: program text and gaps. The tiny encoder has 1844."""
