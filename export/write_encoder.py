@@ -234,7 +234,8 @@ def encoder_weights(
 ) -> dict[str, StoredWeight]:
     """Returns the compressed weights by the names of their convolutions in `network`, which is not changed.
 
-    GPTQ rounds them for what `calibration` shows, except with w8a8, whose weights are evened out before.
+    GPTQ rounds them for the inputs that `calibration` gives. With w8a8 they are rounded to nearest, because their
+    channels are evened out first.
 
     Raises:
         UsageError: a recipe is for another encoder, or `max_bytes` is less than the fewest bits need.

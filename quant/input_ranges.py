@@ -43,10 +43,10 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The exponents of a channel's own range in its factor. At 0 channels stay, at 1 each uses all levels."""
 
 LEAST_EXPONENT = -12
-"""The least exponent that the refinement of factors tries. The depthwise convolutions before have 11 bits too."""
+"""The least exponent that the refinement of factors tries, which allows factors of 4096 between channels."""
 
 REFINEMENTS = 4
-"""The most times that all factors are chosen again. Later ones changed no range of the small encoders."""
+"""The most times that all factors are chosen again, each time for the weight's scales that the last factors gave."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Trade(NamedTuple):
     """The noise (C, octaves) in the outputs of each channel's input, by the octave in which its range ends."""
 
     def evened(self, own: np.ndarray) -> tuple[float, np.ndarray]:
-        """Returns the least noise, and the octave of each channel's range (C,). `own` are their best alone."""
+        """Returns the least noise, and the octave of each channel's range (C,). `own` are the best for the input."""
         proposed = (self.shifted(np.rint(strength * own).astype(int)) for strength in STRENGTHS)
         least, places = min(proposed, key=lambda found: found[0])
         for _ in range(REFINEMENTS):
